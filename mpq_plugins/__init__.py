@@ -1,0 +1,82 @@
+"""Mixed-precision bit allocation for established quantization frameworks.
+
+Names are imported on first use, so that `import mpq_plugins` costs nothing and needs no framework.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mpq_plugins._adapter import AbstractAdapter as AbstractAdapter
+    from mpq_plugins._allocate import Allocation as Allocation
+    from mpq_plugins._allocate import allocate as allocate
+    from mpq_plugins._bits import BitConfig as BitConfig
+    from mpq_plugins._cost import AbstractCost as AbstractCost
+    from mpq_plugins._cost import Budget as Budget
+    from mpq_plugins._errors import MPQError as MPQError
+    from mpq_plugins._layers import Inventory as Inventory
+    from mpq_plugins._layers import Layer as Layer
+    from mpq_plugins._layers import find_layers as find_layers
+    from mpq_plugins._model import Batch as Batch
+    from mpq_plugins._precision import Precision as Precision
+    from mpq_plugins._precision import menu as menu
+    from mpq_plugins._problem import Limit as Limit
+    from mpq_plugins._problem import Problem as Problem
+    from mpq_plugins._problem import build_problem as build_problem
+    from mpq_plugins._proxy import AbstractProxy as AbstractProxy
+    from mpq_plugins._scores import Scores as Scores
+    from mpq_plugins._solution import Plan as Plan
+    from mpq_plugins._solution import Solution as Solution
+    from mpq_plugins._solution import Status as Status
+    from mpq_plugins._solve import AbstractSolver as AbstractSolver
+    from mpq_plugins._solve import solve as solve
+    from mpq_plugins._space import Space as Space
+    from mpq_plugins._space import first_and_last as first_and_last
+    from mpq_plugins._space import residual_ties as residual_ties
+    from mpq_plugins._verify import Verification as Verification
+    from mpq_plugins._verify import verify as verify
+
+_HOME = {
+    "AbstractAdapter": "_adapter",
+    "AbstractCost": "_cost",
+    "AbstractProxy": "_proxy",
+    "AbstractSolver": "_solve",
+    "Allocation": "_allocate",
+    "Batch": "_model",
+    "BitConfig": "_bits",
+    "Budget": "_cost",
+    "Inventory": "_layers",
+    "Layer": "_layers",
+    "Limit": "_problem",
+    "MPQError": "_errors",
+    "Plan": "_solution",
+    "Precision": "_precision",
+    "Problem": "_problem",
+    "Scores": "_scores",
+    "Solution": "_solution",
+    "Space": "_space",
+    "Status": "_solution",
+    "Verification": "_verify",
+    "allocate": "_allocate",
+    "build_problem": "_problem",
+    "find_layers": "_layers",
+    "first_and_last": "_space",
+    "menu": "_precision",
+    "residual_ties": "_space",
+    "solve": "_solve",
+    "verify": "_verify",
+}
+__all__ = sorted(_HOME)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"mpq_plugins.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'mpq_plugins' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,98 @@
+"""The interface of a quantization framework."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mpq_plugins._bits import BitConfig
+from mpq_plugins._layers import Inventory, Layer
+from mpq_plugins._precision import Precision
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+
+class AbstractAdapter(abc.ABC):
+    """Turns a bit configuration into a framework's quantized module and reads it back from exported files.
+
+    Implementations are frozen dataclasses of their options; they import their framework inside the methods that need it.
+    `formats` lists what `export` writes, the default first. `weight_bits` and `activation_bits` are what the target
+    really stores and runs: the default menu of a search.
+    """
+
+    name: ClassVar[str]
+    formats: ClassVar[tuple[str, ...]]
+    weight_bits: ClassVar[tuple[int, ...]]
+    activation_bits: ClassVar[tuple[int, ...]]
+
+    @abc.abstractmethod
+    def refuse(self, layer: Layer, precision: Precision) -> str | None:
+        """Why the framework cannot have `layer` at `precision`, or None when it can."""
+
+    @abc.abstractmethod
+    def advice(self, layer: Layer, precision: Precision) -> str | None:
+        """What a user should know before deploying `layer` at `precision` (simulated, slower, larger), or None."""
+
+    @abc.abstractmethod
+    def unconvertible(self, model: nn.Module, inventory: Inventory) -> Mapping[str, str]:
+        """Layer name -> reason, for layers of this very model that the framework would leave in float."""
+
+    @abc.abstractmethod
+    def activation_groups(self, model: nn.Module, example: Any) -> tuple[tuple[str, ...], ...]:
+        """Layers that the framework makes share one activation quantizer, so that their activation bits must agree."""
+
+    @abc.abstractmethod
+    def prepare(self, model: nn.Module, bits: BitConfig, example: Any, calibration: Iterable[Any], **options: Any) -> nn.Module:
+        """A calibrated, bias-corrected, BN-re-estimated quantized copy of `model`, trainable and deep-copyable.
+
+        `calibration` items are read by `Batch.of`. Raises `FingerprintError` and `UnknownLayerError` (see
+        `BitConfig.check`), `AdapterError` for what the framework cannot do, `DataError` without calibration data.
+        """
+
+    @abc.abstractmethod
+    def export(self, module: nn.Module, path: str | Path, example: Any, *, format: str | None = None) -> Path:
+        """Write the quantized module as `format` (one of `formats`), whole or not at all; returns the main file."""
+
+    @abc.abstractmethod
+    def read_bits(self, path: str | Path) -> BitConfig:
+        """The bits that an exported file really holds, from the file alone; raises `FormatError`."""
+
+    @abc.abstractmethod
+    def codes(self, module: nn.Module) -> dict[str, np.ndarray]:
+        """Layer name -> integer weight codes of the quantized module, in the shape of the float weight."""
+
+    @abc.abstractmethod
+    def read_codes(self, path: str | Path) -> dict[str, np.ndarray]:
+        """Layer name -> integer weight codes that an exported file holds, in the shape of the float weight."""
+
+    @abc.abstractmethod
+    def run(self, path: str | Path, inputs: Any) -> list[np.ndarray]:
+        """Outputs of an exported file on `inputs`, through the target's runtime with its exact semantics."""
+
+    @abc.abstractmethod
+    def save(self, module: nn.Module, path: str | Path) -> Path:
+        """Write the quantized module as a checkpoint that `load` reads with `weights_only=True`."""
+
+    @abc.abstractmethod
+    def load(self, model: nn.Module, path: str | Path, example: Any) -> nn.Module:
+        """The quantized module of a checkpoint, rebuilt on the float `model`; raises `FormatError`."""
+
+
+def bits_of(module: nn.Module) -> BitConfig:
+    """The bit configuration that a quantized module was prepared with."""
+    from mpq_plugins._errors import AdapterError
+
+    bits = getattr(module, "_mpq_bits", None)
+    if not isinstance(bits, BitConfig):
+        raise AdapterError(f"{type(module).__name__} was not made by an adapter's prepare() or load(). Call that first.")
+    return bits
+
+
+def attach_bits(module: nn.Module, bits: BitConfig) -> nn.Module:
+    """Let a quantized module remember the bit configuration it was prepared with; deepcopy keeps it."""
+    object.__setattr__(module, "_mpq_bits", bits)
+    return module

@@ -1,0 +1,81 @@
+"""The bit configuration: the file that every adapter reads. Specified in docs/bit-config.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mpq_plugins._errors import FingerprintError, FormatError, PrecisionError
+from mpq_plugins._files import check_keys, read_json, write_json
+from mpq_plugins._layers import Inventory, unknown_layer
+from mpq_plugins._precision import Precision
+
+FORMAT = "mpq-bits/1"
+
+
+@dataclass(frozen=True)
+class BitConfig:
+    """Layer name -> precision, for one model.
+
+    Two configurations are equal when their layers are. `fingerprint` is the model's (`Inventory.fingerprint`); `origin`
+    records how the bits were chosen, `costs` what they cost (cost name -> amount in its unit).
+    """
+
+    layers: Mapping[str, Precision]
+    fingerprint: str = field(compare=False)
+    origin: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    costs: Mapping[str, float] = field(default_factory=dict, compare=False)
+
+    def __hash__(self) -> int:
+        return hash(tuple(sorted(self.layers.items())))
+
+    def __getitem__(self, layer: str) -> Precision:
+        return self.layers[layer]
+
+    def check(self, inventory: Inventory) -> None:
+        """Make sure that the configuration fits the model.
+
+        Raises `UnknownLayerError` for a layer the model lacks and `FingerprintError` for another model's configuration.
+        """
+        known = [layer.name for layer in inventory]
+        for name in self.layers:
+            if name not in known:
+                raise unknown_layer(name, known)
+        if self.fingerprint != inventory.fingerprint:
+            raise FingerprintError(
+                f"the bit configuration is for a model with fingerprint {self.fingerprint[:19]}..., this model has "
+                f"{inventory.fingerprint[:19]}...: its layer names match but some weight shapes or layers differ. "
+                "Allocate again for this model."
+            )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the configuration as JSON, atomically; equal configurations give equal bytes."""
+        bits = {name: {"weight": p.weight, "activation": p.activation} for name, p in self.layers.items()}
+        document = {"format": FORMAT, "fingerprint": self.fingerprint, "layers": bits}
+        return write_json(path, {**document, "origin": dict(self.origin), "costs": dict(self.costs)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> BitConfig:
+        """Read a configuration; raises `FormatError` and `PrecisionError` naming what is wrong and where."""
+        document = read_json(path, format=FORMAT)
+        allowed = {"format", "fingerprint", "layers", "origin", "costs"}
+        check_keys(document, allowed=allowed, required={"format", "fingerprint", "layers"}, where=str(path))
+        if not isinstance(document["layers"], dict) or not document["layers"]:
+            raise FormatError(f'{path}: "layers" must map layer names to bits and hold at least one layer.')
+        return cls(
+            layers={name: _precision(path, name, bits) for name, bits in document["layers"].items()},
+            fingerprint=document["fingerprint"],
+            origin=document.get("origin", {}),
+            costs=document.get("costs", {}),
+        )
+
+
+def _precision(path: str | Path, name: str, bits: Any) -> Precision:
+    where = f"{path}: layer {name!r}"
+    check_keys(bits, allowed={"weight", "activation"}, required={"weight", "activation"}, where=where)
+    try:
+        return Precision(bits["weight"], bits["activation"])
+    except PrecisionError as error:
+        raise PrecisionError(f"{where}: {error}") from error

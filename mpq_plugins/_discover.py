@@ -1,0 +1,217 @@
+"""Layer discovery: one watched forward pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from mpq_plugins._errors import ModelError, MPQError
+from mpq_plugins._flow import (
+    WEIGHTED,
+    AbstractWatch,
+    function_name,
+    input_argument,
+    parameter_names,
+    weight_argument,
+)
+from mpq_plugins._layers import Layer, Skipped
+from mpq_plugins._model import batch_size, call, evaluating
+
+LAYER_TYPES = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+)
+_UNSUPPORTED = (nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.MultiheadAttention, nn.Bilinear)
+
+
+@dataclass
+class _Seen:
+    """What the calls of one weight have shown so far."""
+
+    name: str
+    weight_name: str
+    kind: str
+    weight: Tensor
+    bias: Tensor | None
+    channel_axis: int
+    groups: int
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    functional: bool
+    n_norm_parameters: int = 0
+    n_calls: int = 0
+    total_macs: int = 0  # over the whole batch
+
+
+@final
+class _DiscoveryWatch(AbstractWatch):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.seen: dict[str, _Seen] = {}
+        self.computed_weights: list[str] = []
+        self._parameters = parameter_names(model)
+        self._modules = {id(module): name for name, module in model.named_modules()}
+        self._running: list[nn.Module] = []
+        self._producer: dict[int, tuple[Tensor, _Seen]] = {}
+
+    def enter(self, module: nn.Module, _inputs: Any) -> None:
+        self._running.append(module)
+
+    def leave(self, module: nn.Module, _inputs: Any, _output: Any) -> None:
+        self._running.pop()
+
+    def on_weighted(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> None:
+        kind, channel_axis = WEIGHTED[function]
+        weight, activation = weight_argument(args, kwargs), input_argument(args, kwargs)
+        weight_name = self._parameters.get(id(weight))
+        owner = self._running[-1] if self._running else None
+        if owner is not None:
+            name = self._modules[id(owner)]
+            weight_name = weight_name or f"{name}.weight".lstrip(".")
+        elif weight_name is not None:
+            name = weight_name.removesuffix(".weight") if weight_name.endswith(".weight") else weight_name
+        else:
+            self.computed_weights.append(function_name(function))
+            return
+        name = name or "weight"
+        seen = self.seen.get(name)
+        if seen is None:
+            seen = self.seen[name] = _Seen(
+                name=name,
+                weight_name=weight_name,
+                kind=kind,
+                weight=weight,
+                bias=args[2] if len(args) > 2 else kwargs.get("bias"),
+                channel_axis=channel_axis,
+                groups=_groups(kind, weight, activation),
+                input_shape=tuple(activation.shape),
+                output_shape=tuple(output.shape),
+                functional=owner is None,
+            )
+        seen.n_calls += 1
+        seen.total_macs += _macs(kind, weight, activation, output)
+        self._producer[id(output)] = (output, seen)
+
+    def on_other(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+        if function_name(function) != "batch_norm":
+            return
+        source = args[0] if args else kwargs.get("input")
+        _, seen = self._producer.get(id(source), (None, None))
+        weight = args[3] if len(args) > 3 else kwargs.get("weight")
+        if seen is not None and weight is not None:
+            seen.n_norm_parameters = 2 * weight.numel()
+
+
+def _macs(kind: str, weight: Tensor, activation: Tensor, output: Tensor) -> int:
+    # Each weight of a convolution is used once per output position (per input position when it is transposed).
+    if kind == "Linear":
+        return output.numel() * weight.shape[1]
+    if kind.startswith("ConvTranspose"):
+        return activation.numel() * (weight.numel() // weight.shape[0])
+    return output.numel() * (weight.numel() // weight.shape[0])
+
+
+def _groups(kind: str, weight: Tensor, activation: Tensor) -> int:
+    if kind == "Linear":
+        return 1
+    n_spatial = weight.dim() - 2
+    channels = activation.shape[-1 - n_spatial]
+    return 1 if kind.startswith("ConvTranspose") else channels // weight.shape[1]
+
+
+def discover(model: nn.Module, example: Any) -> tuple[tuple[Layer, ...], tuple[Skipped, ...]]:
+    """Run `example` once and report the weighted layers it called, in order, and what was skipped."""
+    if any(is_lazy(parameter) for parameter in model.parameters()):
+        raise ModelError("the model holds lazy parameters that have no shape yet. Run it once on real data first.")
+    watch = _DiscoveryWatch(model)
+    handles = []
+    for module in model.modules():
+        if isinstance(module, LAYER_TYPES):
+            handles.append(module.register_forward_pre_hook(watch.enter))
+            handles.append(module.register_forward_hook(watch.leave, always_call=True))
+    try:
+        with evaluating(model), watch:
+            call(model, example)
+    except MPQError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"the forward pass of {type(model).__name__} failed on the example: {type(error).__name__}: {error}. "
+            "Give an example as the model's forward takes it: a tensor, a tuple, or a dict of keyword arguments."
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    n_images = batch_size(example)
+    layers = _layers(watch, model, n_images)
+    return layers, _skipped(watch, model, layers)
+
+
+def _layers(watch: _DiscoveryWatch, model: nn.Module, n_images: int) -> tuple[Layer, ...]:
+    names_of: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names_of.setdefault(id(module), []).append(name)
+    aliases = {names[0]: tuple(names[1:]) for names in names_of.values()}
+    first_holder: dict[str, str] = {}
+    layers = []
+    for seen in watch.seen.values():
+        holder = first_holder.setdefault(seen.weight_name, seen.name)
+        weight_shape = tuple(seen.weight.shape)
+        groups = _module_groups(model, seen) or seen.groups
+        n_channels = weight_shape[seen.channel_axis] * (groups if seen.channel_axis == 1 else 1)
+        layers.append(
+            Layer(
+                name=seen.name,
+                kind=seen.kind,
+                weight_name=seen.weight_name,
+                weight_shape=weight_shape,
+                n_weights=seen.weight.numel(),
+                n_biases=0 if seen.bias is None else seen.bias.numel(),
+                n_norm_parameters=seen.n_norm_parameters,
+                out_channels=n_channels,
+                groups=groups,
+                macs=-(-seen.total_macs // n_images),
+                n_calls=seen.n_calls,
+                input_shape=seen.input_shape[1:],
+                output_shape=seen.output_shape[1:],
+                n_input_elements=math.prod(seen.input_shape[1:]),
+                n_output_elements=math.prod(seen.output_shape[1:]),
+                functional=seen.functional,
+                aliases=aliases.get(seen.name, ()),
+                shares_weight_with=None if holder == seen.name else holder,
+            )
+        )
+    return tuple(layers)
+
+
+def _module_groups(model: nn.Module, seen: _Seen) -> int | None:
+    # The group count of a transposed convolution does not follow from its shapes.
+    modules = dict(model.named_modules())
+    groups = getattr(modules.get(seen.name), "groups", None)
+    return groups if isinstance(groups, int) else None
+
+
+def _skipped(watch: _DiscoveryWatch, model: nn.Module, layers: tuple[Layer, ...]) -> tuple[Skipped, ...]:
+    called = {layer.name for layer in layers}
+    skipped = []
+    for name, module in model.named_modules():
+        label = name or type(module).__name__
+        if isinstance(module, LAYER_TYPES) and (name or "weight") not in called:
+            skipped.append(Skipped(label, "not called as a module in the forward pass of this example"))
+        elif isinstance(module, _UNSUPPORTED):
+            skipped.append(Skipped(label, f"{type(module).__name__} is not a searched kind of layer; stays in float"))
+    for function in sorted(set(watch.computed_weights)):
+        skipped.append(
+            Skipped(function, "its weight is computed in the forward pass, not a parameter, so it has no place for bits")
+        )
+    return tuple(skipped)

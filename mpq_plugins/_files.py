@@ -1,0 +1,68 @@
+"""Files that are either whole or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mpq_plugins._errors import FormatError
+
+
+def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
+    """Let `write` fill a temporary neighbour of `path`, then move it into place.
+
+    A failure or an interruption leaves whatever stood at `path` before, and no debris beside it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        # mkstemp makes files private; what we leave behind should have the permissions of any new file.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_json(path: str | Path, document: Any) -> Path:
+    """Write `document` as sorted, indented JSON: the same document gives the same bytes."""
+    text = json.dumps(document, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    return write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: str | Path, *, format: str) -> dict[str, Any]:
+    """Read a JSON object of ours and check its `"format"`; raises `FormatError`."""
+    path = Path(path)
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FormatError(f"cannot read {path}: {error.strerror or error}. Check the path and its permissions.") from error
+    except ValueError as error:
+        raise FormatError(
+            f"{path} is not complete JSON: {error}. It was cut off or edited by hand; write it again with its producer."
+        ) from error
+    found = document.get("format") if isinstance(document, dict) else None
+    if found != format:
+        raise FormatError(f'{path} has "format" {found!r}, expected {format!r}. Is it another kind of file?')
+    return dict(document)
+
+
+def check_keys(document: object, *, allowed: set[str], required: set[str], where: str) -> None:
+    """Refuse unknown and missing keys by name; raises `FormatError`."""
+    if not isinstance(document, dict):
+        raise FormatError(f"{where} must be an object, not {type(document).__name__}.")
+    unknown, missing = sorted(set(document) - allowed), sorted(required - set(document))
+    if unknown:
+        raise FormatError(f"{where} has unknown keys {unknown}; allowed are {sorted(allowed)}. Remove or rename them.")
+    if missing:
+        raise FormatError(f"{where} lacks the keys {missing}. The file is incomplete; write it again.")

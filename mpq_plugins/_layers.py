@@ -1,0 +1,137 @@
+"""What is there to quantize: the weighted layers of a model, as facts without torch objects."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from mpq_plugins._errors import ModelError, UnknownLayerError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Facts about one weighted layer, from one forward pass. Shapes and counts are per image (batch item).
+
+    `name` is the module's first name in `named_modules()`; for a functional call on a parameter that belongs to no
+    layer module it is the parameter's own name. `macs` counts multiply-accumulates of all `n_calls` calls.
+    `n_norm_parameters` counts the affine parameters of the batch normalisation that reads the layer's output.
+    `shares_weight_with` names the earlier layer that holds the same weight, which is then stored once.
+    """
+
+    name: str
+    kind: str
+    weight_name: str
+    weight_shape: tuple[int, ...]
+    n_weights: int
+    n_biases: int
+    n_norm_parameters: int
+    out_channels: int
+    groups: int
+    macs: int
+    n_calls: int
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    n_input_elements: int
+    n_output_elements: int
+    functional: bool = False
+    aliases: tuple[str, ...] = ()
+    shares_weight_with: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The facts as plain JSON values."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Layer:
+        """Inverse of `to_json`."""
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in document.items()})
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Something that holds weights or could be quantized, and is not; with the reason."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """The layers of a model in order of their first call, and what was skipped.
+
+    `fingerprint` is a digest of all layer names and weight shapes of the model, excluded ones too: two models with
+    equal fingerprints accept the same bit configuration.
+    """
+
+    layers: tuple[Layer, ...]
+    skipped: tuple[Skipped, ...]
+    fingerprint: str
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, name: str) -> Layer:
+        for layer in self.layers:
+            if name == layer.name or name in layer.aliases:
+                return layer
+        raise unknown_layer(name, [layer.name for layer in self.layers])
+
+
+def fingerprint(shapes: Mapping[str, Sequence[int]]) -> str:
+    """`sha256:` digest of layer names and weight shapes, independent of their order."""
+    lines = sorted(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
+    return "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def unknown_layer(name: str, known: Sequence[str]) -> UnknownLayerError:
+    """The error for a name or pattern that matches no layer, with the closest names there are."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or list(known[:3])
+    return UnknownLayerError(
+        f"no layer is named or matched by {name!r}. The closest of the {len(known)} layers: "
+        f"{', '.join(close) or 'none'}. `mpq layers` lists them all."
+    )
+
+
+def matching(pattern: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Names equal to `pattern` or matched by it as a glob; raises `UnknownLayerError` when there are none."""
+    found = tuple(name for name in names if name == pattern or fnmatch.fnmatchcase(name, pattern))
+    if not found:
+        raise unknown_layer(pattern, names)
+    return found
+
+
+def find_layers(model: nn.Module, example: Any, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Inventory:
+    """The convolution, transposed convolution and linear layers that a forward pass of `example` calls.
+
+    `example` is a tensor, a tuple of positional arguments or a dict of keyword arguments, its first axis the batch.
+    `include` and `exclude` are glob patterns over layer names. The model is left as it was found.
+    Raises `ModelError` when the forward pass fails or calls no such layer, `UnknownLayerError` for a pattern
+    that matches nothing.
+    """
+    from mpq_plugins._discover import discover
+
+    layers, skipped = discover(model, example)
+    names = [layer.name for layer in layers]
+    if not names:
+        raise ModelError(
+            f"{type(model).__name__} calls no Conv, ConvTranspose or Linear layer on this example, so there is nothing "
+            "to allocate bits to. Scripted and compiled models hide their layers: pass the original module."
+        )
+    kept = {name for pattern in include for name in matching(pattern, names)}
+    dropped = {name for pattern in exclude for name in matching(pattern, names)}
+    excluded = tuple(Skipped(name, "excluded by the user; stays in float") for name in names if name not in kept - dropped)
+    return Inventory(
+        layers=tuple(layer for layer in layers if layer.name in kept - dropped),
+        skipped=(*skipped, *excluded),
+        fingerprint=fingerprint({layer.name: layer.weight_shape for layer in layers}),
+    )

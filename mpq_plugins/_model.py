@@ -1,0 +1,170 @@
+"""Running a user's model without leaving a trace on it: inputs of any form, outputs of any form."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpq_plugins._errors import DataError, ModelError
+
+Output = str | int | Callable[[Any], Tensor] | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass is given, and the labels when there are any.
+
+    `inputs` is a tensor, a tuple of positional arguments, or a dict of keyword arguments;
+    `labels` is a tensor [N] of class indices, or None.
+    """
+
+    inputs: Any
+    labels: Tensor | None = None
+
+    @classmethod
+    def of(cls, item: Any) -> Batch:
+        """Read a loader's item: `inputs`, `(inputs, labels)`, or a dict that may hold `labels`.
+
+        A tuple or list of two is always (inputs, labels): wrap two positional inputs as `((a, b), None)`.
+        """
+        if isinstance(item, Batch):
+            return item
+        if isinstance(item, Mapping):
+            inputs = {key: value for key, value in item.items() if key != "labels"}
+            return cls(inputs, item.get("labels"))
+        if isinstance(item, (tuple, list)) and len(item) == 2:
+            inputs, labels = item
+            return cls(tuple(inputs) if isinstance(inputs, list) else inputs, labels)
+        if isinstance(item, (tuple, list)):
+            return cls(item[0] if len(item) == 1 else tuple(item))
+        return cls(item)
+
+    def __len__(self) -> int:
+        return batch_size(self.inputs)
+
+
+def batches_of(loader: Iterable[Any]) -> Iterator[Batch]:
+    """Every item of `loader` as a `Batch`."""
+    return (Batch.of(item) for item in loader)
+
+
+def first_batch(loader: Iterable[Any], *, purpose: str) -> Batch:
+    """The first item of `loader`; raises `DataError` when there is none."""
+    for batch in batches_of(loader):
+        return batch
+    raise DataError(f"no batches were given, but {purpose} needs them. Pass data (--data on the command line).")
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor inside a tensor, sequence, mapping or dataclass, depth first."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from tensors(getattr(value, field.name))
+
+
+def batch_size(inputs: Any) -> int:
+    """Length of the first axis of the first tensor."""
+    for tensor in tensors(inputs):
+        return tensor.shape[0] if tensor.dim() else 1
+    raise ModelError("the example holds no tensor. Give a tensor, a tuple of tensors or a dict of tensors.")
+
+
+def to_device(inputs: Any, device: torch.device) -> Any:
+    """`inputs` with every tensor on `device`, in the same nesting."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, Mapping):
+        return {key: to_device(value, device) for key, value in inputs.items()}
+    if isinstance(inputs, tuple) and hasattr(inputs, "_fields"):
+        return type(inputs)(*(to_device(value, device) for value in inputs))
+    if isinstance(inputs, (tuple, list)):
+        return type(inputs)(to_device(value, device) for value in inputs)
+    return inputs
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the first parameter or buffer lives; the CPU for a model without either."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """`model(inputs)`, `model(*inputs)` or `model(**inputs)` by the form of the inputs, on the model's device."""
+    inputs = to_device(inputs, device_of(model))
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(inputs)
+
+
+def select(result: Any, output: Output = None) -> Tensor:
+    """The one tensor of a model's result that is compared and measured.
+
+    `output` is a key, an index, an attribute name or a callable; None is enough when the result holds one tensor.
+    Raises `ModelError` naming what there is to choose from.
+    """
+    if callable(output):
+        chosen = output(result)
+    elif output is not None:
+        chosen = _pick(result, output)
+    else:
+        found = list(tensors(result))
+        if len(found) != 1:
+            raise ModelError(
+                f"the model returns a {type(result).__name__} with {len(found)} tensors ({_choices(result)}). "
+                'Say which one counts: output="NAME", an index or a function (--output NAME on the command line).'
+            )
+        chosen = found[0]
+    if not isinstance(chosen, Tensor):
+        raise ModelError(f"output={output!r} selects a {type(chosen).__name__}, not a tensor. Select one level deeper.")
+    return chosen
+
+
+def _pick(result: Any, output: str | int) -> Any:
+    key = int(output) if isinstance(output, str) and output.lstrip("-").isdigit() else output
+    try:
+        if isinstance(result, Mapping) or isinstance(key, int):
+            return result[key]
+        return getattr(result, key)
+    except (KeyError, IndexError, AttributeError, TypeError) as error:
+        raise ModelError(f"the model's {type(result).__name__} has no output {output!r}; it has {_choices(result)}.") from error
+
+
+def _choices(result: Any) -> str:
+    if isinstance(result, Mapping):
+        return ", ".join(map(repr, result))
+    if dataclasses.is_dataclass(result):
+        return ", ".join(repr(field.name) for field in dataclasses.fields(result))
+    if isinstance(result, Sequence):
+        return f"indices 0 to {len(result) - 1}"
+    return f"a {type(result).__name__}"
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's own mode and the random state come back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = [device_of(model)] if device_of(model).type == "cuda" else []
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,55 @@
+"""Names of proxies, costs, solvers and adapters -> the objects themselves, through entry points, imported on use."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import importlib.metadata
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from mpq_plugins._errors import MissingExtraError, PluginError
+
+Kind = Literal["proxies", "costs", "solvers", "adapters"]
+KINDS: tuple[Kind, ...] = typing.get_args(Kind)
+
+
+def names(kind: Kind) -> tuple[str, ...]:
+    """The registered names of a kind, sorted."""
+    return tuple(sorted({point.name for point in importlib.metadata.entry_points(group=f"mpq_plugins.{kind}")}))
+
+
+def make(kind: Kind, name: str, options: Mapping[str, Any] | None = None) -> Any:
+    """The plugin registered under `name`, built with `options`.
+
+    Raises `PluginError` for an unknown name or option, `MissingExtraError` when its dependencies are not installed.
+    """
+    points = {point.name: point for point in importlib.metadata.entry_points(group=f"mpq_plugins.{kind}")}
+    if name not in points:
+        close = difflib.get_close_matches(name, points, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise PluginError(f"no {kind} plugin is named {name!r}.{hint} There are: {', '.join(sorted(points)) or 'none'}.")
+    try:
+        factory = points[name].load()
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{kind} plugin {name!r} needs the package {error.name!r}, which is not installed. "
+            f"Install it: pip install 'mpq-plugins[{name if kind == 'adapters' else 'all'}]'."
+        ) from error
+    try:
+        return factory(**(options or {}))
+    except TypeError as error:
+        fields = [field.name for field in dataclasses.fields(factory)] if dataclasses.is_dataclass(factory) else []
+        raise PluginError(f"{name}: {error}. Its options are: {', '.join(fields) or 'none'}.") from error
+
+
+def require(package: str, extra: str) -> Any:
+    """Import an optional package; raises `MissingExtraError` with the command that installs it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{package} is needed for this and is not installed. Install it: pip install 'mpq-plugins[{extra}]'."
+        ) from error

@@ -1,0 +1,53 @@
+"""The bit-widths of one layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mpq_plugins._errors import PrecisionError
+
+WEIGHT_BITS = range(1, 9)
+ACTIVATION_BITS = range(2, 9)
+_TEXT = re.compile(r"w(\d+)(?:a(\d+))?")
+
+
+@dataclass(frozen=True, order=True)
+class Precision:
+    """Bit-widths of a layer's weight and of the activation it reads.
+
+    `weight` is 1..8 (1 means a binary weight, which only some adapters have),
+    `activation` is 2..8. Raises `PrecisionError` for anything else.
+    """
+
+    weight: int
+    activation: int
+
+    def __post_init__(self) -> None:
+        for what, bits, allowed in (
+            ("weight", self.weight, WEIGHT_BITS),
+            ("activation", self.activation, ACTIVATION_BITS),
+        ):
+            if isinstance(bits, bool) or not isinstance(bits, int) or bits not in allowed:
+                raise PrecisionError(
+                    f"{what} bits must be a whole number from {allowed[0]} to {allowed[-1]}, not {bits!r}. "
+                    "Leave a layer out of the search (exclude it) to keep it in float."
+                )
+
+    @classmethod
+    def parse(cls, text: str, *, activation: int = 8) -> Precision:
+        """Read `w4a8`; `w4` alone takes `activation` bits for the activation."""
+        match = _TEXT.fullmatch(text.strip().lower())
+        if match is None:
+            raise PrecisionError(f"{text!r} is not a precision. Write it as w4a8, or w4 for the weight alone.")
+        return cls(int(match[1]), int(match[2] or activation))
+
+    def __str__(self) -> str:
+        return f"w{self.weight}a{self.activation}"
+
+
+def menu(weight: Iterable[int] = range(2, 9), activation: Iterable[int] = (8,)) -> tuple[Precision, ...]:
+    """Every pair of the given weight and activation bits, in ascending order, without repeats."""
+    weights, activations = tuple(weight), tuple(activation)
+    return tuple(sorted({Precision(w, a) for w in weights for a in activations}))

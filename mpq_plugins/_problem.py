@@ -1,0 +1,227 @@
+"""The allocation problem as numbers: one choice per unit, least total loss, within every limit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from mpq_plugins._cost import Budget
+from mpq_plugins._errors import BudgetError, InfeasibleBudgetError, SpaceError
+from mpq_plugins._scores import Scores
+from mpq_plugins._space import Space
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One row of the problem: `cost` of every choice, and the most their sum may be."""
+
+    name: str
+    unit: str
+    cost: np.ndarray  # [choice of all units]
+    limit: float
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Choose one choice per unit: minimise the summed loss subject to every limit.
+
+    The choices of all units stand in one row: those of unit u are `start[u]:start[u + 1]`. Units of one `group` must choose
+    choices of the same `label` (units that read one quantized activation must agree on its bits). `pairwise`
+    [choice, choice] adds x'Px / 2 to the loss; it is symmetric, and zero when None.
+    """
+
+    units: tuple[str, ...]
+    choices: tuple[str, ...]  # [choice of all units], for messages
+    start: np.ndarray  # [unit + 1]
+    loss: np.ndarray  # [choice of all units]
+    limits: tuple[Limit, ...]
+    group: np.ndarray  # [unit]
+    label: np.ndarray  # [choice of all units]
+    pairwise: np.ndarray | None = None
+
+    @classmethod
+    def of(
+        cls,
+        loss: Sequence[Sequence[float]],
+        costs: Sequence[tuple[Sequence[Sequence[float]], float]] = (),
+        *,
+        group: Sequence[int] | None = None,
+        label: Sequence[Sequence[int]] | None = None,
+    ) -> Problem:
+        """A problem from nested lists `[unit][choice]`, `costs` being (table, limit) pairs."""
+        sizes = [len(row) for row in loss]
+
+        def flat(table: Sequence[Sequence[float]]) -> np.ndarray:
+            return np.concatenate([np.asarray(row, dtype=float) for row in table]) if sizes else np.zeros(0)
+
+        start = np.concatenate([[0], np.cumsum(sizes)]).astype(int)
+        n_units, n_choices = len(sizes), int(start[-1])
+        return cls(
+            units=tuple(f"unit{index}" for index in range(n_units)),
+            choices=tuple(str(index) for size in sizes for index in range(size)),
+            start=start,
+            loss=flat(loss),
+            limits=tuple(Limit(f"cost{row}", "", flat(table), float(limit)) for row, (table, limit) in enumerate(costs)),
+            group=np.arange(n_units) if group is None else np.asarray(group, dtype=int),
+            label=np.zeros(n_choices, dtype=int) if label is None else flat(label).astype(int),
+        )
+
+    @property
+    def n_units(self) -> int:
+        """How many decisions there are."""
+        return len(self.units)
+
+    @cached_property
+    def unit_of(self) -> np.ndarray:  # [choice of all units]
+        """Unit of every choice."""
+        return np.repeat(np.arange(self.n_units), np.diff(self.start))
+
+    @cached_property
+    def is_linked(self) -> bool:
+        """Whether some group of several units has more than one label to agree on."""
+        groups, units_of_group = np.unique(self.group, return_counts=True)
+        if len(groups) == self.n_units:
+            return False
+        pairs = np.unique(np.stack([self.group[self.unit_of], self.label], axis=1), axis=0)
+        labels_of_group = np.bincount(np.searchsorted(groups, pairs[:, 0]))
+        return bool(np.any((labels_of_group > 1) & (units_of_group > 1)))
+
+    def columns(self, choice: Sequence[int] | np.ndarray) -> np.ndarray:  # [unit]
+        """Positions in the row of all choices, for one choice index per unit."""
+        return self.start[:-1] + np.asarray(choice, dtype=int)
+
+    def objective(self, choice: Sequence[int] | np.ndarray) -> float:
+        """The loss of one choice index per unit, from the tables."""
+        columns = self.columns(choice)
+        linear = float(np.sum(self.loss[columns]))
+        return linear if self.pairwise is None else linear + 0.5 * float(self.pairwise[np.ix_(columns, columns)].sum())
+
+    def usage(self, choice: Sequence[int] | np.ndarray) -> tuple[float, ...]:
+        """What one choice index per unit costs, for each limit."""
+        columns = self.columns(choice)
+        return tuple(float(np.sum(limit.cost[columns])) for limit in self.limits)
+
+    def agrees(self, choice: Sequence[int] | np.ndarray) -> bool:
+        """Whether all units of each group choose the same label."""
+        label_of_group: dict[int, int] = {}
+        labels = self.label[self.columns(choice)]
+        return all(label_of_group.setdefault(int(g), int(v)) == v for g, v in zip(self.group, labels, strict=True))
+
+    def is_feasible(self, choice: Sequence[int] | np.ndarray) -> bool:
+        """Whether the choice agrees within groups and meets every limit (to one part in 1e12, for rounding)."""
+        meets = (used <= row.limit * (1 + 1e-12) for used, row in zip(self.usage(choice), self.limits, strict=True))
+        return self.agrees(choice) and all(meets)
+
+
+def build_problem(scores: Scores, budgets: Sequence[Budget]) -> Problem:
+    """Tables of the scores and of every budget.
+
+    A budget of a "max" cost drops the choices above it; a budget of a "sum" cost becomes a limit.
+    Raises `InfeasibleBudgetError` as `check_reachable` does.
+    """
+    space = scores.space
+    check_reachable(space, budgets)
+    kept = [_within_peaks(space, unit_index, budgets) for unit_index in range(len(space.units))]
+    if scores.pairwise is not None:
+        rows = np.concatenate([[0], np.cumsum([len(unit.choices) for unit in space.units])])
+        columns = np.concatenate([rows[u] + np.asarray(indices, dtype=int) for u, indices in enumerate(kept)])
+        pairwise = scores.pairwise[np.ix_(columns, columns)]
+    else:
+        pairwise = None
+    limits = tuple(
+        Limit(
+            budget.cost.name,
+            budget.cost.unit,
+            np.concatenate([_costs(space, u, budget)[kept[u]] for u in range(len(space.units))]),
+            budget.resolve(space),
+        )
+        for budget in budgets
+        if budget.cost.reduce == "sum"
+    )
+    return Problem(
+        units=tuple(unit.name for unit in space.units),
+        choices=tuple(str(unit.choices[i]) for unit, indices in zip(space.units, kept, strict=True) for i in indices),
+        start=np.concatenate([[0], np.cumsum([len(indices) for indices in kept])]).astype(int),
+        loss=np.concatenate([np.asarray(scores.loss[u], dtype=float)[kept[u]] for u in range(len(space.units))]),
+        limits=limits,
+        group=np.asarray([unit.activation_group for unit in space.units], dtype=int),
+        label=np.asarray(
+            [unit.choices[i].activation for unit, ks in zip(space.units, kept, strict=True) for i in ks], dtype=int
+        ),
+        pairwise=pairwise,
+    )
+
+
+def check_reachable(space: Space, budgets: Sequence[Budget]) -> None:
+    """Refuse budgets that no choice can meet, before any forward pass.
+
+    Raises `InfeasibleBudgetError` with the least that can be reached and the layers that hold most of it.
+    Budgets are checked one by one here; whether they can be met together is the solver's to find out.
+    """
+    names = [budget.cost.name for budget in budgets]
+    if len(set(names)) < len(names):
+        raise BudgetError(f"the same cost has two budgets: {names}. Keep the smaller one.")
+    for budget in budgets:
+        limit = budget.resolve(space)
+        least = _least(space, budget)
+        total = sum(least.values()) if budget.cost.reduce == "sum" else max(least.values())
+        if total > limit * (1 + 1e-12):
+            raise InfeasibleBudgetError(_infeasible_text(space, budget, limit, total, least))
+
+
+def _least(space: Space, budget: Budget) -> dict[int, float]:
+    """Least cost of each unit, over the labels its activation group can agree on."""
+    by_group: dict[int, list[int]] = {}
+    for index, unit in enumerate(space.units):
+        by_group.setdefault(unit.activation_group, []).append(index)
+    least: dict[int, float] = {}
+    for members in by_group.values():
+        labels = {choice.activation for choice in space.units[members[0]].choices}
+        options = []
+        for label in sorted(labels):
+            costs = {
+                u: min(
+                    cost
+                    for choice, cost in zip(space.units[u].choices, _costs(space, u, budget), strict=True)
+                    if choice.activation == label
+                )
+                for u in members
+            }
+            options.append(costs)
+        least.update(min(options, key=lambda costs: sum(costs.values())))
+    return least
+
+
+def _infeasible_text(space: Space, budget: Budget, limit: float, total: float, least: dict[int, float]) -> str:
+    from mpq_plugins._cost import format_amount
+
+    unit_name = budget.cost.unit
+    largest = sorted(least, key=lambda u: -least[u])[:3]
+    held = ", ".join(f"{space.units[u].name} ({format_amount(least[u], unit_name)})" for u in largest)
+    pinned = f" {len(space.pins)} layers are pinned ({', '.join(space.pins)})." if space.pins else ""
+    return (
+        f"{budget.cost.name} <= {format_amount(limit, unit_name)} cannot be met: the least is "
+        f"{format_amount(total, unit_name)}.{pinned} Raise the limit, or allow lower bits or fewer pins for the largest: {held}."
+    )
+
+
+def _costs(space: Space, unit_index: int, budget: Budget) -> np.ndarray:  # [choice of the unit]
+    unit = space.units[unit_index]
+    layers = [space.layer(name) for name in unit.layers]
+    rows = [[budget.cost.of(layer, choice) for layer in layers] for choice in unit.choices]
+    return np.asarray([sum(row) if budget.cost.reduce == "sum" else max(row) for row in rows], dtype=float)
+
+
+def _within_peaks(space: Space, unit_index: int, budgets: Sequence[Budget]) -> list[int]:
+    """Choice indices of a unit that meet every "max" budget."""
+    indices = list(range(len(space.units[unit_index].choices)))
+    for budget in budgets:
+        if budget.cost.reduce == "max":
+            costs, limit = _costs(space, unit_index, budget), budget.resolve(space)
+            indices = [index for index in indices if costs[index] <= limit * (1 + 1e-12)]
+    if not indices:  # pragma: no cover - check_reachable has refused it
+        raise SpaceError(f"{space.units[unit_index].name} has no choice within the peak budgets.")
+    return indices

@@ -1,0 +1,42 @@
+"""The reference quantizer: symmetric, uniform, per channel or per tensor, half to even."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def quantize(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Integer codes of `weight` in [-2^(b-1), 2^(b-1) - 1], as the dtype of `weight`."""
+    return torch.clamp(torch.round(weight / scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def mse_scale(weight: Tensor, bits: int, *, channel_axis: int | None = 0, n_points: int = 80) -> Tensor:
+    """Scales that minimise the squared error over a grid of thresholds, shaped to broadcast with `weight`.
+
+    Thresholds run from 1/n_points of the largest magnitude to all of it; step T / (2^(b-1) - 1), as in NNCF. At 2 bits the
+    grid is refined once around its best point, where 80 points are not enough. One scale per slice
+    along `channel_axis`, or one for all with None. All-zero slices get scale 1.
+    """
+    axes = tuple(axis for axis in range(weight.dim()) if axis != channel_axis)
+    largest = weight.abs().amax(dim=axes, keepdim=True)
+    unit = torch.where(largest > 0, largest, torch.ones_like(largest)) / max(2 ** (bits - 1) - 1, 1)
+    best, error = unit.clone(), torch.full_like(unit, torch.inf)
+
+    def try_shares(shares: Iterable[Tensor]) -> None:
+        for share in shares:
+            scale = unit * share
+            difference = quantize(weight, scale, bits).mul_(scale).sub_(weight)
+            found = difference.square_().sum(dim=axes, keepdim=True)
+            better = found < error
+            torch.where(better, scale, best, out=best)
+            torch.where(better, found, error, out=error)
+
+    try_shares(torch.linspace(1 / n_points, 1, n_points))
+    if bits == 2:
+        centre = best / unit
+        for offset in torch.linspace(-1, 1, 21)[torch.linspace(-1, 1, 21).abs() > 1e-6]:
+            try_shares(((centre + offset / n_points).clamp(1e-3, 1),))
+    return best

@@ -1,0 +1,272 @@
+"""The decision space: which precisions each unit of layers may take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mpq_plugins._errors import SpaceError
+from mpq_plugins._layers import Inventory, Layer, Skipped, matching
+from mpq_plugins._precision import Precision, menu
+
+Refuse = Callable[[Layer, Precision], str | None]
+Menus = Sequence[Precision] | Mapping[str, Sequence[Precision]]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One decision: layers that take the same precision, and the precisions they may take.
+
+    Units with the same `activation_group` must also agree on the activation bits: the framework quantizes the tensor
+    that they read once.
+    """
+
+    layers: tuple[str, ...]
+    choices: tuple[Precision, ...]
+    activation_group: int
+
+    @property
+    def name(self) -> str:
+        """The layer names joined by `+`."""
+        return "+".join(self.layers)
+
+
+@dataclass(frozen=True)
+class Space:
+    """The units in order of their first layer, with the facts of all their layers.
+
+    Build it with `Space.build`. `pins` records which layers were fixed and to what; `skipped` what stays in float, each
+    with its reason; `fingerprint` is the model's.
+    """
+
+    layers: tuple[Layer, ...]
+    units: tuple[Unit, ...]
+    fingerprint: str
+    skipped: tuple[Skipped, ...] = ()
+    pins: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def build(
+        cls,
+        inventory: Inventory,
+        choices: Menus | None = None,
+        *,
+        pin: Mapping[str, Precision | str] | None = None,
+        tie: Iterable[Sequence[str]] = (),
+        share_activations: Iterable[Sequence[str]] = (),
+        refuse: Refuse = lambda layer, precision: None,
+    ) -> Space:
+        """The space of `choices` over the layers of `inventory`.
+
+        `choices` is one menu for all layers or glob -> menu, the last match counts (default: weights 2..8, activations 8).
+        `pin` fixes layers (glob -> precision). `tie` lists layers that take one precision; layers that hold the same
+        weight are tied without asking. `share_activations` lists layers that must agree on activation bits only.
+        `refuse` says why a target cannot do a precision; a layer refused at all of its choices is skipped.
+        Raises `UnknownLayerError`, `PrecisionError` and `SpaceError`.
+        """
+        names = [layer.name for layer in inventory]
+        pins = _pins(pin or {}, names)
+        menus, skipped = _menus(inventory, choices, pins, refuse)
+        kept = [name for name in names if name in menus]
+        if not kept:
+            reasons = "; ".join(sorted({item.reason for item in skipped})[:3])
+            raise SpaceError(f"every layer was refused, so there is nothing to decide. Reasons: {reasons}.")
+        same_weight = [(layer.shares_weight_with, layer.name) for layer in inventory if layer.shares_weight_with]
+        clusters = _components(kept, _known((*tie, *same_weight), names, kept))
+        shared = _components(kept, [*clusters, *_known(share_activations, names, kept)])
+        group_of = {name: index for index, members in enumerate(shared) for name in members}
+        units = tuple(Unit(members, _common(members, menus), group_of[members[0]]) for members in clusters)
+        return cls(
+            layers=tuple(layer for layer in inventory if layer.name in menus),
+            units=_agreeing(units),
+            fingerprint=inventory.fingerprint,
+            skipped=(*inventory.skipped, *skipped),
+            pins={name: str(precision) for name, precision in pins.items()},
+        )
+
+    def layer(self, name: str) -> Layer:
+        """The facts of one layer."""
+        return next(layer for layer in self.layers if layer.name == name)
+
+    def is_free(self, unit: Unit) -> bool:
+        """Whether the unit has a decision to make."""
+        return len(unit.choices) > 1
+
+    def assignment(self, choice: Sequence[int]) -> dict[str, Precision]:
+        """Layer name -> precision, for one choice index per unit."""
+        chosen = {name: unit.choices[index] for unit, index in zip(self.units, choice, strict=True) for name in unit.layers}
+        return {layer.name: chosen[layer.name] for layer in self.layers}
+
+    def tied(self) -> Space:
+        """The same space with all free units tied into one: its solutions are the uniform allocations."""
+        free = [unit for unit in self.units if self.is_free(unit)]
+        if len(free) < 2:
+            return self
+        members = tuple(name for unit in free for name in unit.layers)
+        common = tuple(choice for choice in free[0].choices if all(choice in unit.choices for unit in free))
+        if not common:
+            raise SpaceError("no precision is allowed in all free layers, so there is no uniform allocation to compare with.")
+        groups = {unit.activation_group for unit in free}
+        one = Unit(members, common, min(groups))
+        rest = tuple(
+            replace(unit, activation_group=one.activation_group if unit.activation_group in groups else unit.activation_group)
+            for unit in self.units
+            if not self.is_free(unit)
+        )
+        order = {layer.name: index for index, layer in enumerate(self.layers)}
+        units = sorted((one, *rest), key=lambda unit: order[unit.layers[0]])
+        return replace(self, units=_agreeing(tuple(units)))
+
+    def to_json(self) -> dict[str, Any]:
+        """The space as plain JSON values."""
+        return {
+            "layers": [layer.to_json() for layer in self.layers],
+            "units": [
+                {
+                    "layers": list(unit.layers),
+                    "choices": [str(choice) for choice in unit.choices],
+                    "activation_group": unit.activation_group,
+                }
+                for unit in self.units
+            ],
+            "fingerprint": self.fingerprint,
+            "skipped": [{"name": item.name, "reason": item.reason} for item in self.skipped],
+            "pins": dict(self.pins),
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Space:
+        """Inverse of `to_json`."""
+        return cls(
+            layers=tuple(Layer.from_json(item) for item in document["layers"]),
+            units=tuple(
+                Unit(
+                    tuple(item["layers"]),
+                    tuple(Precision.parse(choice) for choice in item["choices"]),
+                    item["activation_group"],
+                )
+                for item in document["units"]
+            ),
+            fingerprint=document["fingerprint"],
+            skipped=tuple(Skipped(item["name"], item["reason"]) for item in document["skipped"]),
+            pins=dict(document["pins"]),
+        )
+
+
+def first_and_last(inventory: Inventory, precision: Precision | str = "w8a8") -> dict[str, Precision | str]:
+    """Pins for the first and the last layer: the usual protection of a classifier's stem and head."""
+    return {inventory.layers[0].name: precision, inventory.layers[-1].name: precision}
+
+
+def is_cnn_classifier(inventory: Inventory) -> bool:
+    """Whether the model starts with a convolution and ends with a linear layer or a convolution to 1x1."""
+    first, last = inventory.layers[0], inventory.layers[-1]
+    return (
+        len(inventory) > 1
+        and first.kind.startswith("Conv")
+        and (last.kind == "Linear" or all(size == 1 for size in last.output_shape[1:]))
+    )
+
+
+def residual_ties(inventory: Inventory) -> tuple[tuple[str, str], ...]:
+    """Each down-sampling shortcut with the last main-branch layer of its block, as OMPQ and CSMPQ tie them.
+
+    A shortcut is recognised by the name of its module: downsample, shortcut, skip or proj_shortcut.
+    """
+    shortcut_names = {"downsample", "shortcut", "skip", "proj_shortcut", "down"}
+    ties = []
+    for layer in inventory:
+        parts = layer.name.split(".")
+        at = next((index for index, part in enumerate(parts) if part in shortcut_names), None)
+        if at is None:
+            continue
+        block = ".".join(parts[:at])
+        prefix = f"{block}." if block else ""
+        main = [
+            other.name
+            for other in inventory
+            if other.name.startswith(prefix) and other.name.removeprefix(prefix).split(".")[0] not in shortcut_names
+        ]
+        if main:
+            ties.append((max(main, key=lambda name: [other.name for other in inventory].index(name)), layer.name))
+    return tuple(ties)
+
+
+def _pins(pin: Mapping[str, Precision | str], names: Sequence[str]) -> dict[str, Precision]:
+    pins: dict[str, Precision] = {}
+    for pattern, precision in pin.items():
+        value = Precision.parse(precision) if isinstance(precision, str) else precision
+        pins.update(dict.fromkeys(matching(pattern, names), value))
+    return pins
+
+
+def _menus(
+    inventory: Inventory, choices: Menus | None, pins: Mapping[str, Precision], refuse: Refuse
+) -> tuple[dict[str, tuple[Precision, ...]], tuple[Skipped, ...]]:
+    names = [layer.name for layer in inventory]
+    wanted: dict[str, Sequence[Precision]] = {}
+    for pattern, precisions in (choices if isinstance(choices, Mapping) else {"*": choices or menu()}).items():
+        wanted.update(dict.fromkeys(matching(pattern, names), tuple(precisions)))
+    menus: dict[str, tuple[Precision, ...]] = {}
+    skipped = []
+    for layer in inventory:
+        asked = (pins[layer.name],) if layer.name in pins else tuple(dict.fromkeys(wanted.get(layer.name, ())))
+        if not asked:
+            raise SpaceError(f"{layer.name} has no choices: no menu matches it. Add a menu for '*'.")
+        reasons = {precision: refuse(layer, precision) for precision in asked}
+        allowed = tuple(precision for precision in asked if reasons[precision] is None)
+        if allowed:
+            menus[layer.name] = allowed
+        elif layer.name in pins:
+            raise SpaceError(
+                f"{layer.name} is pinned to {asked[0]}, which the target refuses: {reasons[asked[0]]}. "
+                "Pin another precision or exclude the layer."
+            )
+        else:
+            skipped.append(Skipped(layer.name, str(next(iter(reasons.values())))))
+    return menus, tuple(skipped)
+
+
+def _known(groups: Iterable[Sequence[str]], names: Sequence[str], kept: Sequence[str]) -> list[tuple[str, ...]]:
+    resolved = [tuple(name for pattern in group for name in matching(pattern, names)) for group in groups]
+    return [tuple(name for name in group if name in kept) for group in resolved]
+
+
+def _components(names: Sequence[str], links: Iterable[Sequence[str]]) -> list[tuple[str, ...]]:
+    """Names joined by overlapping links, both in the order of `names`."""
+    cluster = {name: {name} for name in names}
+    for link in links:
+        merged: set[str] = set().union(*(cluster[name] for name in link))
+        for name in merged:
+            cluster[name] = merged
+    order = {name: index for index, name in enumerate(names)}
+    unique = {id(members): members for members in cluster.values()}
+    return sorted((tuple(sorted(members, key=order.__getitem__)) for members in unique.values()), key=lambda m: order[m[0]])
+
+
+def _common(members: Sequence[str], menus: Mapping[str, tuple[Precision, ...]]) -> tuple[Precision, ...]:
+    common = tuple(choice for choice in menus[members[0]] if all(choice in menus[name] for name in members))
+    if not common:
+        listed = "; ".join(f"{name}: {', '.join(map(str, menus[name]))}" for name in members)
+        raise SpaceError(f"tied layers have no precision in common ({listed}). Widen a menu, or drop the pin or the tie.")
+    return common
+
+
+def _agreeing(units: tuple[Unit, ...]) -> tuple[Unit, ...]:
+    """Drop choices whose activation bits some other unit of the activation group cannot take."""
+    allowed: dict[int, set[int]] = {}
+    for unit in units:
+        bits = {choice.activation for choice in unit.choices}
+        allowed[unit.activation_group] = allowed.get(unit.activation_group, bits) & bits
+    agreed = []
+    for unit in units:
+        choices = tuple(choice for choice in unit.choices if choice.activation in allowed[unit.activation_group])
+        if not choices:
+            members = [other.name for other in units if other.activation_group == unit.activation_group]
+            raise SpaceError(
+                f"{', '.join(members)} read one quantized activation and have no activation bits in common. "
+                "Give them overlapping menus, or pin them alike."
+            )
+        agreed.append(replace(unit, choices=choices))
+    return tuple(agreed)

@@ -1,0 +1,22 @@
+"""Bytes of the weights alone."""
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from mpq_plugins._cost import AbstractCost
+from mpq_plugins._layers import Layer
+from mpq_plugins._precision import Precision
+
+
+@final
+@dataclass(frozen=True)
+class WeightSize(AbstractCost):
+    """Weight elements times weight bits over 8: no scales, no biases, no padding. A shared weight counts once."""
+
+    name: ClassVar[str] = "size"
+    unit: ClassVar[str] = "B"
+
+    def of(self, layer: Layer, precision: Precision) -> float:
+        if layer.shares_weight_with is not None:
+            return 0.0
+        return layer.n_weights * precision.weight / 8

@@ -28,62 +28,14 @@ WEIGHTED: Mapping[Any, tuple[str, int]] = {
 
 # What may stand between a layer and its feature map: normalisation, activation functions, residual adds.
 _PASSING_NAMES = frozenset(
-    [
-        "batch_norm",
-        "instance_norm",
-        "group_norm",
-        "layer_norm",
-        "relu",
-        "relu_",
-        "relu6",
-        "hardtanh",
-        "hardtanh_",
-        "hardswish",
-        "hardsigmoid",
-        "silu",
-        "gelu",
-        "elu",
-        "elu_",
-        "leaky_relu",
-        "leaky_relu_",
-        "prelu",
-        "mish",
-        "selu",
-        "celu",
-        "sigmoid",
-        "sigmoid_",
-        "tanh",
-        "tanh_",
-        "softplus",
-        "clamp",
-        "clamp_",
-        "dropout",
-        "dropout1d",
-        "dropout2d",
-        "dropout3d",
-        "feature_dropout",
-        "alpha_dropout",
-        "contiguous",
-        "to",
-        "clone",
-    ]
+    "batch_norm instance_norm group_norm layer_norm relu relu_ relu6 hardtanh hardtanh_ hardswish hardsigmoid silu "
+    "gelu elu elu_ leaky_relu leaky_relu_ prelu mish selu celu sigmoid sigmoid_ tanh tanh_ softplus clamp clamp_ "
+    "dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout contiguous to clone".split()
 )
 _ADD_NAMES = frozenset(("add", "add_", "__add__", "__iadd__", "__radd__"))
 # Reading a shape or a flag is not a use of the values.
 _METADATA_NAMES = frozenset(
-    [
-        "size",
-        "dim",
-        "numel",
-        "__get__",
-        "__len__",
-        "stride",
-        "is_contiguous",
-        "requires_grad_",
-        "detach",
-        "data_ptr",
-        "storage_offset",
-    ]
+    "size dim numel __get__ __len__ stride is_contiguous requires_grad_ detach data_ptr storage_offset".split()
 )
 
 

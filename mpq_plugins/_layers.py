@@ -51,7 +51,8 @@ class Layer:
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Layer:
         """Inverse of `to_json`."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in document.items()})
+        facts: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in document.items()}
+        return cls(**facts)
 
 
 @dataclass(frozen=True)

@@ -91,13 +91,16 @@ class Problem:
 
     def columns(self, choice: Sequence[int] | np.ndarray) -> np.ndarray:  # [unit]
         """Positions in the row of all choices, for one choice index per unit."""
-        return self.start[:-1] + np.asarray(choice, dtype=int)
+        columns: np.ndarray = self.start[:-1] + np.asarray(choice, dtype=int)
+        return columns
 
     def objective(self, choice: Sequence[int] | np.ndarray) -> float:
         """The loss of one choice index per unit, from the tables."""
         columns = self.columns(choice)
         linear = float(np.sum(self.loss[columns]))
-        return linear if self.pairwise is None else linear + 0.5 * float(self.pairwise[np.ix_(columns, columns)].sum())
+        if self.pairwise is None:
+            return linear
+        return linear + 0.5 * float(self.pairwise[np.ix_(columns, columns)].sum())
 
     def usage(self, choice: Sequence[int] | np.ndarray) -> tuple[float, ...]:
         """What one choice index per unit costs, for each limit."""
@@ -178,6 +181,7 @@ def _least(space: Space, budget: Budget) -> dict[int, float]:
     for index, unit in enumerate(space.units):
         by_group.setdefault(unit.activation_group, []).append(index)
     least: dict[int, float] = {}
+    options: list[dict[int, float]]
     for members in by_group.values():
         labels = {choice.activation for choice in space.units[members[0]].choices}
         options = []
@@ -204,7 +208,7 @@ def _infeasible_text(space: Space, budget: Budget, limit: float, total: float, l
     pinned = f" {len(space.pins)} layers are pinned ({', '.join(space.pins)})." if space.pins else ""
     return (
         f"{budget.cost.name} <= {format_amount(limit, unit_name)} cannot be met: the least is "
-        f"{format_amount(total, unit_name)}.{pinned} Raise the limit, or allow lower bits or fewer pins for the largest: {held}."
+        f"{format_amount(total, unit_name)}.{pinned} Raise the limit, or allow lower bits or fewer pins for: {held}."
     )
 
 

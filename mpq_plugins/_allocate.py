@@ -1,0 +1,203 @@
+"""The whole path from a float model and budgets to a bit configuration, in one call."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from mpq_plugins._adapter import AbstractAdapter
+from mpq_plugins._bits import BitConfig
+from mpq_plugins._cost import AbstractCost, Budget
+from mpq_plugins._errors import BudgetError
+from mpq_plugins._layers import Inventory, Layer, Skipped, find_layers
+from mpq_plugins._plugins import make
+from mpq_plugins._precision import Precision, menu
+from mpq_plugins._problem import build_problem, check_reachable
+from mpq_plugins._proxy import AbstractProxy
+from mpq_plugins._scores import Scores
+from mpq_plugins._solution import Solution
+from mpq_plugins._solve import AbstractSolver, solve
+from mpq_plugins._space import Menus, Space, first_and_last, is_cnn_classifier
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Budgets = Sequence[Budget] | Mapping[str, float | str]
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A bit configuration with everything it was decided from: save the parts that are worth keeping."""
+
+    bits: BitConfig
+    scores: Scores
+    solution: Solution
+
+    @property
+    def space(self) -> Space:
+        """The decision space, with what was skipped and pinned."""
+        return self.scores.space
+
+
+def allocate(
+    model: nn.Module,
+    example: Any,
+    batches: Iterable[Any] = (),
+    *,
+    budgets: Budgets,
+    proxy: AbstractProxy | str = "ompq",
+    choices: Menus | None = None,
+    adapter: AbstractAdapter | str | None = None,
+    solver: AbstractSolver | str | None = None,
+    pin: Mapping[str, Precision | str] | None = None,
+    pin_first_last: bool | None = None,
+    tie: Iterable[Sequence[str]] = (),
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+) -> Allocation:
+    """The best bit-width of every layer under `budgets`, by the losses of `proxy`.
+
+    `example` is one input as the model takes it, `batches` what the proxy looks at (see `Batch.of`). `budgets` are
+    `Budget`s or cost name -> limit, such as `{"size": "w4", "bops": "75G"}`. Plugins may be given by name. `choices` default
+    to what the adapter's target really stores and runs. See `build_space` for the rest.
+
+    Raises `InfeasibleBudgetError` before anything is scored, and what `build_space`, the proxy and `solve` raise.
+    """
+    space = build_space(
+        model,
+        example,
+        choices=choices,
+        adapter=adapter,
+        pin=pin,
+        pin_first_last=pin_first_last,
+        tie=tie,
+        include=include,
+        exclude=exclude,
+    )
+    resolved = as_budgets(budgets)
+    check_reachable(space, resolved)
+    chosen = make("proxies", proxy) if isinstance(proxy, str) else proxy
+    return solve_scores(chosen.score(model, space, batches), resolved, solver=solver)
+
+
+def build_space(
+    model: nn.Module,
+    example: Any,
+    *,
+    choices: Menus | None = None,
+    adapter: AbstractAdapter | str | None = None,
+    pin: Mapping[str, Precision | str] | None = None,
+    pin_first_last: bool | None = None,
+    tie: Iterable[Sequence[str]] = (),
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+) -> Space:
+    """The decision space of a model for a target.
+
+    `pin_first_last` holds the first and last layer at w8a8; None does so for CNN classifiers. The adapter removes
+    what its framework would leave in float, refuses precisions it cannot have, and ties the layers whose activation
+    quantizer it shares, so that what is asked for is what will be exported.
+    """
+    target = make("adapters", adapter) if isinstance(adapter, str) else adapter
+    inventory = find_layers(model, example, include=include, exclude=exclude)
+    share: tuple[tuple[str, ...], ...] = ()
+    if target is not None:
+        inventory = _without(inventory, target.unconvertible(model, inventory))
+        known = {layer.name for layer in inventory}
+        groups = target.activation_groups(model, example)
+        share = tuple(group for group in (tuple(n for n in names if n in known) for names in groups) if len(group) > 1)
+        choices = choices or menu(target.weight_bits, target.activation_bits)
+    pins: dict[str, Precision | str] = {}
+    if pin_first_last or (pin_first_last is None and is_cnn_classifier(inventory)):
+        pins.update(first_and_last(inventory))
+    pins.update(pin or {})
+    return Space.build(
+        inventory,
+        choices,
+        pin=pins,
+        tie=tie,
+        share_activations=share,
+        refuse=_accept if target is None else target.refuse,
+    )
+
+
+def solve_scores(scores: Scores, budgets: Budgets, *, solver: AbstractSolver | str | None = None) -> Allocation:
+    """The best allocation for scores that exist already: no model, no data."""
+    resolved = as_budgets(budgets)
+    problem = build_problem(scores, resolved)
+    method = make("solvers", solver) if isinstance(solver, str) else solver
+    solution = solve(problem, method)
+    labels = [problem.choices[column] for column in problem.columns(solution.choice)]
+    assignment = {
+        name: Precision.parse(label) for unit, label in zip(scores.space.units, labels, strict=True) for name in unit.layers
+    }
+    layers = {layer.name: assignment[layer.name] for layer in scores.space.layers}
+    bits = BitConfig(
+        layers=layers,
+        fingerprint=scores.space.fingerprint,
+        origin=_origin(scores, resolved, solution),
+        costs=costs_of(scores.space, layers, [budget.cost for budget in resolved]),
+    )
+    return Allocation(bits, scores, solution)
+
+
+def costs_of(space: Space, layers: Mapping[str, Precision], extra: Iterable[AbstractCost] = ()) -> dict[str, float]:
+    """Weight size and BOPs of an assignment, and every cost in `extra`, by name."""
+    from mpq_plugins.costs import BitOps, WeightSize
+
+    costs: dict[str, AbstractCost] = {cost.name: cost for cost in (WeightSize(), BitOps(), *extra)}
+    return {name: cost.at(space, layers) for name, cost in sorted(costs.items())}
+
+
+def as_budgets(budgets: Budgets) -> tuple[Budget, ...]:
+    """Budgets from `{"size": "w4"}` or a sequence of them; raises `BudgetError` and `PluginError`."""
+    if isinstance(budgets, Mapping):
+        budgets = [Budget(make("costs", name), limit) for name, limit in budgets.items()]
+    if not budgets:
+        raise BudgetError("no budget was given, so every layer would take its widest bits. Give one, such as size=w4.")
+    return tuple(budgets)
+
+
+def _without(inventory: Inventory, reasons: Mapping[str, str]) -> Inventory:
+    from mpq_plugins._errors import SpaceError
+
+    layers = tuple(layer for layer in inventory if layer.name not in reasons)
+    if not layers:
+        told = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
+        raise SpaceError(f"the framework would leave every layer in float ({told}). Use another adapter or model form.")
+    skipped = tuple(Skipped(name, reason) for name, reason in reasons.items())
+    return Inventory(layers, (*inventory.skipped, *skipped), inventory.fingerprint)
+
+
+def _accept(layer: Layer, precision: Precision) -> str | None:
+    return None
+
+
+def _origin(scores: Scores, budgets: Sequence[Budget], solution: Solution) -> dict[str, Any]:
+    space = scores.space
+    return {
+        "proxy": dict(scores.proxy),
+        "solver": solution.solver,
+        "budgets": [
+            {
+                "options": asdict(budget.cost),  # type: ignore[call-overload]  # costs are dataclasses
+                "name": budget.cost.name,
+                "asked": budget.limit,
+                "limit": budget.resolve(space),
+                "unit": budget.cost.unit,
+            }
+            for budget in budgets
+        ],
+        "status": solution.status.name,
+        "objective": solution.objective,
+        "bound": solution.bound,
+        "gap": solution.gap,
+        "shadow_prices": list(solution.shadow_prices),
+        "unused": list(solution.unused),
+        "pins": dict(space.pins),
+        "ties": [list(unit.layers) for unit in space.units if len(unit.layers) > 1],
+        "skipped": {item.name: item.reason for item in space.skipped},
+        "versions": {name: importlib.metadata.version(name) for name in ("mpq-plugins", "torch", "pulp")},
+    }

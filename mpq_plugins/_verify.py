@@ -1,0 +1,231 @@
+"""Is what was exported what was asked for?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpq_plugins._adapter import AbstractAdapter
+from mpq_plugins._bits import BitConfig
+from mpq_plugins._errors import VerificationError
+from mpq_plugins._files import write_json
+from mpq_plugins._model import tensors
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FORMAT = "mpq-verification/1"
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """One layer: the precision asked for and found, and how many weight codes differ (None: not compared)."""
+
+    name: str
+    asked: str
+    found: str | None
+    n_codes: int | None = None
+    n_different: int | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether bits are as asked and all compared codes are equal."""
+        return self.asked == self.found and not self.n_different
+
+
+@dataclass(frozen=True)
+class OutputCheck:
+    """Outputs of the file against the module.
+
+    `mean_relative` is the mean absolute difference over the standard deviation of the module's output, `max_absolute` the
+    largest difference, `top1_agreement` the share of rows with the same largest entry.
+    """
+
+    mean_relative: float
+    max_absolute: float
+    top1_agreement: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the mean relative difference is within the tolerance."""
+        return self.mean_relative <= self.tolerance
+
+
+@dataclass(frozen=True)
+class BudgetCheck:
+    """A budget of the bit configuration against the bits found in the file."""
+
+    name: str
+    limit: float
+    found: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the file keeps the budget."""
+        return self.found <= self.limit * (1 + 1e-9)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The result of reading an exported file back."""
+
+    artifact: str
+    adapter: str
+    layers: tuple[LayerCheck, ...]
+    unexpected: tuple[str, ...] = ()
+    outputs: OutputCheck | None = None
+    budgets: tuple[BudgetCheck, ...] = ()
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What is wrong, one sentence each; empty when the file holds what was asked for."""
+        found = [
+            f"{check.name}: asked for {check.asked}, the file holds {check.found or 'no such quantized layer'}"
+            for check in self.layers
+            if check.asked != check.found
+        ]
+        found += [
+            f"{check.name}: {check.n_different} of {check.n_codes} weight codes differ from the module's"
+            for check in self.layers
+            if check.n_different
+        ]
+        found += [f"{name}: quantized in the file, not asked for" for name in self.unexpected]
+        if self.outputs is not None and not self.outputs.ok:
+            found.append(
+                f"outputs differ by {self.outputs.mean_relative:.2e} of their standard deviation on average, "
+                f"more than the tolerance {self.outputs.tolerance:.0e}"
+            )
+        found += [
+            f"budget {check.name}: the file needs {check.found:g}, allowed are {check.limit:g}"
+            for check in self.budgets
+            if not check.ok
+        ]
+        return tuple(found)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def check(self) -> Verification:
+        """Itself when nothing is wrong; raises `VerificationError` with the problems otherwise."""
+        if not self.ok:
+            listed = "\n  ".join(self.problems[:10])
+            raise VerificationError(
+                f"{self.artifact} does not hold what was asked for ({len(self.problems)} problems):\n  {listed}\n"
+                "Export it again from the module; if the problem stays, report it with this list."
+            )
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return {
+            "format": FORMAT,
+            "artifact": Path(self.artifact).name,
+            "adapter": self.adapter,
+            "ok": self.ok,
+            "problems": list(self.problems),
+            "layers": {check.name: {k: v for k, v in asdict(check).items() if k != "name"} for check in self.layers},
+            "unexpected": list(self.unexpected),
+            "outputs": None if self.outputs is None else {**asdict(self.outputs), "ok": self.outputs.ok},
+            "budgets": [{**asdict(check), "ok": check.ok} for check in self.budgets],
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write the report as JSON."""
+        return write_json(path, json.loads(json.dumps(self.to_json(), allow_nan=False)))
+
+
+def verify(
+    adapter: AbstractAdapter,
+    path: str | Path,
+    bits: BitConfig,
+    *,
+    module: nn.Module | None = None,
+    inputs: Any = None,
+    model: nn.Module | None = None,
+    tolerance: float = 1e-2,
+) -> Verification:
+    """Read an exported file back and compare it with the bit configuration.
+
+    With `module` every weight code is compared too, with `inputs` also the outputs: the mean difference may be
+    `tolerance` times the standard deviation of the module's outputs (single elements differ by a quantization step where
+    two implementations round a tie differently). With the float `model` and `inputs` the budgets that the configuration
+    records are checked against the bits found. Raises `FormatError` when the file cannot be read; the comparison
+    itself never raises: see `Verification.check`.
+    """
+    found = adapter.read_bits(path)
+    return Verification(
+        artifact=str(path),
+        adapter=adapter.name,
+        layers=_layer_checks(adapter, path, bits, found, module),
+        unexpected=tuple(sorted(set(found.layers) - set(bits.layers))),
+        outputs=None if module is None or inputs is None else _compare_outputs(adapter, path, module, inputs, tolerance),
+        budgets=() if model is None or inputs is None else _budget_checks(model, inputs, bits, found),
+    )
+
+
+def _layer_checks(
+    adapter: AbstractAdapter, path: str | Path, bits: BitConfig, found: BitConfig, module: nn.Module | None
+) -> tuple[LayerCheck, ...]:
+    wanted = {} if module is None else adapter.codes(module)
+    stored = {} if module is None else adapter.read_codes(path)
+    checks = []
+    for name, asked in bits.layers.items():
+        n_codes = n_different = None
+        if module is not None:
+            n_codes, n_different = _count_differences(wanted[name], stored.get(name))
+        precision = found.layers.get(name)
+        checks.append(LayerCheck(name, str(asked), None if precision is None else str(precision), n_codes, n_different))
+    return tuple(checks)
+
+
+def _count_differences(wanted: np.ndarray, stored: np.ndarray | None) -> tuple[int, int]:
+    if stored is None or stored.shape != wanted.shape:
+        return wanted.size, wanted.size
+    return wanted.size, int(np.count_nonzero(stored != wanted))
+
+
+def _compare_outputs(
+    adapter: AbstractAdapter, path: str | Path, module: nn.Module, inputs: Any, tolerance: float
+) -> OutputCheck:
+    from mpq_plugins._model import call, evaluating
+
+    with evaluating(module):
+        expected = [tensor.float().cpu().numpy() for tensor in tensors(call(module, inputs))]
+    return compare_outputs(adapter.run(path, inputs), expected, tolerance=tolerance)
+
+
+def compare_outputs(found: Sequence[np.ndarray], expected: Sequence[np.ndarray], *, tolerance: float) -> OutputCheck:
+    """Largest and mean differences over all outputs, the mean relative to the standard deviation of each."""
+    if len(found) != len(expected):
+        raise VerificationError(f"the file has {len(found)} outputs, the module {len(expected)}. Was another model exported?")
+    worst_mean, worst_max, agreement = 0.0, 0.0, 1.0
+    for ours, theirs in zip(found, expected, strict=True):
+        difference = np.abs(ours.reshape(theirs.shape).astype(np.float64) - theirs)
+        spread = float(np.std(theirs, dtype=np.float64)) or 1.0
+        mean = float(difference.mean()) / spread
+        # A comparison with NaN is False, so a NaN would pass every tolerance: count it as infinitely far.
+        worst_mean = max(worst_mean, mean if np.isfinite(mean) else np.inf)
+        worst_max = max(worst_max, float(np.nan_to_num(difference, nan=np.inf).max()))
+        if theirs.ndim == 2:
+            same = ours.reshape(theirs.shape).argmax(axis=1) == theirs.argmax(axis=1)
+            agreement = min(agreement, float(same.mean()))
+    return OutputCheck(min(worst_mean, 1e300), min(worst_max, 1e300), agreement, tolerance)
+
+
+def _budget_checks(model: nn.Module, inputs: Any, bits: BitConfig, found: BitConfig) -> tuple[BudgetCheck, ...]:
+    from mpq_plugins._layers import find_layers
+    from mpq_plugins._plugins import make
+
+    recorded: Sequence[Mapping[str, Any]] = bits.origin.get("budgets", ())
+    layers = {layer: found.layers[layer.name] for layer in find_layers(model, inputs) if layer.name in found.layers}
+    return tuple(
+        BudgetCheck(row["name"], row["limit"], make("costs", row["name"], row.get("options")).total(layers)) for row in recorded
+    )

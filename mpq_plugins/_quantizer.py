@@ -28,8 +28,7 @@ def mse_scale(weight: Tensor, bits: int, *, channel_axis: int | None = 0, n_poin
     def try_shares(shares: Iterable[Tensor]) -> None:
         for share in shares:
             scale = unit * share
-            difference = quantize(weight, scale, bits).mul_(scale).sub_(weight)
-            found = difference.square_().sum(dim=axes, keepdim=True)
+            found = (quantize(weight, scale, bits) * scale - weight).square().sum(dim=axes, keepdim=True)
             better = found < error
             torch.where(better, scale, best, out=best)
             torch.where(better, found, error, out=error)

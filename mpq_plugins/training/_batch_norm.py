@@ -33,8 +33,10 @@ def reestimate_batch_norm(module: nn.Module, batches: Iterable[Any]) -> int:
         for norm in norms:
             norm.train()
             # Fresh buffers, so that an interrupted run can put the old ones back.
-            norm.running_mean, norm.running_var = torch.zeros_like(norm.running_mean), torch.ones_like(norm.running_var)
-            norm.num_batches_tracked = torch.zeros_like(norm.num_batches_tracked)
+            norm.running_mean, norm.running_var, norm.num_batches_tracked = (
+                None if buffer is None else torch.zeros_like(buffer)
+                for buffer in (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+            )
             norm.momentum = None  # torch's cumulative average
         with torch.no_grad():
             for batch in batches_of(batches):

@@ -1,0 +1,248 @@
+"""The command line: one verb per stage. Nothing heavy is imported before a verb runs.
+
+Exit codes: 0 done; 1 verification failed; 2 wrong use, bad input or a missing extra; 3 infeasible budget; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mpq_plugins import __version__
+from mpq_plugins._errors import InfeasibleBudgetError, MPQError, VerificationError
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INFEASIBLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code."""
+    options = _parser().parse_args(_with_config(list(sys.argv[1:] if arguments is None else arguments)))
+    try:
+        return _run(options)
+    except InfeasibleBudgetError as error:
+        return _fail(error, EXIT_INFEASIBLE)
+    except VerificationError as error:
+        return _fail(error, EXIT_FAILED)
+    except MPQError as error:
+        return _fail(error, EXIT_USAGE)
+    except KeyboardInterrupt:
+        print("interrupted; files that were complete are kept", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _run(options: argparse.Namespace) -> int:
+    from mpq_plugins import _verbs
+    from mpq_plugins._progress import reporting_to, showing_progress
+
+    verb = getattr(_verbs, options.verb)
+    with reporting_to(None) if options.quiet else showing_progress():
+        code: int = verb(options)
+    return code
+
+
+def _fail(error: MPQError, code: int) -> int:
+    print(f"mpq: error: {error}", file=sys.stderr)
+    return code
+
+
+def _with_config(arguments: list[str]) -> list[str]:
+    """`--config FILE` replaced by the options in the JSON file, put first so that the command line overrides them."""
+    if "--config" not in arguments:
+        return arguments
+    at = arguments.index("--config")
+    if at + 1 >= len(arguments):
+        return arguments
+    path, rest = arguments[at + 1], arguments[:at] + arguments[at + 2 :]
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(document, dict):
+            raise ValueError("it must hold one object of option names and values")
+    except (OSError, ValueError) as error:
+        print(f"mpq: error: cannot read the configuration {path}: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_USAGE) from error
+    return [*rest[:1], *_as_options(document), *rest[1:]]
+
+
+def _as_options(document: dict[str, Any]) -> list[str]:
+    words: list[str] = []
+    for name, value in document.items():
+        values = value if isinstance(value, list) else [value]
+        for item in values:
+            if item is True:
+                words.append(f"--{name}")
+            elif item is not False and item is not None:
+                words += [f"--{name}", str(item)]
+    return words
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mpq",
+        description="Mixed-precision bit allocation: score the layers, solve for the best bits, apply, export, verify.",
+        epilog="Exit codes: 0 done, 1 verification failed, 2 wrong use or bad input, 3 infeasible budget, 130 interrupted.",
+    )
+    parser.add_argument("--version", action="version", version=f"mpq-plugins {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    _add_layers(verbs)
+    _add_allocate(verbs)
+    _add_solve(verbs)
+    _add_apply(verbs)
+    _add_export(verbs)
+    _add_verify(verbs)
+    _add_compare(verbs)
+    _add_plugins(verbs)
+    _add_demo(verbs)
+    return parser
+
+
+def _verb(verbs: Any, name: str, help: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=help, description=help)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--config", metavar="FILE", help="JSON object of options; the command line overrides it")
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model and data")
+    group.add_argument(
+        "--model",
+        required=True,
+        metavar="SPEC",
+        help="torchvision:NAME, timm:NAME, file.py:BUILD or module:BUILD; options after '?': NAME?num_classes=10",
+    )
+    group.add_argument("--weights", metavar="FILE", help="state dict (.pt, .pth, .safetensors) loaded into the model")
+    group.add_argument("--data", metavar="SPEC", help="digits, imagefolder:DIR, file.py:LOADER or module:LOADER")
+    group.add_argument("--input", metavar="SHAPE", help="input shape such as 1x3x224x224 (default: from the data)")
+    group.add_argument("--batch-size", type=int, default=32, metavar="N", help="images a batch for built-in data (default 32)")
+    group.add_argument("--images", type=int, default=256, metavar="N", help="images for scoring and calibration (default 256)")
+    group.add_argument("--output", metavar="NAME", help="key, index or attribute of the model's output that counts")
+
+
+def _add_adapter(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    parser.add_argument("--adapter", required=required, metavar="NAME", help="target framework: nncf or brevitas")
+    parser.add_argument(
+        "--adapter-option", action="append", default=[], metavar="KEY=VALUE", help="option of the adapter, e.g. profile=finn"
+    )
+
+
+def _add_space(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("decision space")
+    group.add_argument("--bits", metavar="LIST", help="weight bits, e.g. 2,3,4,8 (default: what the adapter stores)")
+    group.add_argument("--activation-bits", metavar="LIST", help="activation bits, e.g. 4,8 (default: the adapter's, or 8)")
+    group.add_argument("--pin", action="append", default=[], metavar="GLOB=w8a8", help="fix layers to a precision")
+    group.add_argument(
+        "--pin-first-last",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="hold the first and last layer at w8a8 (default: for CNN classifiers)",
+    )
+    group.add_argument("--tie", action="append", default=[], metavar="GLOB,GLOB", help="layers that take one precision")
+    group.add_argument(
+        "--tie-residual",
+        action="store_true",
+        help="tie each down-sampling shortcut with its block's last layer, as OMPQ",
+    )
+    group.add_argument("--include", action="append", default=[], metavar="GLOB", help="search only these layers")
+    group.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="keep these layers in float")
+
+
+def _add_budget(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("budget and solver")
+    group.add_argument(
+        "--budget",
+        action="append",
+        default=[],
+        metavar="COST=LIMIT",
+        help="size=6.7MiB, bops=75G, or a uniform width: size=w4, bops=w4a8; repeat for several at once",
+    )
+    group.add_argument("--solver", default="auto", metavar="NAME", help="see `mpq plugins` (default auto)")
+    group.add_argument("--solver-option", action="append", default=[], metavar="KEY=VALUE", help="option of the solver")
+
+
+def _add_layers(verbs: Any) -> None:
+    parser = _verb(verbs, "layers", "list the layers that can be quantized, and what is skipped and why")
+    _add_model(parser)
+    _add_adapter(parser, required=False)
+
+
+def _add_allocate(verbs: Any) -> None:
+    parser = _verb(verbs, "allocate", "choose the bits of every layer under budgets")
+    _add_model(parser)
+    _add_adapter(parser, required=False)
+    parser.add_argument("--proxy", default="ompq", metavar="NAME", help="score, see `mpq plugins` (default ompq)")
+    parser.add_argument("--proxy-option", action="append", default=[], metavar="KEY=VALUE", help="option of the proxy")
+    _add_space(parser)
+    _add_budget(parser)
+    parser.add_argument("--out", default="bits.json", metavar="FILE", help="bit configuration to write (default bits.json)")
+    parser.add_argument("--scores", metavar="FILE", help="also write the scores, for `mpq solve` at other budgets")
+    parser.add_argument("--plot", metavar="FILE", help="also draw the allocation (.png, .svg, .pdf)")
+
+
+def _add_solve(verbs: Any) -> None:
+    parser = _verb(verbs, "solve", "solve saved scores again at another budget: no model, no data")
+    parser.add_argument("saved", metavar="SCORES", help="file that `mpq allocate --scores` wrote")
+    _add_budget(parser)
+    parser.add_argument("--out", default="bits.json", metavar="FILE", help="bit configuration to write (default bits.json)")
+    parser.add_argument("--plot", metavar="FILE", help="also draw the allocation (.png, .svg, .pdf)")
+
+
+def _add_apply(verbs: Any) -> None:
+    parser = _verb(verbs, "apply", "quantize the model as a bit configuration says: calibrate, correct, re-estimate BN")
+    parser.add_argument("bits_file", metavar="BITS", help="bit configuration")
+    _add_model(parser)
+    _add_adapter(parser, required=True)
+    parser.add_argument("--out", default="module.pt", metavar="FILE", help="quantized module to write (default module.pt)")
+    parser.add_argument("--evaluate", action="store_true", help="measure the accuracy on all of --data, before and after")
+
+
+def _add_export(verbs: Any) -> None:
+    parser = _verb(verbs, "export", "export a quantized module, read the file back and verify it")
+    parser.add_argument("module_file", metavar="MODULE", help="file that `mpq apply` wrote")
+    _add_model(parser)
+    _add_adapter(parser, required=True)
+    parser.add_argument("--format", metavar="NAME", help="see `mpq plugins` (default: the adapter's first)")
+    parser.add_argument("--out", required=True, metavar="FILE", help="artifact to write")
+    parser.add_argument("--report", metavar="FILE", help="verification report to write")
+    parser.add_argument("--tolerance", type=float, default=1e-2, help="mean output difference allowed, in standard deviations")
+
+
+def _add_verify(verbs: Any) -> None:
+    parser = _verb(verbs, "verify", "read an exported file back and compare it with a bit configuration")
+    parser.add_argument("artifact", metavar="ARTIFACT", help="exported file")
+    parser.add_argument("bits_file", metavar="BITS", help="bit configuration that was asked for")
+    _add_adapter(parser, required=True)
+    parser.add_argument("--report", metavar="FILE", help="verification report to write")
+
+
+def _add_compare(verbs: Any) -> None:
+    parser = _verb(verbs, "compare", "apply several proxies and all controls at the same budgets and measure the accuracy")
+    _add_model(parser)
+    _add_adapter(parser, required=True)
+    parser.add_argument("--proxies", default="ompq,csmpq", metavar="LIST", help="proxies to compare (default ompq,csmpq)")
+    parser.add_argument("--seeds", type=int, default=20, metavar="N", help="seeds of the random control (default 20)")
+    _add_space(parser)
+    parser.add_argument(
+        "--budget", action="append", default=[], metavar="COST=LIMIT", help="repeat: each is compared on its own"
+    )
+    parser.add_argument("--out", metavar="FILE", help="comparison to write as JSON")
+    parser.add_argument("--plot", metavar="FILE", help="also draw the comparison (.png, .svg, .pdf)")
+
+
+def _add_plugins(verbs: Any) -> None:
+    _verb(verbs, "plugins", "list proxies, costs, solvers and adapters, and whether they can be used here")
+
+
+def _add_demo(verbs: Any) -> None:
+    parser = _verb(verbs, "demo", "the whole path on scikit-learn's digits, through both adapters, in a few minutes")
+    parser.add_argument("--out", default="mpq-demo", metavar="DIR", help="folder for all files (default mpq-demo)")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds of the random control (default 5)")
+    parser.add_argument("--adapters", default="nncf,brevitas", metavar="LIST", help="adapters to go through (default both)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""The demo: train on digits, allocate, apply, export and verify through both adapters, print one table."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from mpq_plugins._adapter import AbstractAdapter
+from mpq_plugins._allocate import Allocation, build_space
+from mpq_plugins._digits import digits, trained_digits_net
+from mpq_plugins._files import write_whole
+from mpq_plugins._plugins import make
+from mpq_plugins._precision import menu
+from mpq_plugins._verify import Verification, verify
+from mpq_plugins.reports import (
+    CONTROLS,
+    allocation_table,
+    compare,
+    comparison_table,
+    plot_allocation,
+    plot_comparison,
+)
+
+BUDGETS = {"size = uniform w4": {"size": "w4"}, "size = uniform w3": {"size": "w3"}}
+PROXIES = ("ompq", "csmpq")
+# What OpenVINO's compact storage holds and Brevitas can do as well, so that one configuration serves both.
+MENU = menu((2, 3, 4, 6, 8), (8,))
+SUFFIX = {"nncf": ".xml", "brevitas": ".onnx"}
+TOLERANCE = 1e-2
+
+
+def run_demo(folder: Path, *, n_seeds: int, adapters: Sequence[str], as_json: bool) -> int:
+    """Run everything, leave all files in `folder`, print the table (or JSON), and return 1 if a file does not verify."""
+    start = time.perf_counter()
+    console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 140)
+    folder.mkdir(parents=True, exist_ok=True)
+    net = trained_digits_net()
+    write_whole(folder / "float.pt", lambda path: torch.save(net.state_dict(), path))
+    calibration, test = digits(train=True)[:4], digits(train=False)
+    example = test[0].inputs[:1]
+    targets: dict[str, AbstractAdapter] = {name: make("adapters", name) for name in adapters}
+    space = build_space(net, example, choices=MENU, adapter=next(iter(targets.values()), None))
+    reports: list[Verification] = []
+
+    def keep(budget: str, proxy: str, allocation: Allocation, adapter: AbstractAdapter, module: torch.nn.Module) -> None:
+        if proxy.split("#")[0] in CONTROLS:
+            return
+        stem = f"{proxy}-{budget.split()[-1]}"
+        allocation.bits.save(folder / f"{stem}.bits.json")
+        plot_allocation(allocation, folder / f"{stem}.png")
+        if budget == next(iter(BUDGETS)) and proxy == PROXIES[0] and adapter is next(iter(targets.values())):
+            console.print(allocation_table(allocation))
+        artifact = adapter.export(module, folder / f"{stem}-{adapter.name}{SUFFIX[adapter.name]}", example)
+        report = verify(
+            adapter,
+            artifact,
+            allocation.bits,
+            module=module,
+            inputs=test[0].inputs,
+            model=net,
+            tolerance=TOLERANCE,
+        )
+        report.save(folder / f"{stem}-{adapter.name}.verification.json")
+        reports.append(report)
+
+    comparison = compare(
+        net,
+        space,
+        example=example,
+        calibration=calibration,
+        test=test,
+        budgets=BUDGETS,
+        adapters=targets,
+        proxies=PROXIES,
+        n_seeds=n_seeds,
+        on_applied=keep,
+    )
+    comparison.save(folder / "comparison.json")
+    plot_comparison(comparison, folder / "comparison.png")
+    failed = [report for report in reports if not report.ok]
+    if as_json:
+        verified = {Path(report.artifact).name: report.ok for report in reports}
+        print(json.dumps({**comparison.to_json(), "verified": verified}, indent=2, sort_keys=True))
+    else:
+        console.print(comparison_table(comparison))
+        for report in reports:
+            console.print(_line(report), highlight=False)
+        console.print(f"files in {folder}, {time.perf_counter() - start:.0f} s", highlight=False)
+    return 1 if failed else 0
+
+
+def _line(report: Verification) -> str:
+    n_codes = sum(check.n_codes or 0 for check in report.layers)
+    outputs = "" if report.outputs is None else f", outputs within {report.outputs.mean_relative:.0e} std"
+    if report.ok:
+        return f"verified {Path(report.artifact).name}: {len(report.layers)} layers, {n_codes:,} weight codes equal{outputs}"
+    return f"FAILED {Path(report.artifact).name}: " + "; ".join(report.problems[:3])

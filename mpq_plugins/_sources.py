@@ -1,0 +1,191 @@
+"""Models, weights and data named on the command line."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from urllib.parse import parse_qsl
+
+import torch
+from torch import nn
+
+from mpq_plugins._errors import DataError, ModelError
+from mpq_plugins._model import Batch
+from mpq_plugins._plugins import require
+from mpq_plugins._text import literal
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def load_model(spec: str, weights: str | Path | None = None) -> nn.Module:
+    """The float model that `spec` names, in evaluation mode, with `weights` loaded when given.
+
+    `torchvision:resnet18`, `timm:NAME`, `path/to/file.py:build` or `package.module:build`, where build is a callable that
+    returns an `nn.Module`, or is one. Options follow a question mark: `torchvision:resnet18?num_classes=10`.
+    Raises `ModelError` and `MissingExtraError`.
+    """
+    name, _, query = spec.partition("?")
+    options = {key: literal(value) for key, value in parse_qsl(query)}
+    source, colon, target = name.rpartition(":")
+    if not colon:
+        raise ModelError(
+            f"{spec!r} names no model. Write torchvision:NAME, timm:NAME, path/to/file.py:BUILD or package.module:BUILD."
+        )
+    if source == "torchvision":
+        model = _built(lambda: require("torchvision", "vision").models.get_model(target, weights=None, **options), spec)
+    elif source == "timm":
+        model = _built(lambda: require("timm", "timm").create_model(target, pretrained=False, **options), spec)
+    else:
+        found = _attribute(source, target, ModelError)
+        model = found if isinstance(found, nn.Module) else _built(lambda: found(**options), spec)
+    if weights is not None:
+        load_weights(model, weights)
+    return model.eval()
+
+
+def _built(build: Callable[[], Any], spec: str) -> nn.Module:
+    try:
+        model = build()
+    except (TypeError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"building the model {spec} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{spec} gives a {type(model).__name__}, not a torch.nn.Module. Point to a function that returns one.")
+    return model
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a state dict into `model`, strictly; nothing is executed from the file (`weights_only=True`).
+
+    Reads what `torch.save(model.state_dict())` wrote, or a `.safetensors` file; a dict with `state_dict` or `model` inside is
+    unwrapped, a `module.` prefix removed. Raises `ModelError` and leaves the model untouched.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            state = require("safetensors.torch", "all").load_file(str(path))
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ModelError(f"cannot read the weights {path}: {error.strerror or error}. Check the path.") from error
+    except Exception as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"the weights {path} cannot be loaded safely: {first_line} Save them again as torch.save(model.state_dict(), path)."
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not state:
+        raise ModelError(f"{path} holds a {type(state).__name__}, not a state dict. Save model.state_dict().")
+    state = {str(key).removeprefix("module."): value for key, value in state.items()}
+    _check_state(model, state, path)
+    model.load_state_dict(state)
+
+
+def _check_state(model: nn.Module, state: Mapping[str, Any], path: Path) -> None:
+    expected = model.state_dict()
+    missing, unexpected = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
+    wrong = [
+        f"{key}: {tuple(state[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in state and hasattr(state[key], "shape") and state[key].shape != value.shape
+    ]
+    if missing or unexpected or wrong:
+        raise ModelError(
+            f"{path} does not fit {type(model).__name__}: {len(missing)} keys missing {missing[:3]}, "
+            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(wrong)} of another shape {wrong[:3]}. "
+            "Build the model with the options it was trained with."
+        )
+
+
+def load_data(spec: str, *, input_shape: tuple[int, ...] | None = None, batch_size: int = 32) -> Iterable[Any]:
+    """Batches of the data that `spec` names, in a fixed order; can be iterated again.
+
+    `digits` (scikit-learn's handwritten digits, 1x8x8), `imagefolder:DIR` (torchvision's layout, one folder a class; resized
+    and centre-cropped to `input_shape` [batch, channels, height, width], ImageNet normalisation), or `file.py:loader` /
+    `package.module:loader`, a callable or an iterable of items that `Batch.of` reads.
+    Raises `DataError` and `MissingExtraError`.
+    """
+    if spec == "digits":
+        from mpq_plugins._digits import digits
+
+        return digits(train=False, batch_size=batch_size)
+    source, colon, target = spec.rpartition(":") if not spec.startswith("imagefolder:") else spec.partition(":")
+    if not colon:
+        raise DataError(f"{spec!r} names no data. Write digits, imagefolder:DIR, path/to/file.py:LOADER or module:LOADER.")
+    if source == "imagefolder":
+        return ImageFolder(Path(target), size=input_shape[-1] if input_shape else 224, batch_size=batch_size)
+    found = _attribute(source, target, DataError)
+    return found() if callable(found) and not isinstance(found, Iterable) else found  # type: ignore[no-any-return]
+
+
+class ImageFolder:
+    """Batches of an image folder with ImageNet's evaluation preprocessing, images of all classes mixed by a fixed seed."""
+
+    def __init__(self, root: Path, *, size: int, batch_size: int) -> None:
+        datasets, transforms = require("torchvision.datasets", "vision"), require("torchvision.transforms", "vision")
+        steps = [
+            transforms.Resize(round(size * 256 / 224)),
+            transforms.CenterCrop(size),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+        try:
+            self._images = datasets.ImageFolder(str(root), transforms.Compose(steps))
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"{root} is no image folder: {error}. It needs one sub-folder of images for each class.") from error
+        self._batch_size = batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(0)
+        order = torch.randperm(len(self._images), generator=generator).tolist()
+        for start in range(0, len(order), self._batch_size):
+            images, labels = zip(*(self._images[i] for i in order[start : start + self._batch_size]), strict=True)
+            yield Batch(torch.stack(images), torch.tensor(labels))
+
+
+def example_input(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    """A normal random input of a given shape, for discovery and export when there are no data."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """`1x3x224x224` -> (1, 3, 224, 224); raises `ModelError`."""
+    try:
+        shape = tuple(int(part) for part in text.lower().split("x"))
+    except ValueError:
+        shape = ()
+    if len(shape) < 2 or any(size < 1 for size in shape):
+        raise ModelError(f"{text!r} is no input shape. Write batch and sizes joined by x, such as 1x3x224x224.")
+    return shape
+
+
+def _attribute(source: str, name: str, error_type: type[Exception]) -> Any:
+    """`name` from a Python file or a module."""
+    try:
+        module = _module_of_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
+    except (ImportError, OSError, SyntaxError) as error:
+        raise error_type(f"cannot import {source}: {error}. Give an existing file.py or an importable module.") from error
+    try:
+        return getattr(module, name)
+    except AttributeError as error:
+        public = [attribute for attribute in vars(module) if not attribute.startswith("_")]
+        raise error_type(f"{source} has no {name!r}; it has {', '.join(public[:10])}.") from error
+
+
+def _module_of_file(path: Path) -> ModuleType:
+    if not path.exists():
+        raise OSError(f"{path} does not exist")
+    name = f"mpq_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -44,7 +44,13 @@ def test_published_resnet18_sizes(resnet18, bits, mib):
 
 @pytest.mark.parametrize(
     ("bits", "activation", "giga"),
-    [(OMPQ_QAT, 8, "96.73"), (OMPQ_QAT, 6, "74.44"), (CSMPQ_QAT, 6, "74.48"), (OMPQ_PTQ_40, 8, "49.57"), (OMPQ_PTQ_45, 8, "51.47")],
+    [
+        (OMPQ_QAT, 8, "96.73"),
+        (OMPQ_QAT, 6, "74.44"),
+        (CSMPQ_QAT, 6, "74.48"),
+        (OMPQ_PTQ_40, 8, "49.57"),
+        (OMPQ_PTQ_45, 8, "51.47"),
+    ],
 )
 def test_published_resnet18_bops(resnet18, bits, activation, giga):
     """The published configurations have the published BOPs; the a6 figures keep stem and classifier at 8-bit activations."""

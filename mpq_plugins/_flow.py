@@ -7,13 +7,17 @@ functional calls and tied weights all resolve. No graph is traced, hence any Pyt
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from mpq_plugins._layers import Layer
 
 # function -> (kind of layer it computes, axis of the output channels in its weight)
 WEIGHTED: Mapping[Any, tuple[str, int]] = {
@@ -30,12 +34,15 @@ WEIGHTED: Mapping[Any, tuple[str, int]] = {
 _PASSING_NAMES = frozenset(
     "batch_norm instance_norm group_norm layer_norm relu relu_ relu6 hardtanh hardtanh_ hardswish hardsigmoid silu "
     "gelu elu elu_ leaky_relu leaky_relu_ prelu mish selu celu sigmoid sigmoid_ tanh tanh_ softplus clamp clamp_ "
-    "dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout contiguous to clone".split()
+    "dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout contiguous to clone detach".split()
 )
 _ADD_NAMES = frozenset(("add", "add_", "__add__", "__iadd__", "__radd__"))
+# x * sigmoid(x), written out, is one activation function too.
+_GATE_NAMES = frozenset(("sigmoid", "hardsigmoid"))
+_PRODUCT_NAMES = frozenset(("mul", "mul_", "__mul__", "__imul__", "__rmul__", "multiply"))
 # Reading a shape or a flag is not a use of the values.
 _METADATA_NAMES = frozenset(
-    "size dim numel __get__ __len__ stride is_contiguous requires_grad_ detach data_ptr storage_offset".split()
+    "size dim numel __get__ __len__ stride is_contiguous requires_grad_ data_ptr storage_offset".split()
 )
 
 
@@ -90,36 +97,78 @@ class AbstractWatch(TorchFunctionMode, abc.ABC):
         """Called after any other torch function ran."""
 
 
+@dataclass(frozen=True)
+class _Open:
+    """A tensor that may still become the feature map of some layers; holding it keeps its id unique."""
+
+    tensor: Tensor
+    layers: tuple[str, ...]
+    gated: Tensor | None = None  # what a sigmoid was taken of: their product is one activation function
+
+
 @final
 class FeatureWatch(AbstractWatch):
     """Hands over the feature map of every layer the moment it is final, then lets go of it.
 
     The feature map of a layer is its output after the normalisation, activation and residual add that follow, up to
     the first operation that reads it for anything else: OMPQ's and CSMPQ's "after ReLU; at a residual block's
-    end, the block output after the add". Layers that end in the same add share one feature map.
+    end, the block output after the add". Layers that end in the same add share one feature map. Where a block starts with
+    normalisation (pre-activation), that belongs to the feature map of the block before.
 
     `on_feature(layers, feature)` receives the names and a tensor [N, ...]. A layer called several times hands over
-    the feature map of each call.
+    the feature map of each call. Use as a context around one forward pass; the outputs are handed over at its end.
     """
 
-    def __init__(self, layer_of_parameter: Mapping[int, str], on_feature: Callable[[tuple[str, ...], Tensor], None]) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Iterable[Layer], on_feature: Callable[[tuple[str, ...], Tensor], None]
+    ) -> None:
         super().__init__()
-        self._layer_of_parameter = layer_of_parameter
         self._on_feature = on_feature
-        # id(tensor) -> (tensor, layers whose feature map it may still become). Holding the tensor keeps the id unique.
-        self._open: dict[int, tuple[Tensor, tuple[str, ...]]] = {}
+        self._open: dict[int, _Open] = {}  # by id of the tensor
+        parameters = dict(model.named_parameters())
+        modules = dict(model.named_modules())
+        self._layer_of_parameter: dict[int, str] = {}
+        self._layer_of_module: dict[nn.Module, str] = {}
+        for layer in layers:
+            if layer.weight_name in parameters:
+                self._layer_of_parameter[id(parameters[layer.weight_name])] = layer.name
+            else:  # The weight is computed from others before each call: only its module is there to know it by.
+                self._layer_of_module[modules[layer.name]] = layer.name
+        self._running: list[nn.Module] = []
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> FeatureWatch:
+        for module in self._layer_of_module:
+            self._handles.append(module.register_forward_pre_hook(lambda module, _inputs: self._running.append(module)))
+            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+        super().__enter__()  # type: ignore[no-untyped-call]  # torch's own has no types
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        for handle in self._handles:
+            handle.remove()
+        if exception[0] is None:
+            for held in tuple(self._open.values()):  # What nothing read: the outputs of the model.
+                self._close(held.tensor)
+        self._open.clear()
+
+    def _leave(self, _module: nn.Module, _inputs: Any, _output: Any) -> None:
+        self._running.pop()
 
     def before_weighted(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self._close(input_argument(args, kwargs))
 
     def on_weighted(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> None:
         layer = self._layer_of_parameter.get(id(weight_argument(args, kwargs)))
+        if layer is None and self._running:
+            layer = self._layer_of_module[self._running[-1]]
         if layer is not None:
-            self._open[id(output)] = (output, (layer,))
+            self._open[id(output)] = _Open(output, (layer,))
 
     def before_other(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         name = function_name(function)
-        if name in _PASSING_NAMES or name in _ADD_NAMES or name in _METADATA_NAMES:
+        if name in _METADATA_NAMES or self._passing_on(name, args, kwargs):
             return
         for value in (*args, *kwargs.values()):
             for item in value if isinstance(value, (tuple, list)) else (value,):
@@ -127,24 +176,31 @@ class FeatureWatch(AbstractWatch):
 
     def on_other(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
         name = function_name(function)
-        if not isinstance(output, Tensor) or not (name in _PASSING_NAMES or name in _ADD_NAMES):
+        if not isinstance(output, Tensor):
             return
-        sources = args[:2] if name in _ADD_NAMES else args[:1] or (kwargs.get("input"),)
-        layers: tuple[str, ...] = ()
-        for source in sources:
-            _, ending = self._open.pop(id(source), (None, ())) if isinstance(source, Tensor) else (None, ())
-            layers += tuple(layer for layer in ending if layer not in layers)
+        sources = self._passing_on(name, args, kwargs)
+        ends = [self._open.pop(id(source)) for source in sources if id(source) in self._open]
+        layers = tuple(dict.fromkeys(layer for end in ends for layer in end.layers))
         if layers:
-            self._open[id(output)] = (output, layers)
+            self._open[id(output)] = _Open(output, layers, sources[0] if name in _GATE_NAMES else None)
 
-    def finish(self) -> None:
-        """Hand over what nothing read: the outputs of the model."""
-        for tensor, _ in tuple(self._open.values()):
-            self._close(tensor)
+    def _passing_on(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """The arguments whose feature map goes on in the result; none for an operation that ends feature maps."""
+        if name in _ADD_NAMES:
+            # Nothing is read twice: x + x has one source.
+            return list({id(value): value for value in (*args[:2], *kwargs.values()) if isinstance(value, Tensor)}.values())
+        if name in _PASSING_NAMES:
+            source = input_argument(args, kwargs)
+            return [source] if isinstance(source, Tensor) else []
+        if name in _PRODUCT_NAMES:
+            return [value for value in args[:2] if self._is_gate_of_another(value, args)]
+        return []
+
+    def _is_gate_of_another(self, value: Any, args: Sequence[Any]) -> bool:
+        held = self._open.get(id(value))
+        return held is not None and held.gated is not None and any(other is held.gated for other in args[:2])
 
     def _close(self, tensor: Any) -> None:
-        if not isinstance(tensor, Tensor):
-            return
-        _, layers = self._open.pop(id(tensor), (None, ()))
-        if layers:
-            self._on_feature(layers, tensor)
+        held = self._open.pop(id(tensor), None) if isinstance(tensor, Tensor) else None
+        if held is not None:
+            self._on_feature(held.layers, held.tensor)

@@ -19,7 +19,11 @@ class AbstractProxy(abc.ABC):
 
     name: ClassVar[str]
     needs_data: ClassVar[bool] = True
-    needs_labels: ClassVar[bool] = False
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether `score` reads labels; the options may decide that."""
+        return False
 
     @abc.abstractmethod
     def score(self, model: nn.Module, space: Space, batches: Iterable[Any] = ()) -> Scores:

@@ -16,8 +16,8 @@ def quantize(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
 def mse_scale(weight: Tensor, bits: int, *, channel_axis: int | None = 0, n_points: int = 80) -> Tensor:
     """Scales that minimise the squared error over a grid of thresholds, shaped to broadcast with `weight`.
 
-    Thresholds run from 1/n_points of the largest magnitude to all of it; step T / (2^(b-1) - 1), as in NNCF. At 2 bits the
-    grid is refined once around its best point, where 80 points are not enough. One scale per slice
+    Thresholds run from 1/n_points of the largest magnitude to all of it; step T / (2^(b-1) - 1), as in NNCF. The
+    grid is refined once around its best point (80 points alone are too coarse at 2 bits). One scale per slice
     along `channel_axis`, or one for all with None. All-zero slices get scale 1.
     """
     axes = tuple(axis for axis in range(weight.dim()) if axis != channel_axis)
@@ -34,8 +34,7 @@ def mse_scale(weight: Tensor, bits: int, *, channel_axis: int | None = 0, n_poin
             torch.where(better, found, error, out=error)
 
     try_shares(torch.linspace(1 / n_points, 1, n_points))
-    if bits == 2:
-        centre = best / unit
-        for offset in torch.linspace(-1, 1, 21)[torch.linspace(-1, 1, 21).abs() > 1e-6]:
-            try_shares(((centre + offset / n_points).clamp(1e-3, 1),))
+    centre = best / unit
+    for offset in torch.linspace(-0.95, 0.95, 20):
+        try_shares(((centre + offset / n_points).clamp(1e-3, 1),))
     return best

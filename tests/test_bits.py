@@ -1,7 +1,6 @@
 """The bit configuration file."""
 
 import json
-import os
 
 import pytest
 import torch
@@ -71,7 +70,7 @@ def test_another_models_configuration_is_refused(bits, inventory):
     with pytest.raises(UnknownLayerError, match="'7'"):
         BitConfig({"7": Precision(4, 8)}, inventory.fingerprint).check(inventory)
     wider = find_layers(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2)), torch.ones(1, 4))
-    with pytest.raises(FingerprintError, match="another|shapes or layers differ"):
+    with pytest.raises(FingerprintError, match="some weight shapes or layers differ"):
         bits.check(wider)
 
 
@@ -87,4 +86,4 @@ def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path):
     with pytest.raises(RuntimeError, match="disk full"):
         write_whole(path, fail)
     assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["file.txt"]
+    assert [file.name for file in tmp_path.iterdir()] == ["file.txt"]

@@ -1,0 +1,168 @@
+"""The command line on the digits network: verbs, files, and what wrong uses are told."""
+
+import json
+
+import pytest
+import torch
+
+from mpq_plugins import BitConfig
+from mpq_plugins._cli import main
+from mpq_plugins._digits import DigitsNet
+
+MODEL = "mpq_plugins._digits:DigitsNet"
+LABELLED = ["--proxy", "csmpq", "--proxy-option", "documents=classes"]
+COMMON = ["--model", MODEL, "--data", "digits", "--images", "128", "--quiet"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(capsys, *words):
+    """Exit code, stdout and stderr of a command."""
+    code = main([str(word) for word in words])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_layers_lists_layers(folder, capsys):
+    """Fourteen layers with their facts, as a table and as JSON."""
+    code, out, _ = run(capsys, "layers", "--model", MODEL, "--input", "1x1x8x8", "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert [layer["name"] for layer in document["layers"]][:2] == ["stem", "layer1.0.conv1"]
+    assert len(document["layers"]) == 14
+    assert "stem" in run(capsys, "layers", "--model", MODEL, "--input", "1x1x8x8")[1]
+
+
+def test_allocate_then_solve_again_without_the_model(folder, capsys):
+    """Two budgets at once are met; saved scores are solved at another budget without model or data, and plotted."""
+    code, out, _ = run(
+        capsys, "allocate", *COMMON, "--budget", "size=w4", "--budget", "bops=w5", "--bits", "2,3,4,5,6,8",
+        "--scores", "scores.json", "--plot", "bits.png",
+    )  # fmt: skip
+    assert code == 0
+    assert "proven optimal" in out
+    bits = BitConfig.load("bits.json")
+    assert {row["name"]: row["limit"] >= bits.costs[row["name"]] for row in bits.origin["budgets"]} == {
+        "size": True,
+        "bops": True,
+    }
+    assert (str(bits["stem"]), str(bits["fc"])) == ("w8a8", "w8a8")
+    assert (folder / "bits.png").read_bytes()[:4] == b"\x89PNG"
+    code, out, _ = run(capsys, "solve", "scores.json", "--budget", "size=w3", "--out", "w3.json", "--json", "--quiet")
+    assert code == 0
+    assert BitConfig.load("w3.json").costs["size"] < bits.costs["size"]
+    assert json.loads(out)["status"] == "optimal"
+
+
+def test_same_inputs_give_the_same_bytes(folder, capsys):
+    """Two runs write identical files."""
+    for name in ("a.json", "b.json"):
+        run(capsys, "allocate", *COMMON, "--proxy", "csmpq", "--budget", "size=w3", "--out", name)
+    assert (folder / "a.json").read_bytes() == (folder / "b.json").read_bytes()
+
+
+def test_options_come_from_a_file_and_the_command_line_overrides_them(folder, capsys):
+    """One JSON file serves the options of a verb."""
+    (folder / "run.json").write_text(
+        json.dumps({"model": MODEL, "data": "digits", "budget": ["size=w4"], "out": "from-file.json"})
+    )
+    assert run(capsys, "allocate", "--config", "run.json", "--proxy", "constant", "--out", "mine.json", "--quiet")[0] == 0
+    assert BitConfig.load("mine.json").origin["proxy"]["name"] == "constant"
+    assert not (folder / "from-file.json").exists()
+
+
+def test_weights_are_loaded_strictly(folder, capsys):
+    """A state dict, also inside a checkpoint with prefixes, reaches the model; another network's does not."""
+    from mpq_plugins._sources import load_model
+
+    net = DigitsNet()
+    torch.save({"state_dict": {f"module.{key}": value for key, value in net.state_dict().items()}}, "net.pt")
+    assert torch.equal(load_model(MODEL, "net.pt").fc.weight, net.fc.weight)
+    torch.save(DigitsNet(width=8).state_dict(), "narrow.pt")
+    code, _, err = run(capsys, "layers", "--model", MODEL, "--weights", "narrow.pt", "--input", "1x1x8x8")
+    assert code == 2
+    assert "of another shape" in err
+
+
+def test_user_models_and_loaders_from_a_file(folder, capsys):
+    """file.py:name works for the model and for the data."""
+    (folder / "mine.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def build(width=4):\n    return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 2))\n"
+        "batches = [(torch.randn(16, 3), torch.zeros(16, dtype=torch.long))] * 2\n"
+    )
+    words = ["allocate", "--model", "mine.py:build?width=6", "--data", "mine.py:batches", "--budget", "size=w4", "--quiet"]
+    assert run(capsys, *words)[0] == 0
+    assert set(BitConfig.load("bits.json").layers) == {"0", "2"}
+
+
+def test_plugins_lists_all_kinds(capsys):
+    """Every kind of plugin is listed with a sentence."""
+    code, out, _ = run(capsys, "plugins", "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert {"ompq", "csmpq", "uniform"} <= set(document["proxies"])
+    assert {"nncf", "brevitas"} <= set(document["adapters"])
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "texts"),
+    [
+        (["--pin", "steam=w8a8", "--budget", "size=w4"], 2, ["'steam'", "stem", "mpq layers"]),
+        (["--bits", "2,9", "--budget", "size=w4"], 2, ["weight bits", "1 to 8", "9"]),
+        (["--bits", "2,x", "--budget", "size=w4"], 2, ["'2,x'", "2,3,4,8"]),
+        (["--budget", "size=1kB"], 3, ["size <= 1000 B cannot be met", "the least is", "Raise the limit"]),
+        (["--budget", "size=1kB", "--budget", "bops=1G"], 3, ["size <= 1000 B cannot be met"]),
+        (["--budget", "size=lots"], 2, ["'lots'", "6.7MiB"]),
+        (["--budget", "latency=3"], 2, ["'latency'", "There are:", "bops"]),
+        ([], 2, ["no budget", "size=w4"]),
+        (["--proxy", "omqp", "--budget", "size=w4"], 2, ["'omqp'", "Did you mean ompq?"]),
+        (["--proxy-option", "gamma=3", "--budget", "size=w4"], 2, ["gamma", "options are", "beta"]),
+        (["--weights", "absent.pt", "--budget", "size=w4"], 2, ["absent.pt", "Check the path"]),
+        (["--weights", "broken.pt", "--budget", "size=w4"], 2, ["broken.pt", "cannot be loaded safely", "state_dict"]),
+        (["--weights", "pickle.pt", "--budget", "size=w4"], 2, ["pickle.pt", "cannot be loaded safely"]),
+        ([*LABELLED, "--data", "bare.py:batches", "--budget", "size=w4"], 2, ["labels"]),
+        (["--data", "bare.py:broken", "--budget", "size=w4"], 2, ["not finite", "stem"]),
+    ],
+)  # fmt: skip
+def test_wrong_uses_are_told_the_fact_the_values_and_the_next_step(folder, capsys, words, code, texts):
+    """Each hurried mistake gets its exit code and its sentence, and leaves no file behind."""
+    (folder / "broken.pt").write_bytes(b"PK\x03\x04 cut off")
+    torch.save(DigitsNet(), "pickle.pt")
+    (folder / "bare.py").write_text(
+        "import torch\nbatches = [torch.randn(8, 1, 8, 8)] * 2\nbroken = [torch.full((8, 1, 8, 8), float('nan'))]\n"
+    )
+    before = sorted(folder.iterdir())
+    found, out, err = run(capsys, "allocate", *COMMON, *words)
+    assert (found, out) == (code, "")
+    assert all(text in err for text in texts), err
+    assert sorted(path for path in folder.iterdir() if path.name != "__pycache__") == before
+
+
+def test_an_infeasible_budget_is_refused_before_scoring(folder, capsys, monkeypatch):
+    """The proxy is never asked when the budget cannot be met."""
+    from mpq_plugins.proxies import OMPQ
+
+    monkeypatch.setattr(OMPQ, "score", lambda *_: pytest.fail("scored"))
+    assert run(capsys, "allocate", *COMMON, "--budget", "size=1kB")[0] == 3
+
+
+def test_a_missing_extra_names_the_command_that_installs_it(folder, capsys, monkeypatch):
+    """Without scikit-learn the digits ask for the extra that brings it."""
+    import sys
+
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    code, _, err = run(capsys, "allocate", *COMMON, "--budget", "size=w4")
+    assert code == 2
+    assert "pip install 'mpq-plugins[demo]'" in err
+
+
+def test_a_missing_command_is_a_usage_error(capsys):
+    """No verb prints the usage and exits with 2."""
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    assert stopped.value.code == 2

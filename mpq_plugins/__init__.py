@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from mpq_plugins._adapter import AbstractAdapter as AbstractAdapter
     from mpq_plugins._allocate import Allocation as Allocation
     from mpq_plugins._allocate import allocate as allocate
+    from mpq_plugins._allocate import build_space as build_space
+    from mpq_plugins._allocate import solve_scores as solve_scores
     from mpq_plugins._bits import BitConfig as BitConfig
     from mpq_plugins._cost import AbstractCost as AbstractCost
     from mpq_plugins._cost import Budget as Budget
@@ -61,11 +63,13 @@ _HOME = {
     "Verification": "_verify",
     "allocate": "_allocate",
     "build_problem": "_problem",
+    "build_space": "_allocate",
     "find_layers": "_layers",
     "first_and_last": "_space",
     "menu": "_precision",
     "residual_ties": "_space",
     "solve": "_solve",
+    "solve_scores": "_allocate",
     "verify": "_verify",
 }
 __all__ = sorted(_HOME)

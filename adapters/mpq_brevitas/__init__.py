@@ -1,1 +1,3 @@
-"""To be filled."""
+"""Bit configurations as Brevitas modules, QONNX and ONNX QCDQ files. Brevitas is imported on use."""
+
+from mpq_brevitas._adapter import BrevitasAdapter as BrevitasAdapter

@@ -1,0 +1,127 @@
+"""The Brevitas adapter: what it offers; each method's work is in the file of its name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, final
+
+from mpq_brevitas._recipe import Profile, Recipe
+from mpq_plugins._adapter import AbstractAdapter
+from mpq_plugins._bits import BitConfig
+from mpq_plugins._errors import AdapterError
+from mpq_plugins._layers import Inventory, Layer
+from mpq_plugins._precision import Precision
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+    from mpq_brevitas._inference_cost import InferenceCost
+
+
+@final
+@dataclass(frozen=True)
+class BrevitasAdapter(AbstractAdapter):
+    """Quantizes with Brevitas 0.13 and exports QONNX or ONNX QCDQ.
+
+    `profile` "layerwise" replaces each layer where it stands, with its own input quantizer: any torch model, no tracing.
+    "finn" traces the graph, merges batch normalisation, quantizes at the activation functions and aligns residual adds:
+    what FINN accepts, for models that `torch.fx` can trace. Weights take 1 (binary) to 8 bits, activations 2 to 8.
+    """
+
+    profile: Profile = "layerwise"
+
+    name: ClassVar[str] = "brevitas"
+    formats: ClassVar[tuple[str, ...]] = ("qonnx", "qcdq")
+    # QONNX and FINN take any width; one activation width keeps the default search small.
+    weight_bits: ClassVar[tuple[int, ...]] = (2, 3, 4, 5, 6, 7, 8)
+    activation_bits: ClassVar[tuple[int, ...]] = (8,)
+
+    def __post_init__(self) -> None:
+        Recipe(self.profile, "mse")  # refuses unknown profiles
+
+    def refuse(self, layer: Layer, precision: Precision) -> str | None:
+        from mpq_brevitas._support import refuse
+
+        return refuse(layer, precision)
+
+    def advice(self, layer: Layer, precision: Precision) -> str | None:
+        from mpq_brevitas._support import advice
+
+        return advice(layer, precision, self.profile)
+
+    def unconvertible(self, model: nn.Module, inventory: Inventory) -> Mapping[str, str]:
+        from mpq_brevitas._support import unconvertible
+
+        return unconvertible(model, inventory, self.profile)
+
+    def activation_groups(self, model: nn.Module, example: Any) -> tuple[tuple[str, ...], ...]:
+        """Layerwise: none, every layer has its own input quantizer. Finn: raises `AdapterError` if tracing fails."""
+        if self.profile == "layerwise":
+            return ()
+        from mpq_brevitas._finn import build_graph
+        from mpq_brevitas._groups import activation_groups_of_graph
+
+        graph = build_graph(model, None, Recipe(self.profile, "max"))
+        return tuple(group.layers for group in activation_groups_of_graph(graph.module) if len(group.layers) > 1)
+
+    def prepare(self, model: nn.Module, bits: BitConfig, example: Any, calibration: Iterable[Any], **options: Any) -> nn.Module:
+        """A quantized copy of `model`; layers outside `bits` keep float weights.
+
+        Options: `bias_correction` and `bn_reestimation` (both on), `weight_range` "mse" (least squared error) or "max".
+        """
+        from mpq_brevitas._prepare import prepare
+
+        return prepare(model, bits, example, calibration, profile=self.profile, **options)
+
+    def set_bits(self, module: nn.Module, bits: BitConfig) -> nn.Module:
+        """Other bits for a module prepared with `weight_range="max"`, in place; returns it."""
+        from mpq_brevitas._set_bits import set_bits
+
+        return set_bits(module, bits)
+
+    def export(self, module: nn.Module, path: str | Path, example: Any, *, format: str | None = None) -> Path:
+        from mpq_brevitas._export import export
+
+        chosen = self.formats[0] if format is None else format
+        if chosen not in self.formats:
+            raise AdapterError(f"the Brevitas adapter writes {' or '.join(self.formats)}, not {format!r}.")
+        return export(module, path, example, format=chosen)
+
+    def read_bits(self, path: str | Path) -> BitConfig:
+        from mpq_brevitas._read_bits import read_bits
+
+        return read_bits(path)
+
+    def codes(self, module: nn.Module) -> dict[str, np.ndarray]:
+        from mpq_brevitas._codes import codes
+
+        return codes(module)
+
+    def read_codes(self, path: str | Path) -> dict[str, np.ndarray]:
+        from mpq_brevitas._read_bits import read_codes
+
+        return read_codes(path)
+
+    def run(self, path: str | Path, inputs: Any) -> list[np.ndarray]:
+        from mpq_brevitas._run import run
+
+        return run(path, inputs)
+
+    def inference_cost(self, path: str | Path) -> InferenceCost:
+        """qonnx's own count of bit operations and weight bits of a QONNX file."""
+        from mpq_brevitas._inference_cost import inference_cost
+
+        return inference_cost(path)
+
+    def save(self, module: nn.Module, path: str | Path) -> Path:
+        from mpq_brevitas._checkpoint import save
+
+        return save(module, path)
+
+    def load(self, model: nn.Module, path: str | Path, example: Any) -> nn.Module:
+        from mpq_brevitas._checkpoint import load
+
+        return load(model, path, example)

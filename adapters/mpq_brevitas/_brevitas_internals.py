@@ -1,0 +1,178 @@
+"""Every Brevitas name that is not documented as public, in one place, behind the version check."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpq_brevitas._version import require_brevitas
+
+require_brevitas()
+# The version is checked before any name that another version may lack.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    _level = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # torch warns of a missing CUDA runtime when Brevitas looks for a compiler.
+    try:
+        import brevitas.nn as qnn
+        from brevitas import config
+        from brevitas.core.bit_width import BitWidthStatefulConst
+        from brevitas.graph.fixed_point import MergeBatchNorm as MergeBatchNorm
+        from brevitas.graph.quantize import COMPUTE_LAYER_MAP as COMPUTE_LAYER_MAP
+        from brevitas.graph.quantize import QUANT_ACT_MAP as QUANT_ACT_MAP
+        from brevitas.graph.quantize import layerwise_quantize as layerwise_quantize
+        from brevitas.graph.quantize import preprocess_for_quantize as preprocess_for_quantize
+        from brevitas.graph.quantize import quantize as quantize
+        from brevitas.inject.enum import (
+            BitWidthImplType,
+            FloatToIntImplType,
+            QuantType,
+            RestrictValueType,
+            ScalingImplType,
+            ScalingPerOutputType,
+            StatsOp,
+        )
+        from brevitas.quant.scaled_int import (
+            Int8ActPerTensorFloat,
+            Int8WeightPerChannelFloat,
+            Int8WeightPerChannelFloatMSE,
+            Uint8ActPerTensorFloat,
+        )
+        from brevitas.quant.solver import WeightQuantSolver
+    finally:
+        logging.disable(_level)
+
+# Brevitas looks layers up by their exact class.
+QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: qnn.QuantConv1d,
+    nn.Conv2d: qnn.QuantConv2d,
+    nn.Conv3d: qnn.QuantConv3d,
+    nn.ConvTranspose1d: qnn.QuantConvTranspose1d,
+    nn.ConvTranspose2d: qnn.QuantConvTranspose2d,
+    nn.ConvTranspose3d: qnn.QuantConvTranspose3d,
+    nn.Linear: qnn.QuantLinear,
+}
+_WEIGHT_RANGES = {"mse": Int8WeightPerChannelFloatMSE, "max": Int8WeightPerChannelFloat}
+
+
+class BinaryWeightPerChannel(WeightQuantSolver):
+    """Weights s_c * sign(w) with s_c = mean |w_c| over output channel c: XNOR-Net, section 3.1; exports BipolarQuant.
+
+    Brevitas' integer quantizers divide by zero at one bit, and its binary ones have a constant scale.
+    """
+
+    quant_type = QuantType.BINARY
+    bit_width = 1
+    bit_width_impl_type = BitWidthImplType.CONST
+    signed = True
+    narrow_range = True
+    scaling_impl_type = ScalingImplType.STATS
+    scaling_stats_op = StatsOp.AVE
+    scaling_per_output_type = ScalingPerOutputType.CHANNEL
+    restrict_scaling_type = RestrictValueType.FP
+    float_to_int_impl_type = FloatToIntImplType.ROUND
+    scaling_min_val = 1e-10
+
+
+def weight_quantizer(bits: int, weight_range: str) -> Any:
+    """The quantizer class of a weight; its bit-width is part of the state dict."""
+    if bits == 1:
+        return BinaryWeightPerChannel
+    return _WEIGHT_RANGES[weight_range].let(bit_width=int(bits), bit_width_impl_type="stateful_const")
+
+
+def activation_quantizer(bits: int, *, signed: bool) -> Any:
+    """The quantizer class of an activation; its bit-width is part of the state dict."""
+    base = Int8ActPerTensorFloat if signed else Uint8ActPerTensorFloat
+    return base.let(bit_width=int(bits), bit_width_impl_type="stateful_const")
+
+
+def is_quantized_layer(module: nn.Module) -> bool:
+    """Whether the module is one of Brevitas' layers with both quantizers, or fed by a quantized activation."""
+    return type(module) in QUANTIZED.values() and bool(module.weight_quant.is_quant_enabled)
+
+
+def has_activation_quantizer(module: nn.Module) -> bool:
+    """Whether the module is an activation that quantizes its output."""
+    return hasattr(module, "act_quant") and bool(module.act_quant.is_quant_enabled)
+
+
+def activation_tensor_quant(proxy: Any) -> Any:
+    """The quantizing module inside an activation's proxy."""
+    return proxy.fused_activation_quant_proxy.tensor_quant
+
+
+def scale_identity(module: nn.Module) -> int:
+    """A number that two activation quantizers have in common exactly if they share their scale."""
+    return id(activation_tensor_quant(module.act_quant).scaling_impl)
+
+
+def set_activation_bits(proxy: Any, bits: int) -> None:
+    """Change an activation quantizer's bits in place; its float threshold stays, the scale follows."""
+    _set_bits(proxy, activation_tensor_quant(proxy), bits)
+
+
+def set_weight_bits(proxy: Any, bits: int) -> None:
+    """Change a weight quantizer's bits in place; a statistics-based scale follows."""
+    _set_bits(proxy, proxy.tensor_quant, bits)
+
+
+def _set_bits(proxy: Any, tensor_quant: Any, bits: int) -> None:
+    old = tensor_quant.msb_clamp_bit_width_impl
+    device = old.bit_width.device if isinstance(old, BitWidthStatefulConst) else None
+    tensor_quant.msb_clamp_bit_width_impl = BitWidthStatefulConst(int(bits), device=device)
+    # Loading a state dict rebuilds quantizers from their injector, which must therefore agree.
+    proxy.quant_injector = proxy.quant_injector.let(bit_width=int(bits), bit_width_impl_type="stateful_const")
+
+
+def learned_scale(proxy: Any) -> Tensor | None:
+    """The learned scale of a weight quantizer (MSE ranges); None where the scale is computed from the weight."""
+    scaling = getattr(proxy.tensor_quant, "scaling_impl", None)
+    value = getattr(scaling, "value", None)
+    return value if isinstance(value, nn.Parameter) else None
+
+
+def integer_codes(layer: Any) -> Tensor:
+    """Integer codes of a layer's weight, in the shape of the float weight."""
+    with torch.no_grad():
+        return layer.quant_weight().int()
+
+
+def plain(value: Any) -> Any:
+    """The tensor inside a Brevitas quant tensor; anything else as it is."""
+    return value.value if hasattr(value, "zero_point") and hasattr(value, "value") else value
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """Silence Brevitas' and torch's warnings, and put Brevitas' global switches back whatever happens.
+
+    A conversion that fails leaves `IGNORE_MISSING_KEYS` on for the whole process.
+    """
+    missing, rebuild = config.IGNORE_MISSING_KEYS, config.REINIT_ON_STATE_DICT_LOAD
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+        config.IGNORE_MISSING_KEYS, config.REINIT_ON_STATE_DICT_LOAD = missing, rebuild
+
+
+@contextlib.contextmanager
+def keeping_quantizers() -> Iterator[None]:
+    """While a state dict is loaded, fill the quantizers there are, instead of building new ones.
+
+    New ones would lose the scales that residual adds share.
+    """
+    with guarded():
+        config.REINIT_ON_STATE_DICT_LOAD = False
+        yield

@@ -1,0 +1,175 @@
+"""A quantized module -> QONNX or ONNX QCDQ."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpq_brevitas import _brevitas_internals as brevitas
+from mpq_brevitas._modules import get_layer
+from mpq_brevitas._onnx_graph import FORMAT, LAYER_OPS, METADATA, OnnxGraph
+from mpq_brevitas._quant_nodes import read_quantizer
+from mpq_brevitas._recipe import recipe_of
+from mpq_plugins._adapter import bits_of
+from mpq_plugins._bits import BitConfig
+from mpq_plugins._errors import AdapterError
+from mpq_plugins._files import write_whole
+from mpq_plugins._model import batch_size, call, device_of, tensors, to_device
+from mpq_plugins._plugins import require
+
+OPSET = 13
+_WRAPPED = "model"
+
+
+def export(module: nn.Module, path: str | Path, example: Any, *, format: str) -> Path:
+    """Write one-image inference of `module`; the nodes of layers get the layers' names."""
+    bits, recipe = bits_of(module), recipe_of(module)
+    binary = [name for name, precision in bits.layers.items() if precision.weight == 1]
+    if format == "qcdq" and binary:
+        raise AdapterError(f"ONNX QCDQ has no binary weights ({', '.join(binary)}). Export qonnx, or give them 2 bits.")
+    for package in ("onnx", "onnxoptimizer"):
+        require(package, "brevitas")
+    example = one_image(to_device(example, device_of(module)))
+    calls = _call_order(module, bits, example)
+    metadata = {
+        "format": FORMAT,
+        "adapter": "brevitas",
+        "profile": recipe.profile,
+        "fingerprint": bits.fingerprint,
+        "layers": {
+            name: {**vars(precision), "weight_shape": list(get_layer(module, name).weight.shape)}
+            for name, precision in bits.layers.items()
+        },
+    }
+
+    def write(temporary: Path) -> None:
+        _write_raw(module, temporary, example, format)
+        _finish(temporary, calls, metadata)
+
+    return write_whole(path, write)
+
+
+def one_image(example: Any) -> Any:
+    """The first image of an example: every tensor that has the batch axis is cut to length one."""
+    n_images = batch_size(example)
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[:1] if value.dim() and value.shape[0] == n_images else value
+        if isinstance(value, Mapping):
+            return {key: cut(item) for key, item in value.items()}
+        return tuple(cut(item) for item in value) if isinstance(value, (tuple, list)) else value
+
+    return cut(example)
+
+
+def _call_order(module: nn.Module, bits: BitConfig, example: Any) -> list[str]:
+    """Layer names in the order of their calls."""
+    order: list[str] = []
+    handles = [
+        get_layer(module, name).register_forward_hook(lambda _module, _inputs, _output, name=name: order.append(name))
+        for name in bits.layers
+    ]
+    try:
+        with torch.no_grad(), brevitas.guarded():
+            call(copy.deepcopy(module).eval() if module.training else module, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return order
+
+
+class _Positional(nn.Module):
+    """A module that takes its inputs by position and returns a tuple of tensors: what the ONNX exporter can trace."""
+
+    def __init__(self, module: nn.Module, keys: tuple[str, ...] | None) -> None:
+        super().__init__()
+        setattr(self, _WRAPPED, module)
+        self.keys = keys
+
+    def forward(self, *args: Any) -> tuple[Tensor, ...]:
+        module = getattr(self, _WRAPPED)
+        result = module(*args) if self.keys is None else module(**dict(zip(self.keys, args, strict=True)))
+        return tuple(brevitas.plain(tensor) for tensor in tensors(brevitas.plain(result)))
+
+
+def _write_raw(module: nn.Module, path: Path, example: Any, format: str) -> None:
+    from brevitas.export import export_onnx_qcdq, export_qonnx
+
+    keys, args = _arguments(example)
+    names = list(keys) if keys else [f"input_{index}" if len(args) > 1 else "input" for index in range(len(args))]
+    write = {"qonnx": export_qonnx, "qcdq": export_onnx_qcdq}[format]
+    # The exporter leaves handlers and caches in the module: it works on a copy.
+    wrapped = _Positional(copy.deepcopy(module), keys).eval()
+    with brevitas.guarded():
+        try:
+            # dynamo=False: the newer exporter renames and merges initializers, and fails on attention.
+            write(wrapped, args=args, export_path=str(path), dynamo=False, opset_version=OPSET, input_names=names)
+        except Exception as error:
+            raise AdapterError(
+                f"Brevitas could not export the module as {format}: {type(error).__name__}: {error}. "
+                "Check that its forward pass uses operations that ONNX has."
+            ) from error
+
+
+def _arguments(example: Any) -> tuple[tuple[str, ...] | None, tuple[Tensor, ...]]:
+    keys = tuple(example) if isinstance(example, Mapping) else None
+    values = tuple(example.values()) if isinstance(example, Mapping) else example
+    args = tuple(values) if isinstance(values, (tuple, list)) else (values,)
+    if not all(isinstance(value, Tensor) for value in args):
+        kinds = ", ".join(type(value).__name__ for value in args)
+        raise AdapterError(f"export takes a tensor, a tuple of tensors or a dict of tensors as example, not ({kinds}).")
+    return keys, args
+
+
+def _finish(path: Path, calls: list[str], metadata: Mapping[str, Any]) -> None:
+    """Name the nodes of layers, drop the wrapper's name, and attach the metadata."""
+    import onnx
+
+    model = OnnxGraph.load(path).model
+    _unwrap_names(model)
+    _initializers_are_no_inputs(model)
+    _name_layers(OnnxGraph(model, path), calls)
+    onnx.helper.set_model_props(model, {METADATA: json.dumps(metadata, sort_keys=True)})
+    onnx.save(model, str(path))
+
+
+def _unwrap_names(model: Any) -> None:
+    prefix = f"{_WRAPPED}."
+    renamed = {tensor.name: tensor.name.removeprefix(prefix) for tensor in model.graph.initializer}
+    for item in (*model.graph.initializer, *model.graph.input):
+        item.name = renamed.get(item.name, item.name)
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = renamed.get(name, name)
+
+
+def _initializers_are_no_inputs(model: Any) -> None:
+    constants = {tensor.name for tensor in model.graph.initializer}
+    inputs = [item for item in model.graph.input if item.name not in constants]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+
+
+def _name_layers(graph: OnnxGraph, calls: list[str]) -> None:
+    nodes = [node for node in graph.model.graph.node if node.op_type in LAYER_OPS and _reads_weight(graph, node)]
+    if len(nodes) != len(calls):
+        raise AdapterError(
+            f"the exported graph has {len(nodes)} quantized layer calls, the module made {len(calls)}. "
+            "Its forward pass must not depend on the data."
+        )
+    seen: dict[str, int] = {}
+    for node, name in zip(nodes, calls, strict=True):
+        seen[name] = seen.get(name, 0) + 1
+        node.name = name if seen[name] == 1 else f"{name}#{seen[name]}"
+
+
+def _reads_weight(graph: OnnxGraph, node: Any) -> bool:
+    quantizer = read_quantizer(graph, node.input[1])
+    return quantizer is not None and graph.constant(quantizer.source) is not None

@@ -1,0 +1,138 @@
+"""The finn profile: a traced graph with merged batch normalisation, quantized activations and aligned residual adds."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from mpq_brevitas import _brevitas_internals as brevitas
+from mpq_brevitas._groups import activation_groups_of_graph, quantizers_of_group
+from mpq_brevitas._modules import get_layer, rooted
+from mpq_brevitas._recipe import Recipe
+from mpq_plugins._bits import BitConfig
+from mpq_plugins._errors import AdapterError
+
+UNFED_BITS = 8  # of quantizers that no layer of the bit configuration reads
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A converted graph, and per layer the affine parameters of the batch normalisation that was merged into it."""
+
+    module: nn.Module
+    merged: Mapping[str, nn.Module]
+
+
+def convert(model: nn.Module, bits: BitConfig, recipe: Recipe) -> Graph:
+    """A traced, quantized copy of `model`; layers outside `bits` keep float weights. Not calibrated yet.
+
+    Raises `AdapterError` when the model cannot be traced, or when layers that share an activation quantizer are asked
+    for different activation bits.
+    """
+    graph = build_graph(model, bits, recipe)
+    set_activation_bits(graph.module, bits)
+    return graph
+
+
+def build_graph(model: nn.Module, bits: BitConfig | None, recipe: Recipe) -> Graph:
+    """The converted graph with every activation at 8 bits; without `bits` weights stay float."""
+    copied = rooted(copy.deepcopy(model).eval())
+    with brevitas.guarded():
+        try:
+            traced = brevitas.preprocess_for_quantize(copied, merge_bn=False, relu6_to_relu=False)
+            merged = _mergeable_norms(traced)
+            traced = brevitas.MergeBatchNorm().apply(traced)
+            module = brevitas.quantize(
+                traced,
+                quant_identity_map=_identity_map(),
+                quant_act_map=_activation_map(),
+                compute_layer_map=_layer_map(bits, recipe),
+                requantize_layer_handler_output=False,
+            )
+        except Exception as error:
+            raise AdapterError(
+                f"the graph of {type(model).__name__} could not be traced and converted for FINN: "
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. "
+                'Use profile="layerwise", which traces nothing, or remove data-dependent control flow.'
+            ) from error
+    kept = dict(module.named_modules())
+    return Graph(module.eval(), {layer: norm for layer, (name, norm) in merged.items() if name not in kept})
+
+
+def _mergeable_norms(traced: Any) -> dict[str, tuple[str, nn.Module]]:
+    """Layer -> name and copy of the batch normalisation that is its only reader."""
+    found = {}
+    for node in traced.graph.nodes:
+        if node.op != "call_module" or not isinstance(traced.get_submodule(node.target), _NORMS):
+            continue
+        source = node.all_input_nodes[0]
+        if source.op == "call_module" and len(source.users) == 1:
+            found[str(source.target)] = (str(node.target), copy.deepcopy(traced.get_submodule(node.target)))
+    return found
+
+
+def _identity_map() -> dict[str, Any]:
+    # FINN takes unsigned quantizers only right behind a ReLU. Brevitas would also mark the sum of two signed,
+    # quantized values unsigned and clip its negative half; signed ones everywhere else avoid both.
+    signed = (brevitas.qnn.QuantIdentity, {"act_quant": _eight_bits(signed=True), "return_quant_tensor": True})
+    return {"signed": signed, "unsigned": signed}
+
+
+def _activation_map() -> dict[type[nn.Module], Any]:
+    chosen = {}
+    for float_class, (quantized, options) in brevitas.QUANT_ACT_MAP.items():
+        if float_class is nn.Hardtanh:
+            continue  # Brevitas' entry holds lambdas that it never evaluates; the layer behind quantizes its input.
+        stateful = options["act_quant"].let(bit_width=UNFED_BITS, bit_width_impl_type="stateful_const")
+        chosen[float_class] = (quantized, {**options, "act_quant": stateful})
+    return chosen
+
+
+def _eight_bits(*, signed: bool) -> Any:
+    return brevitas.activation_quantizer(UNFED_BITS, signed=signed)
+
+
+def _layer_map(bits: BitConfig | None, recipe: Recipe) -> dict[type[nn.Module], Any]:
+    def quantizer(name: str) -> Any:
+        if bits is None or name not in bits.layers:
+            return None
+        return brevitas.weight_quantizer(bits[name].weight, recipe.weight_range)
+
+    # Brevitas evaluates options per layer only if they are lambdas.
+    options = {"weight_quant": lambda _, name: quantizer(name), "bias_quant": None, "return_quant_tensor": False}
+    others = {kind: entry for kind, entry in brevitas.COMPUTE_LAYER_MAP.items() if entry is None}
+    return {**others, **{kind: (quantized, options) for kind, quantized in brevitas.QUANTIZED.items()}}
+
+
+def set_activation_bits(module: nn.Module, bits: BitConfig) -> None:
+    """Give every quantizer the bits of the layers that read it; raises `AdapterError` where they disagree."""
+    for group in activation_groups_of_graph(module):
+        asked = {name: bits[name].activation for name in group.layers if name in bits.layers}
+        if len(set(asked.values())) > 1:
+            listed = ", ".join(f"{name}: {width}" for name, width in asked.items())
+            raise AdapterError(
+                f"these layers read one activation quantizer or meet in an add, but are asked for different activation "
+                f"bits ({listed}). Give them the same; activation_groups() lists such layers for Space.build."
+            )
+        for quantizer in quantizers_of_group(module, group):
+            brevitas.set_activation_bits(quantizer.act_quant, next(iter(asked.values()), UNFED_BITS))
+
+
+def check_activations(module: nn.Module, bits: BitConfig) -> None:
+    """Raise `AdapterError` naming the first layer that is not fed by a quantizer of the asked bits."""
+    fed = {name: group for group in activation_groups_of_graph(module) for name in group.layers}
+    for name, precision in bits.layers.items():
+        if name not in fed:
+            raise AdapterError(
+                f'{name} is not fed by an activation quantizer in the traced graph. Exclude it, or use profile="layerwise".'
+            )
+        found = {int(get_layer(module, quantizer).act_quant.bit_width()) for quantizer in fed[name].quantizers}
+        if found != {precision.activation}:
+            raise AdapterError(
+                f"{name} got {found} activation bits instead of {precision.activation}. Report this as a defect."
+            )

@@ -1,0 +1,121 @@
+"""An ONNX file as something that can be walked: constants, producers, quantized layers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpq_plugins._errors import FormatError
+from mpq_plugins._plugins import require
+
+METADATA = "mpq"
+FORMAT = "mpq-onnx/1"
+LAYER_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+# Operations that move quantized values without changing them.
+_MOVING = (
+    "Cast",
+    "Concat",
+    "Flatten",
+    "Gather",
+    "Identity",
+    "MaxPool",
+    "Reshape",
+    "Slice",
+    "Squeeze",
+    "Transpose",
+    "Unsqueeze",
+)
+
+
+@dataclass(frozen=True)
+class OnnxGraph:
+    """A loaded ONNX model of this adapter."""
+
+    model: Any
+    path: Path
+
+    @classmethod
+    def load(cls, path: str | Path) -> OnnxGraph:
+        """Read a file; raises `FormatError` for one that is damaged or not an ONNX model."""
+        onnx = require("onnx", "brevitas")
+        path = Path(path)
+        try:
+            model = onnx.load(path)
+        except OSError as error:
+            raise FormatError(f"cannot read {path}: {error.strerror or error}. Check the path and its permissions.") from error
+        except Exception as error:  # protobuf's DecodeError has no importable name of its own
+            raise FormatError(
+                f"{path} is not a complete ONNX file: {str(error) or type(error).__name__}. Export it again."
+            ) from error
+        if not model.graph.node:
+            raise FormatError(f"{path} holds an ONNX graph without operations. It was cut off; export it again.")
+        return cls(model, path)
+
+    @cached_property
+    def constants(self) -> dict[str, Any]:
+        """Name -> tensor proto of every constant."""
+        found = {tensor.name: tensor for tensor in self.model.graph.initializer}
+        for node in self.model.graph.node:
+            if node.op_type == "Constant":
+                found[node.output[0]] = next(item.t for item in node.attribute if item.name == "value")
+        return found
+
+    @cached_property
+    def producers(self) -> dict[str, Any]:
+        """Tensor name -> the node that computes it."""
+        return {output: node for node in self.model.graph.node for output in node.output if node.op_type != "Constant"}
+
+    @cached_property
+    def metadata(self) -> Mapping[str, Any]:
+        """What the exporter wrote about layers and fingerprint; raises `FormatError` when it is missing."""
+        texts = [item.value for item in self.model.metadata_props if item.key == METADATA]
+        try:
+            document = json.loads(texts[0]) if texts else None
+        except ValueError:
+            document = None
+        if not isinstance(document, dict) or document.get("format") != FORMAT or not document.get("layers"):
+            raise FormatError(
+                f"{self.path} lacks the {METADATA!r} metadata ({FORMAT}) that names its layers. "
+                "Read files as BrevitasAdapter exported them; other tools' rewrites drop the layer names."
+            )
+        return document
+
+    def constant(self, name: str) -> np.ndarray[Any, Any] | None:
+        """The value of a constant, or None when `name` is computed."""
+        from onnx import numpy_helper
+
+        tensor = self.constants.get(name)
+        return None if tensor is None else np.asarray(numpy_helper.to_array(tensor))
+
+    def value(self, name: str, *, of: str) -> np.ndarray[Any, Any]:
+        """The value of a constant; raises `FormatError` when it is computed."""
+        found = self.constant(name)
+        if found is None:
+            raise FormatError(f"{self.path}: {of} takes {name!r} as a parameter, which is not a constant. Export it again.")
+        return found
+
+    def moved_from(self, name: str) -> Any | None:
+        """The node that computed the values of tensor `name`, looking through operations that only move them."""
+        node = self.producers.get(name)
+        while node is not None and node.op_type in _MOVING:
+            node = self.producers.get(node.input[0])
+        return node
+
+    def calls(self) -> Iterator[tuple[str, Any]]:
+        """Layer name and node of every layer call, in order; a second call of `conv` is the node `conv#2`."""
+        known = self.metadata["layers"]
+        for node in self.model.graph.node:
+            name = node.name.partition("#")[0]
+            if node.op_type in LAYER_OPS and name in known:
+                yield name, node
+
+
+def attribute(node: Any, name: str, default: int) -> int:
+    """An integer attribute of a node."""
+    return next((int(item.i) for item in node.attribute if item.name == name), default)

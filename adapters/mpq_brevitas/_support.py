@@ -1,0 +1,109 @@
+"""What Brevitas can quantize, and why it cannot do the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from mpq_brevitas._recipe import Profile
+from mpq_plugins._bits import BitConfig
+from mpq_plugins._errors import AdapterError
+from mpq_plugins._layers import Inventory, Layer
+from mpq_plugins._precision import ACTIVATION_BITS, WEIGHT_BITS, Precision
+
+_CLASSES: Mapping[str, type[nn.Module]] = {
+    kind.__name__: kind
+    for kind in (
+        nn.Conv1d,
+        nn.Conv2d,
+        nn.Conv3d,
+        nn.ConvTranspose1d,
+        nn.ConvTranspose2d,
+        nn.ConvTranspose3d,
+        nn.Linear,
+    )
+}
+
+
+def refuse(layer: Layer, precision: Precision) -> str | None:
+    """Why Brevitas cannot have `layer` at `precision`, or None when it can."""
+    if layer.kind not in _CLASSES:
+        return f"{layer.kind} has no quantized class in Brevitas"
+    if layer.functional:
+        return "a functional call on a parameter; Brevitas replaces modules only"
+    if precision.weight not in WEIGHT_BITS:
+        return f"weights have 1 (binary) to 8 bits here, not {precision.weight}"
+    if precision.activation not in ACTIVATION_BITS:
+        return f"activations have 2 to 8 bits here, not {precision.activation}"
+    return None
+
+
+def advice(layer: Layer, precision: Precision, profile: Profile) -> str | None:
+    """What a user should know before deploying `layer` at `precision`, or None."""
+    if precision.weight == 1:
+        return "binary weights export to QONNX only (BipolarQuant); train after prepare(), or accuracy is lost"
+    if profile == "finn" and precision.activation == 8:
+        return "FINN builds 255 thresholds per channel for an 8-bit activation; the cost halves with every bit less"
+    if profile == "finn" and min(precision.weight, precision.activation) < 4:
+        return "below 4 bits FINN computes this layer in LUTs instead of DSPs by default"
+    return None
+
+
+def unconvertible(model: nn.Module, inventory: Inventory, profile: Profile) -> dict[str, str]:
+    """Layer name -> reason, for layers of this model that Brevitas would leave in float or fail on."""
+    modules = dict(model.named_modules())
+    reasons = {}
+    for layer in inventory:
+        reason = _reason(layer, model if modules.get(layer.name) is None else modules[layer.name], modules, profile)
+        if reason is not None:
+            reasons[layer.name] = reason
+    return reasons
+
+
+def _reason(layer: Layer, module: nn.Module, modules: Mapping[str, nn.Module], profile: Profile) -> str | None:
+    if layer.functional:
+        return "a functional call on a parameter; Brevitas replaces modules only"
+    expected = _CLASSES.get(layer.kind)
+    if parametrize.is_parametrized(module) or "weight" not in module._parameters:
+        return "its weight is parametrized; remove the parametrization first (torch.nn.utils.parametrize)"
+    if type(module) is not expected:
+        return f"{type(module).__name__} is a subclass of {layer.kind}; Brevitas replaces the exact class only"
+    if any(isinstance(parent, nn.MultiheadAttention) for parent in _parents(layer.name, modules)):
+        return "part of MultiheadAttention, whose forward reads the weight without calling the layer"
+    if profile == "finn" and layer.n_calls > 1:
+        return 'called more than once; the graph conversion needs one call per layer. Use profile="layerwise"'
+    if profile == "finn" and layer.aliases:
+        return 'registered under several names; the graph conversion needs one. Use profile="layerwise"'
+    return None
+
+
+def _parents(name: str, modules: Mapping[str, nn.Module]) -> list[nn.Module]:
+    parts = name.split(".")
+    return [modules[".".join(parts[:count])] for count in range(1, len(parts)) if ".".join(parts[:count]) in modules]
+
+
+def check_convertible(model: nn.Module, bits: BitConfig, inventory: Inventory, profile: Profile) -> None:
+    """Make sure that every layer of `bits` can be what it is asked to be.
+
+    Raises `UnknownLayerError`, `FingerprintError` and, naming the layers and the reasons, `AdapterError`.
+    """
+    bits.check(inventory)
+    problems = {name: why for name, why in unconvertible(model, inventory, profile).items() if name in bits.layers}
+    for name, precision in bits.layers.items():
+        refused = refuse(inventory[name], precision)
+        if refused is not None:
+            problems.setdefault(name, f"{precision}: {refused}")
+    if problems:
+        listed = "; ".join(f"{name}: {why}" for name, why in problems.items())
+        raise AdapterError(f"Brevitas cannot quantize {listed}. Exclude these layers from the search, or change the model.")
+    for layer in inventory:
+        holder = layer.shares_weight_with
+        if holder is None or layer.name not in bits.layers or holder not in bits.layers:
+            continue
+        if bits[holder].weight != bits[layer.name].weight:
+            raise AdapterError(
+                f"{holder} and {layer.name} hold one weight, yet are asked for {bits[holder].weight} and "
+                f"{bits[layer.name].weight} weight bits. Give them the same."
+            )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import mpq_plugins as mpq
 from mpq_nncf import NNCFAdapter
-from mpq_plugins._digits import digits, trained_digits_net
+from mpq_plugins.digits import digits, trained_digits_net
 
 
 def main(folder: Path) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from mpq_plugins._adapter import AbstractAdapter
 from mpq_plugins._allocate import Allocation, build_space
-from mpq_plugins._digits import digits, trained_digits_net
+from mpq_plugins.digits import digits, trained_digits_net
 from mpq_plugins._files import write_whole
 from mpq_plugins._plugins import make
 from mpq_plugins._precision import menu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
 
 
@@ -13,6 +14,7 @@ class Status(enum.Enum):
     feasible = "feasible, not proven optimal: the gap bounds what is left; allow more time for a proof"
     infeasible = "no choice meets every limit: relax a budget"
     no_answer = "no feasible choice was found in time: allow more time or relax a budget"
+    over_budget = "not an answer: the rounding ended above a limit; repair it or use an exact solver"
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,9 @@ class Solution:
 
     `bound` is a proven lower bound of the loss, `gap` = (objective - bound) / max(|objective|, 1e-12) floored at 0.
     `usage` and `unused` have one number per limit, `shadow_prices` the loss saved per unit more of each limit (at the
-    LP relaxation). `next_best` are the best other plans found, best first.
+    LP relaxation, never negative). `next_best` are the best other plans, best first; empty where ranking them would cost
+    more than solving. `advice` says what to do about an answer that is not optimal. `choice` is empty when there is none;
+    with `Status.over_budget` it is the plan that breaks a limit.
     """
 
     status: Status
@@ -43,8 +47,16 @@ class Solution:
     solver: str = ""
     seconds: float = 0.0
     nodes: int = 0
+    advice: str = ""
+
+    @property
+    def has_plan(self) -> bool:
+        """Whether `choice` meets every limit."""
+        return self.status in (Status.optimal, Status.feasible)
 
     @property
     def gap(self) -> float:
-        """Relative distance from the objective to its proven bound."""
+        """Relative distance from the objective to its proven bound; inf when there is no plan."""
+        if not self.has_plan:
+            return math.inf
         return max(0.0, (self.objective - self.bound) / max(abs(self.objective), 1e-12))

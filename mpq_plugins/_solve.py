@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import abc
+import math
+import time
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import numpy as np
+
+from mpq_plugins._errors import InfeasibleBudgetError, SolverError
 from mpq_plugins._problem import Problem
-from mpq_plugins._solution import Solution
+from mpq_plugins._solution import Plan, Solution, Status
+
+_SPREAD = 1e4
+_LIMIT = 2.0**10
 
 
 class AbstractSolver(abc.ABC):
@@ -16,9 +25,219 @@ class AbstractSolver(abc.ABC):
 
     @abc.abstractmethod
     def solve(self, problem: Problem) -> Solution:
-        """A solution; totals in it are recomputed by `solve`."""
+        """A plan with its status and a proven bound of the loss.
+
+        `solve` hands over a scaled problem and recomputes the objective, the usage and the gap from its own tables. Leave
+        `shadow_prices` and `next_best` empty to have them filled in. The limits of `problem` can be met one by one.
+        """
 
 
-def solve(problem: Problem, solver: AbstractSolver | None = None, *, throw: bool = True) -> Solution:
-    """To be filled."""
-    raise NotImplementedError
+def solve(problem: Problem, solver: AbstractSolver | None = None, *, throw: bool = True, n_next: int = 3) -> Solution:
+    """The best choice of every unit, as a certificate checked against the tables.
+
+    `solver` is `Auto()` by default; `n_next` is how many next-best plans to list. Raises `InfeasibleBudgetError` when the
+    limits cannot be met and `SolverError` when the solver finds no plan or one that its tables contradict; with
+    `throw=False` an infeasible, missing or over-budget answer is returned with its status and advice instead.
+    """
+    from mpq_plugins.solvers import Auto
+
+    started = time.perf_counter()
+    solver = solver or Auto()
+    _check_tables(problem)
+    if problem.n_units == 0:
+        return _no_units(problem, solver)
+    advice = unreachable(problem)
+    if advice is None:
+        scaling = _Scaling.of(problem)
+        answer = solver.solve(scaling.problem)
+        solution = _certified(problem, scaling, answer, solver, n_next)
+    else:
+        solution = Solution(Status.infeasible, (), math.inf, math.inf, solver=solver.name, advice=advice)
+    solution = replace(solution, seconds=time.perf_counter() - started)
+    if throw and not solution.has_plan:
+        raise (InfeasibleBudgetError if solution.status is Status.infeasible else SolverError)(solution.advice)
+    return solution
+
+
+def unreachable(problem: Problem) -> str | None:
+    """Why some limit cannot be met even with the cheapest choices that agree within groups; None when each can."""
+    from mpq_plugins._cost import format_amount
+    from mpq_plugins.solvers._blocks import Blocks
+
+    if any(not len(choices) for choices in np.split(problem.loss, problem.start[1:-1])):
+        return "some unit has no choice left. Raise a peak limit or widen its menu."
+    blocks = Blocks.of(problem)
+    torn = sorted(set(range(problem.n_units)) - set(blocks.unit.tolist()))
+    if torn:
+        named = ", ".join(problem.units[u] for u in torn[:4])
+        return f"{named} read one quantized activation and have no activation bits in common. Give them overlapping menus."
+    for row, limit in enumerate(problem.limits):
+        least = blocks.minimum(np.eye(len(problem.limits))[row], with_loss=False)
+        if least.usage[row] > limit.limit * (1 + 1e-12):
+            costs = limit.cost[problem.columns(least.choice)]
+            largest = np.argsort(-costs, kind="stable")[:3]
+            held = ", ".join(f"{problem.units[u]} ({format_amount(float(costs[u]), limit.unit).strip()})" for u in largest)
+            return (
+                f"{_amount(limit.name, limit.limit, limit.unit)} cannot be met: the least is "
+                f"{format_amount(float(least.usage[row]), limit.unit).strip()}, every unit at its cheapest choice. Raise the limit, "
+                f"or allow lower bits for: {held}."
+            )
+    return None
+
+
+@dataclass(frozen=True)
+class _Scaling:
+    """The problem as solvers see it: losses start at zero and spread over 1e4, limits are near 1e3.
+
+    Tiny losses under a solver's absolute tolerances give a wrong "optimal". Factors are powers of two, which round nothing.
+    """
+
+    problem: Problem
+    factor: float
+    shift: float
+
+    @classmethod
+    def of(cls, problem: Problem) -> _Scaling:
+        least = np.minimum.reduceat(problem.loss, problem.start[:-1])
+        most = np.maximum.reduceat(problem.loss, problem.start[:-1])
+        spread = float(np.sum(most - least))
+        if problem.pairwise is not None:
+            spread += float(np.abs(problem.pairwise).max())
+        factor = _power_of_two(_SPREAD / spread) if spread > 0 else 1.0
+        limits = []
+        for limit in problem.limits:
+            size = abs(limit.limit) or float(np.abs(limit.cost).max())
+            row = _power_of_two(_LIMIT / size) if size > 0 else 1.0
+            limits.append(replace(limit, cost=limit.cost * row, limit=limit.limit * row))
+        scaled = replace(
+            problem,
+            loss=(problem.loss - least[problem.unit_of]) * factor,
+            limits=tuple(limits),
+            pairwise=None if problem.pairwise is None else problem.pairwise * factor,
+        )
+        return cls(scaled, factor, float(least.sum()))
+
+    def loss(self, scaled: float) -> float:
+        """A loss of the problem, from a loss of the scaled problem."""
+        return scaled / self.factor + self.shift
+
+    def prices(self, scaled: tuple[float, ...], problem: Problem) -> tuple[float, ...]:
+        """Loss per unit of each limit."""
+        rows = zip(scaled, self.problem.limits, problem.limits, strict=True)
+        return tuple(price * _ratio(small.limit, limit.limit, small.cost, limit.cost) / self.factor for price, small, limit in rows)
+
+
+def _ratio(small: float, limit: float, small_cost: np.ndarray, cost: np.ndarray) -> float:
+    at = int(np.argmax(np.abs(cost)))
+    return small / limit if limit else float(small_cost[at] / cost[at]) if cost[at] else 1.0
+
+
+def _power_of_two(value: float) -> float:
+    return 2.0 ** round(math.log2(value)) if math.isfinite(value) else 2.0**900
+
+
+def _certified(problem: Problem, scaling: _Scaling, answer: Solution, solver: AbstractSolver, n_next: int) -> Solution:
+    """The answer with everything recomputed that the tables can tell."""
+    named = answer.solver or solver.name
+    if not answer.choice:
+        if answer.has_plan:
+            raise SolverError(f"{named} says {answer.status.name} and gives no plan. Report it to the solver's authors.")
+        advice = _not_together(problem) if answer.status is Status.infeasible else _no_answer(named)
+        return Solution(answer.status, (), math.inf, scaling.loss(answer.bound), solver=named, nodes=answer.nodes, advice=advice)
+    _check_plan(problem, answer, named)
+    prices, relaxed = _prices(scaling.problem, answer)
+    objective, usage = problem.objective(answer.choice), problem.usage(answer.choice)
+    solution = Solution(
+        answer.status,
+        answer.choice,
+        objective,
+        min(objective, scaling.loss(max(answer.bound, relaxed))),
+        usage,
+        tuple(limit.limit - used for limit, used in zip(problem.limits, usage, strict=True)),
+        scaling.prices(prices, problem),
+        solver=named,
+        nodes=answer.nodes,
+        advice="" if answer.status is Status.optimal else answer.advice or answer.status.value,
+    )
+    if answer.status is Status.over_budget:
+        return replace(solution, bound=scaling.loss(answer.bound))
+    return replace(solution, next_best=_next_best(problem, scaling.problem, answer, n_next))
+
+
+def _check_plan(problem: Problem, answer: Solution, named: str) -> None:
+    sizes = np.diff(problem.start)
+    choice = answer.choice
+    if len(choice) != problem.n_units or any(not 0 <= index < size for index, size in zip(choice, sizes, strict=False)):
+        raise SolverError(f"{named} chose {choice}, which is not one choice for each of {problem.n_units} units.")
+    if not problem.agrees(choice):
+        raise SolverError(f"{named} chose {choice}, in which units of one activation group take different activation bits.")
+    if answer.has_plan and not problem.is_feasible(choice):
+        used = zip(problem.limits, problem.usage(choice), strict=True)
+        over = [f"{limit.name} {amount:.17g} > {limit.limit:.17g}" for limit, amount in used if amount > limit.limit]
+        raise SolverError(f"{named} says {answer.status.name}, but its plan breaks a limit: {'; '.join(over)}. Use another solver.")
+
+
+def _prices(scaled: Problem, answer: Solution) -> tuple[tuple[float, ...], float]:
+    """Shadow prices of the scaled problem, and the bound of its relaxation where it had to be solved for them."""
+    from mpq_plugins.solvers._blocks import Blocks
+    from mpq_plugins.solvers._dual import relax
+
+    if scaled.pairwise is not None:
+        return (), -math.inf
+    if len(answer.shadow_prices) == len(scaled.limits) and scaled.limits:
+        return answer.shadow_prices, -math.inf
+    relaxation = relax(Blocks.of(scaled))
+    return tuple(relaxation.prices.tolist()), relaxation.value
+
+
+def _next_best(problem: Problem, scaled: Problem, answer: Solution, n_next: int) -> tuple[Plan, ...]:
+    from mpq_plugins.solvers._ranking import next_plans
+
+    if answer.next_best:
+        plans = [plan.choice for plan in answer.next_best if plan.choice != answer.choice]
+    elif answer.status is Status.optimal and scaled.pairwise is None:
+        plans = next_plans(scaled, answer.choice, n_next)
+    else:
+        plans = []
+    ranked = [Plan(plan, problem.objective(plan)) for plan in plans if problem.is_feasible(plan)]
+    return tuple(sorted(ranked, key=lambda plan: plan.objective)[:n_next])
+
+
+def _check_tables(problem: Problem) -> None:
+    if not np.all(np.isfinite(problem.loss)):
+        raise SolverError("the losses hold values that are not finite. Score again on finite data.")
+    for limit in problem.limits:
+        if not (np.all(np.isfinite(limit.cost)) and math.isfinite(limit.limit)):
+            raise SolverError(f"the costs or the limit of {limit.name} are not finite. Check the cost's formula and the budget.")
+
+
+def _no_units(problem: Problem, solver: AbstractSolver) -> Solution:
+    limits = tuple(limit.limit for limit in problem.limits)
+    return Solution(Status.optimal, (), 0.0, 0.0, (0.0,) * len(limits), limits, (0.0,) * len(limits), solver=solver.name)
+
+
+def _no_answer(named: str) -> str:
+    return f"{named} found no plan in its time limit. Raise its time_limit_s, relax a budget, or use another solver."
+
+
+def _not_together(problem: Problem) -> str:
+    """Which limits exclude each other, and how far each would have to give way alone."""
+    from mpq_plugins._cost import format_amount
+    from mpq_plugins.solvers import MILP
+
+    asked = " and ".join(_amount(limit.name, limit.limit, limit.unit) for limit in problem.limits)
+    least = []
+    for row, limit in enumerate(problem.limits):
+        others = problem.limits[:row] + problem.limits[row + 1 :]
+        single = replace(problem, loss=limit.cost, limits=others, pairwise=None)
+        best = solve(single, MILP(time_limit_s=5.0), throw=False, n_next=0)
+        if best.has_plan:
+            least.append(f"the least {limit.name} is {format_amount(best.objective, limit.unit).strip()}")
+    within = f" With the other limits kept, {'; '.join(least)}." if least else ""
+    return f"{asked} cannot be met together.{within} Relax one of them, or allow lower bits."
+
+
+def _amount(name: str, limit: float, unit: str) -> str:
+    from mpq_plugins._cost import format_amount
+
+    return f"{name} <= {format_amount(limit, unit).strip()}"

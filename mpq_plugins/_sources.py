@@ -112,7 +112,7 @@ def load_data(spec: str, *, input_shape: tuple[int, ...] | None = None, batch_si
     Raises `DataError` and `MissingExtraError`.
     """
     if spec == "digits":
-        from mpq_plugins._digits import digits
+        from mpq_plugins.digits import digits
 
         return digits(train=False, batch_size=batch_size)
     source, colon, target = spec.rpartition(":") if not spec.startswith("imagefolder:") else spec.partition(":")

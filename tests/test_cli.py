@@ -7,9 +7,9 @@ import torch
 
 from mpq_plugins import BitConfig
 from mpq_plugins._cli import main
-from mpq_plugins._digits import DigitsNet
+from mpq_plugins.digits import DigitsNet
 
-MODEL = "mpq_plugins._digits:DigitsNet"
+MODEL = "mpq_plugins.digits:DigitsNet"
 LABELLED = ["--proxy", "csmpq", "--proxy-option", "documents=classes"]
 COMMON = ["--model", MODEL, "--data", "digits", "--images", "128", "--quiet"]
 

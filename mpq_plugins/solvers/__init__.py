@@ -1,1 +1,6 @@
-"""To be filled."""
+"""Solvers: one file, one method. None of them imports torch."""
+
+from mpq_plugins.solvers._auto import Auto as Auto
+from mpq_plugins.solvers._exhaustive import Exhaustive as Exhaustive
+from mpq_plugins.solvers._knapsack import Knapsack as Knapsack
+from mpq_plugins.solvers._milp import MILP as MILP

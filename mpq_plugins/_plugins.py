@@ -38,6 +38,8 @@ def make(kind: Kind, name: str, options: Mapping[str, Any] | None = None) -> Any
             f"{kind} plugin {name!r} needs the package {error.name!r}, which is not installed. "
             f"Install it: pip install 'mpq-plugins[{name if kind == 'adapters' else 'all'}]'."
         ) from error
+    except AttributeError as error:
+        raise PluginError(f"{kind} plugin {name!r} points to {points[name].value}, which does not exist: {error}.") from error
     try:
         return factory(**(options or {}))
     except TypeError as error:

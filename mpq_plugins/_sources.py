@@ -50,7 +50,10 @@ def load_model(spec: str, weights: str | Path | None = None) -> nn.Module:
 
 def _built(build: Callable[[], Any], spec: str) -> nn.Module:
     try:
-        model = build()
+        # Without a weights file the weights are random: the same ones each time, so that results can be repeated.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = build()
     except (TypeError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"building the model {spec} failed: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):

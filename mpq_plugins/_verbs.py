@@ -240,6 +240,8 @@ def _model(options: Namespace) -> tuple[nn.Module, Any]:
     from mpq_plugins._sources import example_input, load_model, parse_shape
 
     model = load_model(options.model, options.weights)
+    if options.weights is None and options.model.startswith(("torchvision:", "timm:")):
+        print("note: no --weights given, so the weights are random", file=sys.stderr)
     if options.input:
         return model, example_input(parse_shape(options.input))
     if options.data:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from mpq_plugins._cost import Budget
-from mpq_plugins._errors import BudgetError, InfeasibleBudgetError, SpaceError
+from mpq_plugins._cost import Budget, format_amount
+from mpq_plugins._errors import BudgetError, InfeasibleBudgetError
 from mpq_plugins._scores import Scores
-from mpq_plugins._space import Space
+from mpq_plugins._space import Space, Unit
 
 
 @dataclass(frozen=True)
@@ -126,35 +126,24 @@ def build_problem(scores: Scores, budgets: Sequence[Budget]) -> Problem:
     Raises `InfeasibleBudgetError` as `check_reachable` does.
     """
     space = scores.space
-    check_reachable(space, budgets)
-    kept = [_within_peaks(space, unit_index, budgets) for unit_index in range(len(space.units))]
-    if scores.pairwise is not None:
-        rows = np.concatenate([[0], np.cumsum([len(unit.choices) for unit in space.units])])
-        columns = np.concatenate([rows[u] + np.asarray(indices, dtype=int) for u, indices in enumerate(kept)])
-        pairwise = scores.pairwise[np.ix_(columns, columns)]
-    else:
-        pairwise = None
-    limits = tuple(
-        Limit(
-            budget.cost.name,
-            budget.cost.unit,
-            np.concatenate([_costs(space, u, budget)[kept[u]] for u in range(len(space.units))]),
-            budget.resolve(space),
-        )
-        for budget in budgets
-        if budget.cost.reduce == "sum"
-    )
+    tables = _checked_tables(space, budgets)
+    limits = [budget.resolve(space) for budget in budgets]
+    kept = np.concatenate(_within_peaks(space, budgets, limits, tables))
+    start = np.concatenate([[0], np.cumsum([len(unit.choices) for unit in space.units])])
+    choices = [choice for unit in space.units for choice in unit.choices]
     return Problem(
         units=tuple(unit.name for unit in space.units),
-        choices=tuple(str(unit.choices[i]) for unit, indices in zip(space.units, kept, strict=True) for i in indices),
-        start=np.concatenate([[0], np.cumsum([len(indices) for indices in kept])]).astype(int),
-        loss=np.concatenate([np.asarray(scores.loss[u], dtype=float)[kept[u]] for u in range(len(space.units))]),
-        limits=limits,
-        group=np.asarray([unit.activation_group for unit in space.units], dtype=int),
-        label=np.asarray(
-            [unit.choices[i].activation for unit, ks in zip(space.units, kept, strict=True) for i in ks], dtype=int
+        choices=tuple(str(choices[column]) for column in np.flatnonzero(kept)),
+        start=np.concatenate([[0], np.cumsum(kept)])[start],
+        loss=np.concatenate([np.asarray(row, dtype=float) for row in scores.loss])[kept],
+        limits=tuple(
+            Limit(budget.cost.name, budget.cost.unit, np.concatenate(table)[kept], limit)
+            for budget, limit, table in zip(budgets, limits, tables, strict=True)
+            if budget.cost.reduce == "sum"
         ),
-        pairwise=pairwise,
+        group=np.asarray([unit.activation_group for unit in space.units], dtype=int),
+        label=np.asarray([choice.activation for choice in choices], dtype=int)[kept],
+        pairwise=None if scores.pairwise is None else scores.pairwise[np.ix_(kept, kept)],
     )
 
 
@@ -164,44 +153,69 @@ def check_reachable(space: Space, budgets: Sequence[Budget]) -> None:
     Raises `InfeasibleBudgetError` with the least that can be reached and the layers that hold most of it.
     Budgets are checked one by one here; whether they can be met together is the solver's to find out.
     """
+    _checked_tables(space, budgets)
+
+
+Table = list[np.ndarray]  # [unit][choice]
+
+
+def _checked_tables(space: Space, budgets: Sequence[Budget]) -> list[Table]:
     names = [budget.cost.name for budget in budgets]
     if len(set(names)) < len(names):
         raise BudgetError(f"the same cost has two budgets: {names}. Keep the smaller one.")
-    for budget in budgets:
+    tables = [[_costs(space, unit, budget) for unit in space.units] for budget in budgets]
+    for budget, table in zip(budgets, tables, strict=True):
         limit = budget.resolve(space)
-        least = _least(space, budget)
+        least = _least(space, table, sum if budget.cost.reduce == "sum" else max)
         total = sum(least.values()) if budget.cost.reduce == "sum" else max(least.values())
         if total > limit * (1 + 1e-12):
             raise InfeasibleBudgetError(_infeasible_text(space, budget, limit, total, least))
+    return tables
 
 
-def _least(space: Space, budget: Budget) -> dict[int, float]:
+def _costs(space: Space, unit: Unit, budget: Budget) -> np.ndarray:  # [choice of the unit]
+    layers = [space.layer(name) for name in unit.layers]
+    rows = [[budget.cost.of(layer, choice) for layer in layers] for choice in unit.choices]
+    return np.asarray([sum(row) if budget.cost.reduce == "sum" else max(row) for row in rows], dtype=float)
+
+
+def _least(space: Space, table: Table, reduce: Callable[[Iterable[float]], float]) -> dict[int, float]:
     """Least cost of each unit, over the labels its activation group can agree on."""
-    by_group: dict[int, list[int]] = {}
+    members: dict[int, list[int]] = {}
     for index, unit in enumerate(space.units):
-        by_group.setdefault(unit.activation_group, []).append(index)
+        members.setdefault(unit.activation_group, []).append(index)
     least: dict[int, float] = {}
-    options: list[dict[int, float]]
-    for members in by_group.values():
-        labels = {choice.activation for choice in space.units[members[0]].choices}
-        options = []
-        for label in sorted(labels):
-            costs = {
-                u: min(
-                    cost
-                    for choice, cost in zip(space.units[u].choices, _costs(space, u, budget), strict=True)
-                    if choice.activation == label
-                )
-                for u in members
-            }
-            options.append(costs)
-        least.update(min(options, key=lambda costs: sum(costs.values())))
+    for units in members.values():
+        by_label = [_least_of_labels(space.units[u], table[u]) for u in units]
+        common = sorted(set(by_label[0]).intersection(*by_label[1:]))
+        options = [[labels[label] for labels in by_label] for label in common]
+        least.update(zip(units, min(options, key=reduce), strict=True))
     return least
 
 
-def _infeasible_text(space: Space, budget: Budget, limit: float, total: float, least: dict[int, float]) -> str:
-    from mpq_plugins._cost import format_amount
+def _least_of_labels(unit: Unit, costs: np.ndarray) -> dict[int, float]:
+    least: dict[int, float] = {}
+    for choice, cost in zip(unit.choices, costs.tolist(), strict=True):
+        least[choice.activation] = min(cost, least.get(choice.activation, cost))
+    return least
 
+
+def _within_peaks(
+    space: Space, budgets: Sequence[Budget], limits: Sequence[float], tables: Sequence[Table]
+) -> list[np.ndarray]:  # [unit][choice]
+    """Which choices of every unit meet every "max" budget."""
+    kept = [np.ones(len(unit.choices), dtype=bool) for unit in space.units]
+    for budget, limit, table in zip(budgets, limits, tables, strict=True):
+        if budget.cost.reduce == "max":
+            kept = [within & (costs <= limit * (1 + 1e-12)) for within, costs in zip(kept, table, strict=True)]
+    for unit, within in zip(space.units, kept, strict=True):
+        if not within.any():
+            peaks = ", ".join(budget.cost.name for budget in budgets if budget.cost.reduce == "max")
+            raise InfeasibleBudgetError(f"no choice of {unit.name} meets the limits on {peaks} together. Raise one of them.")
+    return kept
+
+
+def _infeasible_text(space: Space, budget: Budget, limit: float, total: float, least: dict[int, float]) -> str:
     unit_name = budget.cost.unit
     largest = sorted(least, key=lambda u: -least[u])[:3]
     held = ", ".join(f"{space.units[u].name} ({format_amount(least[u], unit_name)})" for u in largest)
@@ -210,22 +224,3 @@ def _infeasible_text(space: Space, budget: Budget, limit: float, total: float, l
         f"{budget.cost.name} <= {format_amount(limit, unit_name)} cannot be met: the least is "
         f"{format_amount(total, unit_name)}.{pinned} Raise the limit, or allow lower bits or fewer pins for: {held}."
     )
-
-
-def _costs(space: Space, unit_index: int, budget: Budget) -> np.ndarray:  # [choice of the unit]
-    unit = space.units[unit_index]
-    layers = [space.layer(name) for name in unit.layers]
-    rows = [[budget.cost.of(layer, choice) for layer in layers] for choice in unit.choices]
-    return np.asarray([sum(row) if budget.cost.reduce == "sum" else max(row) for row in rows], dtype=float)
-
-
-def _within_peaks(space: Space, unit_index: int, budgets: Sequence[Budget]) -> list[int]:
-    """Choice indices of a unit that meet every "max" budget."""
-    indices = list(range(len(space.units[unit_index].choices)))
-    for budget in budgets:
-        if budget.cost.reduce == "max":
-            costs, limit = _costs(space, unit_index, budget), budget.resolve(space)
-            indices = [index for index in indices if costs[index] <= limit * (1 + 1e-12)]
-    if not indices:  # pragma: no cover - check_reachable has refused it
-        raise SpaceError(f"{space.units[unit_index].name} has no choice within the peak budgets.")
-    return indices

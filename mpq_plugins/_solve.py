@@ -10,8 +10,9 @@ from typing import ClassVar
 
 import numpy as np
 
+from mpq_plugins._cost import format_amount
 from mpq_plugins._errors import InfeasibleBudgetError, SolverError
-from mpq_plugins._problem import Problem
+from mpq_plugins._problem import Limit, Problem
 from mpq_plugins._solution import Plan, Solution, Status
 
 _SPREAD = 1e4
@@ -61,7 +62,6 @@ def solve(problem: Problem, solver: AbstractSolver | None = None, *, throw: bool
 
 def unreachable(problem: Problem) -> str | None:
     """Why some limit cannot be met even with the cheapest choices that agree within groups; None when each can."""
-    from mpq_plugins._cost import format_amount
     from mpq_plugins.solvers._blocks import Blocks
 
     if any(not len(choices) for choices in np.split(problem.loss, problem.start[1:-1])):
@@ -77,10 +77,10 @@ def unreachable(problem: Problem) -> str | None:
             costs = limit.cost[problem.columns(least.choice)]
             largest = np.argsort(-costs, kind="stable")[:3]
             held = ", ".join(f"{problem.units[u]} ({format_amount(float(costs[u]), limit.unit).strip()})" for u in largest)
+            reached = format_amount(float(least.usage[row]), limit.unit).strip()
             return (
-                f"{_amount(limit.name, limit.limit, limit.unit)} cannot be met: the least is "
-                f"{format_amount(float(least.usage[row]), limit.unit).strip()}, every unit at its cheapest choice. Raise the limit, "
-                f"or allow lower bits for: {held}."
+                f"{_amount(limit)} cannot be met: the least is {reached}, every unit at its cheapest choice. "
+                f"Raise the limit, or allow lower bits for: {held}."
             )
     return None
 
@@ -124,7 +124,9 @@ class _Scaling:
     def prices(self, scaled: tuple[float, ...], problem: Problem) -> tuple[float, ...]:
         """Loss per unit of each limit."""
         rows = zip(scaled, self.problem.limits, problem.limits, strict=True)
-        return tuple(price * _ratio(small.limit, limit.limit, small.cost, limit.cost) / self.factor for price, small, limit in rows)
+        return tuple(
+            price * _ratio(small.limit, limit.limit, small.cost, limit.cost) / self.factor for price, small, limit in rows
+        )
 
 
 def _ratio(small: float, limit: float, small_cost: np.ndarray, cost: np.ndarray) -> float:
@@ -143,7 +145,9 @@ def _certified(problem: Problem, scaling: _Scaling, answer: Solution, solver: Ab
         if answer.has_plan:
             raise SolverError(f"{named} says {answer.status.name} and gives no plan. Report it to the solver's authors.")
         advice = _not_together(problem) if answer.status is Status.infeasible else _no_answer(named)
-        return Solution(answer.status, (), math.inf, scaling.loss(answer.bound), solver=named, nodes=answer.nodes, advice=advice)
+        return Solution(
+            answer.status, (), math.inf, scaling.loss(answer.bound), solver=named, nodes=answer.nodes, advice=advice
+        )
     _check_plan(problem, answer, named)
     prices, relaxed = _prices(scaling.problem, answer)
     objective, usage = problem.objective(answer.choice), problem.usage(answer.choice)
@@ -174,7 +178,9 @@ def _check_plan(problem: Problem, answer: Solution, named: str) -> None:
     if answer.has_plan and not problem.is_feasible(choice):
         used = zip(problem.limits, problem.usage(choice), strict=True)
         over = [f"{limit.name} {amount:.17g} > {limit.limit:.17g}" for limit, amount in used if amount > limit.limit]
-        raise SolverError(f"{named} says {answer.status.name}, but its plan breaks a limit: {'; '.join(over)}. Use another solver.")
+        raise SolverError(
+            f"{named} says {answer.status.name}, but its plan breaks a limit: {'; '.join(over)}. Use another solver."
+        )
 
 
 def _prices(scaled: Problem, answer: Solution) -> tuple[tuple[float, ...], float]:
@@ -208,7 +214,9 @@ def _check_tables(problem: Problem) -> None:
         raise SolverError("the losses hold values that are not finite. Score again on finite data.")
     for limit in problem.limits:
         if not (np.all(np.isfinite(limit.cost)) and math.isfinite(limit.limit)):
-            raise SolverError(f"the costs or the limit of {limit.name} are not finite. Check the cost's formula and the budget.")
+            raise SolverError(
+                f"the costs or the limit of {limit.name} are not finite. Check the cost's formula and the budget."
+            )
 
 
 def _no_units(problem: Problem, solver: AbstractSolver) -> Solution:
@@ -222,10 +230,9 @@ def _no_answer(named: str) -> str:
 
 def _not_together(problem: Problem) -> str:
     """Which limits exclude each other, and how far each would have to give way alone."""
-    from mpq_plugins._cost import format_amount
     from mpq_plugins.solvers import MILP
 
-    asked = " and ".join(_amount(limit.name, limit.limit, limit.unit) for limit in problem.limits)
+    asked = " and ".join(_amount(limit) for limit in problem.limits)
     least = []
     for row, limit in enumerate(problem.limits):
         others = problem.limits[:row] + problem.limits[row + 1 :]
@@ -237,7 +244,6 @@ def _not_together(problem: Problem) -> str:
     return f"{asked} cannot be met together.{within} Relax one of them, or allow lower bits."
 
 
-def _amount(name: str, limit: float, unit: str) -> str:
-    from mpq_plugins._cost import format_amount
+def _amount(limit: Limit) -> str:
 
-    return f"{name} <= {format_amount(limit, unit).strip()}"
+    return f"{limit.name} <= {format_amount(limit.limit, limit.unit).strip()}"

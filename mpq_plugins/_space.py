@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from mpq_plugins._errors import SpaceError
@@ -87,7 +88,11 @@ class Space:
 
     def layer(self, name: str) -> Layer:
         """The facts of one layer."""
-        return next(layer for layer in self.layers if layer.name == name)
+        return self._layer_of[name]
+
+    @cached_property
+    def _layer_of(self) -> dict[str, Layer]:
+        return {layer.name: layer for layer in self.layers}
 
     def is_free(self, unit: Unit) -> bool:
         """Whether the unit has a decision to make."""

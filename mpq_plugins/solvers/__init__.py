@@ -4,3 +4,4 @@ from mpq_plugins.solvers._auto import Auto as Auto
 from mpq_plugins.solvers._exhaustive import Exhaustive as Exhaustive
 from mpq_plugins.solvers._knapsack import Knapsack as Knapsack
 from mpq_plugins.solvers._milp import MILP as MILP
+from mpq_plugins.solvers._published_rounding import PublishedRounding as PublishedRounding

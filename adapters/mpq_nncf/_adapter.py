@@ -1,0 +1,141 @@
+"""The adapter: what `AbstractAdapter` asks for, delegated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
+
+from mpq_plugins._adapter import AbstractAdapter
+from mpq_plugins._bits import BitConfig
+from mpq_plugins._layers import Inventory, Layer
+from mpq_plugins._precision import Precision
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+
+@final
+@dataclass(frozen=True)
+class NNCFAdapter(AbstractAdapter):
+    """NNCF 3.x quantization, exported to OpenVINO IR or ONNX.
+
+    The default menu is what OpenVINO really stores (weights of 2, 3, 4, 6 and 8 bits) and runs in integers (activations of 8
+    bits, or 4 when asked for); every width from 2 to 8 works when asked for.
+
+    `merge_branches`: layers that read one tensor share its quantizer, as NNCF places them; False gives each its own.
+    `asymmetric`: activations with a zero point, for models with GELU, SiLU and the like.
+    """
+
+    name: ClassVar[str] = "nncf"
+    formats: ClassVar[tuple[str, ...]] = ("openvino-compact", "openvino-fast", "onnx")
+    weight_bits: ClassVar[tuple[int, ...]] = (2, 3, 4, 6, 8)
+    activation_bits: ClassVar[tuple[int, ...]] = (8,)
+
+    merge_branches: bool = True
+    asymmetric: bool = False
+
+    def refuse(self, layer: Layer, precision: Precision) -> str | None:
+        """See `AbstractAdapter.refuse`: NNCF has no binary weights."""
+        from mpq_nncf._advice import refuse
+
+        return refuse(layer, precision)
+
+    def advice(self, layer: Layer, precision: Precision) -> str | None:
+        """See `AbstractAdapter.advice`: what OpenVINO's CPU plugin makes of the precision."""
+        from mpq_nncf._advice import advice
+
+        return advice(layer, precision)
+
+    def unconvertible(self, model: nn.Module, inventory: Inventory, example: Any = None) -> Mapping[str, str]:
+        """See `AbstractAdapter.unconvertible`; with an `example` NNCF's own trace is asked too."""
+        from mpq_nncf._unconvertible import unconvertible
+
+        return unconvertible(model, inventory, example)
+
+    def activation_groups(self, model: nn.Module, example: Any) -> tuple[tuple[str, ...], ...]:
+        """See `AbstractAdapter.activation_groups`: from the quantizer setup NNCF computes, without calibration."""
+        from mpq_nncf._groups import activation_groups
+
+        return activation_groups(model, example, merge_branches=self.merge_branches, asymmetric=self.asymmetric)
+
+    def prepare(
+        self,
+        model: nn.Module,
+        bits: BitConfig,
+        example: Any,
+        calibration: Iterable[Any],
+        *,
+        weight_range: Literal["mse", "max"] = "mse",
+        bias_correction: bool = True,
+        bn_reestimation: bool = True,
+        subset: int = 64,
+    ) -> nn.Module:
+        """See `AbstractAdapter.prepare` and `mpq_nncf._prepare.Recipe` for the options."""
+        from mpq_nncf._prepare import Recipe, prepare
+
+        recipe = Recipe(
+            merge_branches=self.merge_branches,
+            asymmetric=self.asymmetric,
+            weight_range=weight_range,
+            bias_correction=bias_correction,
+            bn_reestimation=bn_reestimation,
+            subset=subset,
+        )
+        return prepare(model, bits, example, calibration, recipe)
+
+    def set_bits(self, module: nn.Module, bits: BitConfig) -> nn.Module:
+        """Switch a prepared module to other bits in place, in milliseconds, for searches; returns it."""
+        from mpq_nncf._set_bits import set_bits
+
+        return set_bits(module, bits)
+
+    def export(self, module: nn.Module, path: str | Path, example: Any, *, format: str | None = None) -> Path:
+        """See `AbstractAdapter.export`; OpenVINO's two files are `path` and its neighbour ending in .bin."""
+        from mpq_nncf._export import export
+
+        return export(module, path, example, format=format or self.formats[0])
+
+    def read_bits(self, path: str | Path) -> BitConfig:
+        """See `AbstractAdapter.read_bits`; the file's suffix says which reader."""
+        from mpq_nncf._read_bits import read_bits
+
+        return read_bits(path)
+
+    def codes(self, module: nn.Module) -> dict[str, np.ndarray]:
+        """See `AbstractAdapter.codes`."""
+        from mpq_nncf._codes import codes
+
+        return codes(module)
+
+    def read_codes(self, path: str | Path) -> dict[str, np.ndarray]:
+        """See `AbstractAdapter.read_codes`."""
+        from mpq_nncf._read_bits import read_codes
+
+        return read_codes(path)
+
+    def run(self, path: str | Path, inputs: Any, *, exact: bool = True) -> list[np.ndarray]:
+        """See `AbstractAdapter.run`; with `exact=False` as the runtime executes by default."""
+        from mpq_nncf._run import run
+
+        return run(path, inputs, exact=exact)
+
+    def save(self, module: nn.Module, path: str | Path) -> Path:
+        """See `AbstractAdapter.save`."""
+        from mpq_nncf._checkpoint import save
+
+        return save(module, path)
+
+    def load(self, model: nn.Module, path: str | Path, example: Any) -> nn.Module:
+        """See `AbstractAdapter.load`."""
+        from mpq_nncf._checkpoint import load
+
+        return load(model, path, example)
+
+    def write_legacy_config(self, model: nn.Module, bits: BitConfig, example: Any, path: str | Path) -> Path:
+        """Write the bits as a JSON configuration of NNCF 2.x; see docs/nncf.md."""
+        from mpq_nncf._legacy_config import write_legacy_config
+
+        return write_legacy_config(model, bits, example, path)

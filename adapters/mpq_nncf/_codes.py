@@ -1,0 +1,30 @@
+"""Integer weight codes of the torch module."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mpq_nncf import _nncf_internals as internals
+from mpq_nncf._wiring import LayerWiring, wiring_of
+
+
+def codes(module: nn.Module) -> dict[str, np.ndarray]:
+    """Layer name -> weight codes in [-2^(b-1), 2^(b-1) - 1] as int8, in the shape of the float weight."""
+    return {name: layer_codes(module, layer).to(torch.int8).cpu().numpy() for name, layer in wiring_of(module).items()}
+
+
+def layer_codes(module: nn.Module, layer: LayerWiring) -> Tensor:
+    """The codes of one layer, as floats."""
+    step = internals.weight_step(internals.quantizer_at(module, layer.weight[0]))
+    rounded: Tensor = torch.round(quantized_weight(module, layer) / step)
+    return rounded
+
+
+def quantized_weight(module: nn.Module, layer: LayerWiring) -> Tensor:
+    """The weight that the layer computes with: codes times step."""
+    quantizer = internals.quantizer_at(module, layer.weight[0])
+    with torch.no_grad():
+        weight: Tensor = quantizer(module.get_parameter(layer.parameter).detach())
+    return weight

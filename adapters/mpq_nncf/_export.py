@@ -1,0 +1,60 @@
+"""From a quantized module to a file."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpq_nncf._codes import codes, quantized_weight
+from mpq_nncf._declaration import Declaration, declare
+from mpq_nncf._wiring import wiring_of
+from mpq_plugins._adapter import bits_of
+from mpq_plugins._errors import AdapterError
+
+SUFFIXES = {"openvino-compact": ".xml", "openvino-fast": ".xml", "onnx": ".onnx"}
+
+
+def export(module: nn.Module, path: str | Path, example: Any, *, format: str) -> Path:
+    """Write `module` as `format`; returns the main file, whose suffix is the format's."""
+    if format not in SUFFIXES:
+        raise AdapterError(f"format {format!r} is unknown; there are {', '.join(SUFFIXES)}.")
+    path = Path(path)
+    if path.suffix != SUFFIXES[format]:
+        path = path.with_name(path.name + SUFFIXES[format])
+    frozen = _frozen(module)
+    if format == "onnx":
+        from mpq_nncf._onnx_export import export_onnx
+
+        return export_onnx(frozen, path, example, declaration(frozen))
+    from mpq_nncf._ir_export import export_ir
+
+    return export_ir(frozen, path, example, declaration(frozen), widen=format == "openvino-fast")
+
+
+def declaration(module: nn.Module) -> Declaration:
+    """What the file will say about itself."""
+    wiring = wiring_of(module)
+    first = {}
+    for name, layer in wiring.items():
+        first.setdefault(layer.parameter, name)
+    shapes = {name: module.get_parameter(layer.parameter).shape for name, layer in wiring.items()}
+    return declare(bits_of(module), shapes, {name: first[layer.parameter] for name, layer in wiring.items()})
+
+
+def _frozen(module: nn.Module) -> nn.Module:
+    """A copy in evaluation mode whose weights lie on their grid, so that an exporter's rounding cannot differ from torch's."""
+    frozen = copy.deepcopy(module).eval()
+    for layer in wiring_of(frozen).values():
+        weight = quantized_weight(module, layer)
+        with torch.no_grad():
+            frozen.get_parameter(layer.parameter).copy_(weight)
+    return frozen
+
+
+def stored_codes(module: nn.Module, declared: Declaration) -> dict[str, Any]:
+    """Codes of the layers that store their own weight."""
+    return {name: values for name, values in codes(module).items() if declared.layers[name].stored_as == name}

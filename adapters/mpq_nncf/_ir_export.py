@@ -1,0 +1,143 @@
+"""OpenVINO IR with every weight at the width that was asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from mpq_nncf._declaration import ACTIVATION, CALL, KEY, WEIGHT, Declaration
+from mpq_nncf._export import stored_codes
+from mpq_nncf._ir_graph import Weight, feeding_quantizers, weights
+from mpq_nncf._ir_storage import Storage, compact, pack, widest
+from mpq_nncf._positional import positional
+from mpq_nncf._quiet import quiet
+from mpq_plugins._errors import AdapterError
+from mpq_plugins._plugins import require
+
+
+def export_ir(module: nn.Module, path: Path, example: Any, declaration: Declaration, *, widen: bool) -> Path:
+    """Write `path` and its .bin; `widen` keeps all weights in the 8-bit type that integer kernels read."""
+    openvino = require("openvino", "nncf")
+    wrapped, values, names = positional(module, example)
+    with quiet():
+        model = openvino.convert_model(wrapped, example_input=values)
+    for port, name in zip(model.inputs, names, strict=True):
+        port.get_tensor().set_names({name})
+        port.get_node().set_friendly_name(name)
+    codes = stored_codes(module, declaration)
+    for layer, found in _match(model, codes).items():
+        storage = widest() if widen else compact(declaration.layers[layer].precision.weight)
+        _store(layer, found, codes[layer], storage)
+        users = [name for name, declared in declaration.layers.items() if declared.stored_as == layer]
+        _name_calls(users, [operation for weight in found for operation in weight.operations])
+    model.validate_nodes_and_infer_types()
+    model.set_rt_info(declaration.dumps(), KEY)
+    return _save(model, path)
+
+
+def _match(model: Any, codes: Mapping[str, np.ndarray]) -> dict[str, list[Weight]]:
+    """Layer name -> its constants, found by their codes; conversion does not keep torch's names.
+
+    Layers whose codes are all equal are told apart by the order of their operations.
+    """
+    constants: dict[tuple[tuple[int, ...], bytes], list[Weight]] = {}
+    for weight in weights(model):
+        values = weight.codes()
+        constants.setdefault((values.shape, values.tobytes()), []).append(weight)
+    alike: dict[tuple[tuple[int, ...], bytes], list[str]] = {}
+    for layer, values in codes.items():
+        alike.setdefault((values.shape, values.tobytes()), []).append(layer)
+    matched: dict[str, list[Weight]] = {}
+    for key, layers in alike.items():
+        found = constants.get(key, [])
+        if not found or (len(layers) > 1 and len(found) != len(layers)):
+            raise AdapterError(
+                f"OpenVINO's conversion holds {len(found)} constants with the weight codes of {', '.join(layers)}, "
+                f"expected {len(layers)}. Exclude the layer so that it stays in float, or export to onnx."
+            )
+        for index, layer in enumerate(layers):
+            matched[layer] = found if len(layers) == 1 else [found[index]]
+    return matched
+
+
+def _store(layer: str, found: list[Weight], codes: np.ndarray, storage: Storage) -> None:
+    """Replace the constants of a layer by one of the wanted type, and name what belongs to the layer."""
+    from openvino import Shape, Tensor, Type, opset13
+    from openvino.op import Constant
+
+    stored = Tensor(getattr(Type, storage.name), Shape(list(codes.shape)))
+    stored.data.reshape(-1).view(np.uint8)[:] = pack(codes, storage)  # OpenVINO owns this memory; numpy's it would only borrow
+    constant = Constant(stored)
+    constant.set_friendly_name(layer + WEIGHT)
+    values = opset13.convert(constant, "f32")
+    if storage.zero_point:
+        values = opset13.subtract(values, opset13.constant(np.array(storage.zero_point, np.float32)))
+    for weight in found:
+        for target in list(weight.constant.output(0).get_target_inputs()):
+            reader = target.get_node()
+            if reader.get_type_name() != "Convert":
+                raise AdapterError(
+                    f"{layer}: OpenVINO's conversion reads its codes by {reader.get_type_name()}. Export to onnx."
+                )
+            for outer in list(reader.output(0).get_target_inputs()):
+                outer.replace_source_output(values.output(0))
+
+
+def _name_calls(users: list[str], operations: list[Any]) -> None:
+    """Name the operations of the layers that share one weight, and the quantizers that feed them."""
+    for index, (operation, user) in enumerate(zip(operations, _users_of(users, operations), strict=True)):
+        operation.set_friendly_name(f"{user}{CALL}{index}")
+        for quantizer in feeding_quantizers(operation):
+            if quantizer is not None and not quantizer.get_friendly_name().endswith(ACTIVATION):
+                quantizer.set_friendly_name(user + ACTIVATION)
+
+
+def _users_of(users: list[str], operations: list[Any]) -> list[str]:
+    if len(users) == 1:
+        return users * len(operations)
+    names = [f"{operation.get_friendly_name()}/" for operation in operations]
+    told = [next((user for user in users if f".{user}/" in name), None) for name in names]
+    if None not in told:
+        return [user for user in told if user is not None]
+    if len(users) == len(operations):  # conversion keeps the order of calls where it drops their names
+        return users
+    raise AdapterError(
+        f"{', '.join(users)} hold one weight, and OpenVINO's conversion does not tell their {len(operations)} calls apart. "
+        "Give the layers copies of the weight, or export to onnx."
+    )
+
+
+def _save(model: Any, path: Path) -> Path:
+    """Write .xml and .bin beside their places, then move both in; whatever fails, the old pair stays whole."""
+    openvino = require("openvino", "nncf")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as directory:
+        temporary = Path(directory) / path.name
+        openvino.save_model(model, temporary, compress_to_fp16=False)  # f16 scales would move every weight
+        # The .xml does not name its .bin: both must share a stem.
+        moves = [(temporary.with_suffix(suffix), path.with_suffix(suffix)) for suffix in (".bin", ".xml")]
+        kept: list[tuple[Path, Path]] = []
+        done: list[Path] = []
+        try:
+            for _, target in moves:
+                if target.exists():
+                    aside = Path(directory) / f"old{target.suffix}"
+                    target.replace(aside)
+                    kept.append((aside, target))
+            for source, target in moves:
+                source.replace(target)
+                done.append(target)
+        except BaseException:
+            for target in done:
+                target.unlink(missing_ok=True)
+            for aside, target in kept:
+                with contextlib.suppress(OSError):
+                    aside.replace(target)
+            raise
+    return path

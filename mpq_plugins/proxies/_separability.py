@@ -15,7 +15,7 @@ from mpq_plugins.proxies._features import AbstractStatistic, not_finite
 
 Documents = Literal["images", "classes"]
 
-# Values of a feature map that are rectified at a time: they stay in the cache, and no second feature map is made.
+# Values of a feature map that are pooled at a time: they stay in the cache, and no second feature map is made.
 _N_VALUES = 2**19
 
 
@@ -26,7 +26,7 @@ def pooled(feature: Tensor, channel_axis: int) -> Tensor:  # [N, C]
     positions = tuple(range(1, channels_last.dim() - 1))
     parts = []
     for part in torch.split(channels_last, n_images):
-        rectified = part.clamp(min=0)
+        rectified = part if bool(part.amin() >= 0) else part.clamp(min=0)  # Most have been through a ReLU.
         parts.append(rectified.mean(dim=positions, dtype=torch.float32) if positions else rectified)
     return torch.cat(parts).double()
 

@@ -1,0 +1,18 @@
+"""The tables: one row enrols a proxy, cost, solver or adapter in its whole contract suite."""
+
+from mpq_plugins.proxies import CSMPQ, OMPQ, Constant, Projection, PublishedCSMPQ, PublishedOMPQ, Random, Uniform
+
+PROXIES = [
+    Uniform(),
+    Constant(),
+    Constant(utility="linear"),
+    Random(seed=3),
+    Projection(),
+    OMPQ(),
+    OMPQ(estimator="biased", exponent="raw", utility="linear", suffix_mean=True),
+    PublishedOMPQ(),
+    CSMPQ(),
+    CSMPQ(documents="classes", utility="linear"),
+    PublishedCSMPQ(),
+    PublishedCSMPQ(mode="ptq", balance=2.0),
+]

@@ -17,22 +17,25 @@ Estimator = Literal["debiased", "biased"]
 
 # A Gram matrix in float32 is good to about 1e-6 of its size: what varies less between images is rounding.
 _NOISE = 1e-6
-# Columns per product: long enough for full speed, short enough to sum the products in float64.
-_N_COLUMNS = 65536
+# Columns per float32 product: long enough for full speed, short enough to lose little before the sum in float64.
+_N_COLUMNS = 2**14
+# Up to this length a product in float64 costs next to nothing, and deep layers, which are short, differ least between images.
+_N_EXACT = 2**15
 
 
 def gram(feature: Tensor) -> Tensor:  # [N, N]
     """Inner products of the images' feature maps [N, ...], in float64.
 
-    Reads the feature map once and copies it only where it is neither float32 nor laid out densely.
+    Reads the feature map once and copies of it no more than a part at a time, if it is laid out densely.
     """
     if feature.dim() == 4 and feature.is_contiguous(memory_format=torch.channels_last):
         feature = feature.permute(0, 2, 3, 1)  # Any order of the columns gives the same products.
     columns = feature.flatten(1) if feature.dim() > 1 else feature[:, None]
     total = torch.zeros(len(feature), len(feature), dtype=torch.float64, device=feature.device)
+    dtype = torch.float64 if columns.shape[1] <= _N_EXACT else torch.promote_types(columns.dtype, torch.float32)
     for part in torch.split(columns, _N_COLUMNS, dim=1):
-        exact = part if part.dtype in (torch.float32, torch.float64) else part.float()
-        total += exact @ exact.T
+        wide = part.to(dtype)
+        total += wide @ wide.T
     return total
 
 

@@ -88,7 +88,7 @@ def chain() -> nn.Sequential:
         nn.ReLU(),
         nn.ConvTranspose1d(8, 4, 2, 2),
         nn.ReLU(),
-        nn.AdaptiveAvgPool1d(16),
+        nn.AvgPool1d(16),
         nn.Flatten(),
         nn.Linear(64, 16),
         nn.ReLU(),

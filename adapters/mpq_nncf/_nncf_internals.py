@@ -121,6 +121,11 @@ def trace(model: nn.Module, example: Any) -> Graph:
     return Graph(tuple(weighted), tuple(quantizable), graph, wrapper)
 
 
+def input_names(graph: Graph) -> list[str]:
+    """The names of the model's inputs, in order."""
+    return [node.node_name for node in graph.nncf_graph.get_input_nodes()]
+
+
 # --- the quantizer setup ----------------------------------------------------------------------------------------------
 
 

@@ -6,8 +6,9 @@ grid through the export and are then replaced by standard operators, so nothing 
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from mpq_nncf._declaration import CALL, KEY, WEIGHT, Declaration
 from mpq_nncf._positional import positional
 from mpq_nncf._quiet import quiet
 from mpq_nncf._wiring import LayerWiring, wiring_of
+from mpq_plugins._errors import AdapterError
 from mpq_plugins._files import write_whole
 from mpq_plugins._plugins import require
 
@@ -88,7 +90,7 @@ def export_onnx(module: nn.Module, path: Path, example: Any, declaration: Declar
         n_outputs = len(wrapped(*values))
     outputs = tuple(f"output_{index}" for index in range(n_outputs)) if n_outputs > 1 else ("output",)
     buffer = io.BytesIO()
-    with quiet():
+    with quiet(), _explained():
         torch.onnx.export(
             wrapped,
             values,
@@ -105,6 +107,15 @@ def export_onnx(module: nn.Module, path: Path, example: Any, declaration: Declar
     model.metadata_props.add(key=KEY, value=declaration.dumps())
     onnx.checker.check_model(model)
     return write_whole(path, lambda temporary: onnx.save(model, temporary))
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # base of the exporter's errors
+        reason = str(error).strip().splitlines()[0][:300]
+        raise AdapterError(f"torch cannot write this model as ONNX: {reason} Export to openvino-compact instead.") from error
 
 
 def _put_placeholders(module: nn.Module) -> None:
@@ -154,6 +165,8 @@ def _expand(model: Any, declaration: Declaration) -> None:
                 node.name = f"{layer}{CALL}{calls.get(layer, 0)}"
                 calls[layer] = calls.get(layer, 0) + 1
         nodes.append(node)
+    for node in nodes:
+        node.ClearField("doc_string")  # the exporter's stack trace: larger than the weights of a small net, and full of paths
     del graph.node[:]
     graph.node.extend(nodes)
     used = {name for node in nodes for name in node.input}

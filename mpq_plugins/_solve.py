@@ -17,6 +17,7 @@ from mpq_plugins._solution import Plan, Solution, Status
 
 _SPREAD = 1e4
 _LIMIT = 2.0**10
+_CLOSED = 2e-6  # relative gap up to which an answer is called optimal
 
 
 class AbstractSolver(abc.ABC):
@@ -165,7 +166,15 @@ def _certified(problem: Problem, scaling: _Scaling, answer: Solution, solver: Ab
     )
     if answer.status is Status.over_budget:
         return replace(solution, bound=scaling.loss(answer.bound))
+    if answer.status is Status.optimal and not _is_closed(scaling, solution):
+        return replace(solution, status=Status.feasible, advice=Status.feasible.value)
     return replace(solution, next_best=_next_best(problem, scaling.problem, answer, n_next))
+
+
+def _is_closed(scaling: _Scaling, solution: Solution) -> bool:
+    """Whether the bound is close enough to call the plan optimal, in losses above the least of every unit or as they are."""
+    left = solution.objective - solution.bound
+    return left <= _CLOSED * max(abs(solution.objective), abs(solution.objective - scaling.shift)) or left == 0
 
 
 def _check_plan(problem: Problem, answer: Solution, named: str) -> None:

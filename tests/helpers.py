@@ -1,6 +1,7 @@
 """The tables: one row enrols a proxy, cost, solver or adapter in its whole contract suite."""
 
 from mpq_plugins.proxies import CSMPQ, OMPQ, Constant, Projection, PublishedCSMPQ, PublishedOMPQ, Random, Uniform
+from mpq_plugins.solvers import MILP, Auto, Knapsack
 
 PROXIES = [
     Uniform(),
@@ -16,3 +17,5 @@ PROXIES = [
     PublishedCSMPQ(),
     PublishedCSMPQ(mode="ptq", balance=2.0),
 ]
+
+SOLVERS = [Auto(), Knapsack(), MILP(), MILP(backend="cbc")]

@@ -11,6 +11,7 @@ from mpq_plugins.solvers._dual import Relaxation, by_secants
 from mpq_plugins.solvers._program import Backend, highest_point
 
 _MOST_CUTS = 200
+_ROOM = 1e-10
 _WIDER = 64.0
 _MOST_WIDENINGS = 6
 
@@ -46,6 +47,7 @@ def by_cutting_planes(blocks: Blocks, free: Minimum, backend: Backend) -> Relaxa
 
 def _climb(blocks: Blocks, peak: _Peak, most: float, backend: Backend, *, with_loss: bool = True) -> None:
     """Raise the peak within 0 <= prices <= most until no plane leaves room above it."""
+    met = {cut.choice.tobytes() for cut in peak.cuts}
     for _ in range(_MOST_CUTS):
         heights = [cut.loss if with_loss else 0.0 for cut in peak.cuts]
         highest = highest_point(heights, [cut.usage - blocks.limits for cut in peak.cuts], most, backend)
@@ -57,7 +59,10 @@ def _climb(blocks: Blocks, peak: _Peak, most: float, backend: Backend, *, with_l
         peak.cuts.append(minimum)
         if value > peak.value:
             peak.prices, peak.minimum, peak.value = prices, minimum, value
-        if ceiling - peak.value <= 1e-11 * max(abs(ceiling), abs(peak.value)):
+        # A plane met before leaves no room either: what still shows is the rounding of the linear program.
+        known = minimum.choice.tobytes() in met
+        met.add(minimum.choice.tobytes())
+        if known or ceiling - peak.value <= _ROOM * max(abs(ceiling), abs(peak.value)):
             return
 
 

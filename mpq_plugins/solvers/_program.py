@@ -179,7 +179,8 @@ def _run(program: Any, backend: Backend, *, time_limit_s: float, gap: float) -> 
     except pulp.PulpSolverError as error:
         raise SolverError(f"{solver.name} failed: {error}. Try backend='highs' (pip install highspy) or 'cbc'.") from error
     found = program.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible)
-    if program.sol_status == pulp.LpSolutionInfeasible:
+    # For CBC's "Integer infeasible" PuLP sets this status and leaves the solution status at "none found".
+    if pulp.LpStatusInfeasible in (program.status, program.sol_status):
         return _Ended(Status.infeasible, False, np.inf)
     status = {pulp.LpSolutionOptimal: Status.optimal, pulp.LpSolutionIntegerFeasible: Status.feasible}.get(
         program.sol_status, Status.no_answer

@@ -100,6 +100,7 @@ class CoreProgram:
         """Search all combinations of the items' alternatives that the bounds leave."""
         used, rise = np.zeros(1), np.zeros(1)
         rest = _Rest.of(items, self.price)
+        self.dropped = min([self.dropped, *(item.lost for item in items)])
         self._record(used, rise)
         for at, item in enumerate(items):
             useful = self._worthwhile(item.rise)

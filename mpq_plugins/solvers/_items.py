@@ -8,15 +8,21 @@ import numpy as np
 
 from mpq_plugins.solvers._blocks import Blocks, Minimum
 
+_MOST_COMBINATIONS = 20_000
+
 
 @dataclass(frozen=True)
 class Item:
-    """What one group may do instead of the base plan: how its cost changes, and by how much the bound rises."""
+    """What one group may do instead of the base plan: how its cost changes, and by how much the bound rises.
+
+    `lost` is the least rise among combinations of a large group that were left out for lack of room.
+    """
 
     units: np.ndarray  # [unit of the group]
     used: np.ndarray  # [alternative], the first one stays at the base
     rise: np.ndarray  # [alternative]
     choice: np.ndarray  # [alternative, unit of the group]
+    lost: float = np.inf
 
 
 def items_of(
@@ -89,20 +95,22 @@ def _group_item(
         _combinations(blocks, table, slots[blocks.option[slots] == option], most_rise, price, n_plans)
         for option in np.unique(blocks.option[slots])
     ]
-    used, rise, choice = (np.concatenate(parts) for parts in zip(*combined, strict=True))
+    used, rise, choice = (np.concatenate(parts) for parts in zip(*(part[:3] for part in combined), strict=True))
     other = np.any(choice != base[units], axis=1)
     return Item(
         units,
         np.concatenate([[0.0], used[other]]),
         np.concatenate([[0.0], rise[other]]),
         np.concatenate([base[units][None], choice[other]]),
+        min(part[3] for part in combined),
     )
 
 
 def _combinations(
     blocks: Blocks, table: _Table, slots: np.ndarray, most_rise: float, price: float, n_plans: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cost change, rise and choices of every combination of one option that counts."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Cost change, rise and choices of every combination of one option that counts, and the least rise left out."""
+    lost = np.inf
     start = float(table.option_rise[blocks.option[slots[0]]])
     used, rise, choice = np.zeros(1), np.full(1, start), np.zeros((1, 0), dtype=int)
     for slot in slots[np.argsort(blocks.unit[slots])]:
@@ -113,8 +121,12 @@ def _combinations(
         rise = rise[parent] + (table.rise[slot, position] - start)
         alive = np.flatnonzero(rise <= most_rise)
         alive = alive[undominated(used[alive], (rise - price * used)[alive], n_plans)]
+        if len(alive) > _MOST_COMBINATIONS:
+            alive = alive[np.argsort(rise[alive], kind="stable")]
+            lost = min(lost, float(rise[alive[_MOST_COMBINATIONS]]))
+            alive = alive[:_MOST_COMBINATIONS]
         used, rise, choice = used[alive], rise[alive], np.column_stack([choice[parent], blocks.index[slot, position]])[alive]
-    return used, rise, choice
+    return used, rise, choice, lost
 
 
 def _slope(item: Item) -> float:

@@ -97,17 +97,22 @@ def test_objective_and_gap_are_recomputed():
     assert solution.status is Status.feasible
 
 
-@pytest.mark.parametrize("backend", ["highs", "cbc"])
-def test_a_time_limit_never_reads_as_optimal(backend):
-    """A hard problem cut off at once is feasible or unanswered, and its bound stays below the true optimum."""
+@pytest.fixture(scope="module")
+def hard_problem():
+    """Market-split rows, equal sums of random whole numbers: branch and bound is known to be slow on them."""
     rng = np.random.default_rng(0)
-    # Market-split rows: equal sums of random whole numbers, which branch and bound is known to be slow on.
     tables = [rng.integers(0, 100, (40, 2)).astype(float) for _ in range(3)]
     loss = -tables[0] - tables[1] + rng.random((40, 2))
     problem = Problem.of(loss, [(table, float(np.floor(table.sum() / 2))) for table in tables])
+    return problem, solve(problem, MILP(time_limit_s=20, backend="highs"), throw=False, n_next=0)
+
+
+@pytest.mark.parametrize("backend", ["highs", "cbc"])
+def test_a_time_limit_never_reads_as_optimal(hard_problem, backend):
+    """A hard problem cut off at once is feasible or unanswered, and its bound stays below the best plan known."""
+    problem, full = hard_problem
     cut = solve(problem, MILP(time_limit_s=0.02, backend=backend), throw=False, n_next=0)
     assert cut.status in (Status.feasible, Status.no_answer)
-    full = solve(problem, MILP(time_limit_s=20), throw=False, n_next=0)
     assert cut.bound <= full.objective
     if cut.has_plan:
         assert full.objective <= cut.objective

@@ -23,6 +23,10 @@ with warnings.catch_warnings():
         import brevitas.nn as qnn
         from brevitas import config
         from brevitas.core.bit_width import BitWidthStatefulConst
+        from brevitas.fx import GraphModule as GraphModule
+        from brevitas.fx.brevitas_tracer import symbolic_trace as symbolic_trace
+        from brevitas.graph.base import FnToModule as FnToModule
+        from brevitas.graph.base import MethodToModule as MethodToModule
         from brevitas.graph.fixed_point import MergeBatchNorm as MergeBatchNorm
         from brevitas.graph.quantize import COMPUTE_LAYER_MAP as COMPUTE_LAYER_MAP
         from brevitas.graph.quantize import QUANT_ACT_MAP as QUANT_ACT_MAP

@@ -16,8 +16,6 @@ from mpq_plugins._layers import Inventory
 from mpq_plugins._model import Batch, call
 from mpq_plugins.training import reestimate_batch_norm
 
-_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-
 
 def calibrate(module: nn.Module, batches: Sequence[Batch]) -> None:
     """Set activation ranges over `batches`, then weight ranges."""
@@ -79,19 +77,22 @@ def reestimate_merged_norms(module: nn.Module, merged: Mapping[str, nn.Module], 
 
 
 class _ThenNorm(nn.Module):
-    """A layer followed by a batch normalisation of its own output."""
+    """A merged layer, its output brought back to what the normalisation once read, and that normalisation again."""
 
     def __init__(self, layer: Any, swallowed: Any) -> None:
         super().__init__()
         self.layer = layer
         self.norm = type(swallowed)(swallowed.num_features, eps=swallowed.eps).to(layer.weight.device)
         with torch.no_grad():
-            # The sign of the affine weight is in the merged weights already.
+            # The sign of the affine weight stays in the merged weights.
             self.norm.weight.copy_(_or(swallowed.weight, 1.0, self.norm.weight).abs())
             self.norm.bias.copy_(_or(swallowed.bias, 0.0, self.norm.bias))
+            deviation = torch.sqrt(swallowed.running_var + swallowed.eps)
+            self.unmerge = torch.where(self.norm.weight > 0, deviation / self.norm.weight, torch.ones_like(deviation))
 
     def forward(self, x: Any) -> Any:
-        return self.norm(brevitas.plain(self.layer(x)))
+        merged = brevitas.plain(self.layer(x))
+        return self.norm(merged * self.unmerge.view(-1, *[1] * (merged.dim() - 2)))
 
 
 def _or(value: Tensor | None, default: float, like: Tensor) -> Tensor:
@@ -112,13 +113,15 @@ def _replaced(module: nn.Module, replacements: Mapping[str, _ThenNorm]) -> Itera
 @torch.no_grad()
 def _fold(chain: _ThenNorm) -> None:
     layer, norm = chain.layer, chain.norm
-    factor = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    slope = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    bias = torch.zeros_like(slope) if layer.bias is None else layer.bias
+    folded = (bias * chain.unmerge - norm.running_mean) * slope + norm.bias
+    layer.bias = nn.Parameter(folded, requires_grad=layer.weight.requires_grad)
+    # A channel whose affine weight is 0 has weights 0 already; its scale must not become 0.
+    factor = torch.where(slope > 0, slope * chain.unmerge, torch.ones_like(slope))
     shape = [1] * layer.weight.dim()
     shape[layer.output_channel_dim] = -1
-    scale = brevitas.learned_scale(layer.weight_quant)
     layer.weight.mul_(factor.view(shape))
+    scale = brevitas.learned_scale(layer.weight_quant)
     if scale is not None:
         scale.mul_(factor.view(scale.shape))
-    bias = torch.zeros_like(factor) if layer.bias is None else layer.bias
-    folded = (bias - norm.running_mean) * factor + norm.bias
-    layer.bias = nn.Parameter(folded, requires_grad=layer.weight.requires_grad)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from mpq_plugins._adapter import bits_of
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._errors import AdapterError
 from mpq_plugins._files import write_whole
-from mpq_plugins._model import batch_size, call, device_of, tensors, to_device
+from mpq_plugins._model import batch_size, call, device_of, evaluating, tensors, to_device
 from mpq_plugins._plugins import require
 
-OPSET = 13
+# FINN's passes know opset 13; attention and layer normalisation need a later one.
+_OPSETS = {"finn": 13, "layerwise": 17}
 _WRAPPED = "model"
 
 
@@ -36,6 +38,7 @@ def export(module: nn.Module, path: str | Path, example: Any, *, format: str) ->
     for package in ("onnx", "onnxoptimizer"):
         require(package, "brevitas")
     example = one_image(to_device(example, device_of(module)))
+    keys, args = _arguments(example)
     calls = _call_order(module, bits, example)
     metadata = {
         "format": FORMAT,
@@ -49,7 +52,7 @@ def export(module: nn.Module, path: str | Path, example: Any, *, format: str) ->
     }
 
     def write(temporary: Path) -> None:
-        _write_raw(module, temporary, example, format)
+        _write_raw(_Positional(copy.deepcopy(module), keys).eval(), temporary, args, format, _OPSETS[recipe.profile])
         _finish(temporary, calls, metadata)
 
     return write_whole(path, write)
@@ -77,8 +80,8 @@ def _call_order(module: nn.Module, bits: BitConfig, example: Any) -> list[str]:
         for name in bits.layers
     ]
     try:
-        with torch.no_grad(), brevitas.guarded():
-            call(copy.deepcopy(module).eval() if module.training else module, example)
+        with evaluating(module), brevitas.guarded():
+            call(module, example)
     finally:
         for handle in handles:
             handle.remove()
@@ -99,23 +102,37 @@ class _Positional(nn.Module):
         return tuple(brevitas.plain(tensor) for tensor in tensors(brevitas.plain(result)))
 
 
-def _write_raw(module: nn.Module, path: Path, example: Any, format: str) -> None:
+def _write_raw(module: _Positional, path: Path, args: tuple[Tensor, ...], format: str, opset: int) -> None:
+    """Brevitas' own export. It leaves handlers and caches in the module, which must be a copy."""
     from brevitas.export import export_onnx_qcdq, export_qonnx
 
-    keys, args = _arguments(example)
-    names = list(keys) if keys else [f"input_{index}" if len(args) > 1 else "input" for index in range(len(args))]
+    names = list(module.keys or [f"input_{index}" if len(args) > 1 else "input" for index in range(len(args))])
     write = {"qonnx": export_qonnx, "qcdq": export_onnx_qcdq}[format]
-    # The exporter leaves handlers and caches in the module: it works on a copy.
-    wrapped = _Positional(copy.deepcopy(module), keys).eval()
-    with brevitas.guarded():
+    with brevitas.guarded(), _plain_attention():
         try:
             # dynamo=False: the newer exporter renames and merges initializers, and fails on attention.
-            write(wrapped, args=args, export_path=str(path), dynamo=False, opset_version=OPSET, input_names=names)
+            write(module, args=args, export_path=str(path), dynamo=False, opset_version=opset, input_names=names)
         except Exception as error:
             raise AdapterError(
-                f"Brevitas could not export the module as {format}: {type(error).__name__}: {error}. "
+                f"Brevitas could not export the module as {format}: {type(error).__name__}: {_first_line(error)}. "
                 "Check that its forward pass uses operations that ONNX has."
             ) from error
+
+
+def _first_line(error: Exception) -> str:
+    # torch appends the whole traced graph to its message.
+    return next(iter(str(error).splitlines()), "")
+
+
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Have MultiheadAttention compute with ordinary operations: its fused one has no ONNX counterpart."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _arguments(example: Any) -> tuple[tuple[str, ...] | None, tuple[Tensor, ...]]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from mpq_brevitas import _brevitas_internals as brevitas
@@ -18,6 +19,17 @@ from mpq_plugins._errors import AdapterError
 
 UNFED_BITS = 8  # of quantizers that no layer of the bit configuration reads
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class QuantizedGraph(brevitas.GraphModule):
+    """A traced module whose deep copies remember what it was prepared with; those of its base forget attributes."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedGraph:
+        copied: QuantizedGraph = super().__deepcopy__(memo)
+        for name, value in vars(self).items():
+            if name.startswith("_mpq_"):
+                object.__setattr__(copied, name, value)
+        return copied
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,7 @@ def build_graph(model: nn.Module, bits: BitConfig | None, recipe: Recipe) -> Gra
     copied = rooted(copy.deepcopy(model).eval())
     with brevitas.guarded():
         try:
-            traced = brevitas.preprocess_for_quantize(copied, merge_bn=False, relu6_to_relu=False)
+            traced = brevitas.preprocess_for_quantize(_traced(copied), trace_model=False, merge_bn=False, relu6_to_relu=False)
             merged = _mergeable_norms(traced)
             traced = brevitas.MergeBatchNorm().apply(traced)
             module = brevitas.quantize(
@@ -61,7 +73,22 @@ def build_graph(model: nn.Module, bits: BitConfig | None, recipe: Recipe) -> Gra
                 'Use profile="layerwise", which traces nothing, or remove data-dependent control flow.'
             ) from error
     kept = dict(module.named_modules())
-    return Graph(module.eval(), {layer: norm for layer, (name, norm) in merged.items() if name not in kept})
+    return Graph(
+        QuantizedGraph(module, module.graph).eval(), {layer: norm for layer, (name, norm) in merged.items() if name not in kept}
+    )
+
+
+def _traced(model: nn.Module) -> Any:
+    """The model's graph, with ReLUs written as functions made modules: Brevitas knows only those of `nn.functional`."""
+    graph = brevitas.symbolic_trace(model)
+    for rewriter in (
+        brevitas.FnToModule(torch.relu, nn.ReLU),
+        brevitas.FnToModule(torch.relu_, nn.ReLU),
+        brevitas.MethodToModule("relu", nn.ReLU),
+        brevitas.MethodToModule("relu_", nn.ReLU),
+    ):
+        graph = rewriter.apply(graph)
+    return graph
 
 
 def _mergeable_norms(traced: Any) -> dict[str, tuple[str, nn.Module]]:

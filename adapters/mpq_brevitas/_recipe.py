@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mpq_plugins._errors import AdapterError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Profile = Literal["layerwise", "finn"]
 WeightRange = Literal["mse", "max"]

@@ -38,7 +38,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=20)
     arguments = parser.parse_args()
     adapter = make("adapters", "brevitas")
-    calibration, test = digits(train=True)[:4], digits(train=False)
+    calibration, test = digits(train=True, batch_size=256)[:1], digits(train=False, batch_size=300)
     example = test[0].inputs[:1]
     found = defaultdict(list)
     floats = []

@@ -129,8 +129,11 @@ def _activation_bits(levels: Levels, claim: int | None) -> int | None:
         return None
     if claim is not None and all(level == 2**claim for level in levels):
         return claim
-    widths = [(level - 1).bit_length() for level in levels if level is not None and level != 2 ** (claim or 0)]
-    return widths[0] if widths and widths[0] in ACTIVATION_BITS else None
+    differing = [level for level in levels if level is not None and (claim is None or level != 2**claim)]
+    width = (differing[0] - 1).bit_length()
+    if width == claim:  # fewer levels than the width has: the widest that is complete
+        width -= 1
+    return width if width in ACTIVATION_BITS else None
 
 
 def shaped(declaration: Declaration | None, found: Mapping[str, Found]) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from mpq_nncf._declaration import ACTIVATION, CALL, KEY, WEIGHT, Declaration
@@ -26,7 +27,9 @@ def export_ir(module: nn.Module, path: Path, example: Any, declaration: Declarat
     openvino = require("openvino", "nncf")
     wrapped, values, names = positional(module, example)
     with quiet():
-        model = openvino.convert_model(wrapped, example_input=values)
+        # OpenVINO would trace by itself, and once more to compare.
+        traced = torch.jit.trace(wrapped, values, strict=False, check_trace=False)
+        model = openvino.convert_model(traced, example_input=values)
     for port, name in zip(model.inputs, names, strict=True):
         port.get_tensor().set_names({name})
         port.get_node().set_friendly_name(name)

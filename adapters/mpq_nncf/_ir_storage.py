@@ -22,10 +22,8 @@ class Storage:
     zero_point: int
 
 
-_ALL = {
-    s.name: s
-    for s in (Storage("u2", 2, 2), Storage("u3", 3, 4), Storage("i4", 4, 0), Storage("u6", 6, 32), Storage("i8", 8, 0))
-}
+TYPES = (Storage("u2", 2, 2), Storage("u3", 3, 4), Storage("i4", 4, 0), Storage("u6", 6, 32), Storage("i8", 8, 0))
+_ALL = {storage.name: storage for storage in TYPES}
 _COMPACT = {2: "u2", 3: "u3", 4: "i4", 5: "u6", 6: "u6", 7: "i8", 8: "i8"}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mpq_nncf import _nncf_internals as internals
 from mpq_nncf._wiring import Wiring
@@ -14,6 +14,7 @@ from mpq_plugins._quantizer import mse_scale
 
 # At 8 bits the largest magnitude is within a few percent of the best range.
 _WIDEST_SEARCHED = 7
+_CACHE_SIZED = 2**16  # elements; a search over whole layers streams them from memory 80 times
 
 
 def set_weight_ranges(module: nn.Module, wiring: Wiring, bits: Mapping[str, Precision]) -> None:
@@ -25,5 +26,17 @@ def set_weight_ranges(module: nn.Module, wiring: Wiring, bits: Mapping[str, Prec
         done.add(layer.parameter)
         weight = module.get_parameter(layer.parameter).detach()
         with torch.no_grad():
-            step = mse_scale(weight, bits[name].weight, channel_axis=layer.channel_axis)
+            step = torch.cat(
+                [
+                    mse_scale(part, bits[name].weight, channel_axis=layer.channel_axis)
+                    for part in _cache_sized(weight, layer.channel_axis)
+                ],
+                dim=layer.channel_axis,
+            )
         internals.set_weight_step(internals.quantizer_at(module, layer.weight[0]), step)
+
+
+def _cache_sized(weight: Tensor, channel_axis: int) -> tuple[Tensor, ...]:
+    per_channel = weight.numel() // weight.shape[channel_axis]
+    parts: tuple[Tensor, ...] = weight.split(max(1, _CACHE_SIZED // per_channel), dim=channel_axis)
+    return parts

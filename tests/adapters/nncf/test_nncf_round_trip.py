@@ -9,10 +9,10 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 import torch
+from mpq_nncf import NNCFAdapter
 from nncf_nets import images, train
 from torch import nn
 
-from mpq_nncf import NNCFAdapter
 from mpq_plugins import BitConfig, Precision, find_layers, verify
 from mpq_plugins.costs import StoredSize
 
@@ -107,7 +107,7 @@ def test_stored_size_predicts_the_constants(prepared, exported, net):
 
 
 def test_training_keeps_the_round_trip(adapter, prepared, tmp_path):
-    """After steps of SGD on weights and scales the file still holds the module's codes, one weight for tied and shared layers."""
+    """After steps of SGD on weights and scales the file still holds the module's codes, tied and shared layers included."""
     case = prepared("zoo")
     module = copy.deepcopy(case.module)
     before = {name: value.clone() for name, value in module.named_parameters()}

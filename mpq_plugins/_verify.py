@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,18 +45,21 @@ class OutputCheck:
     """Outputs of the file against the module.
 
     `mean_relative` is the mean absolute difference over the standard deviation of the module's output, `max_absolute` the
-    largest difference, `top1_agreement` the share of rows with the same largest entry.
+    largest difference, `top1_agreement` the share of rows with the same largest entry. `own_difference` is the
+    mean relative difference of the module from itself when torch sums in another order; it is measured only where the
+    tolerance alone is not met.
     """
 
     mean_relative: float
     max_absolute: float
     top1_agreement: float
     tolerance: float
+    own_difference: float = 0.0
 
     @property
     def ok(self) -> bool:
-        """Whether the mean relative difference is within the tolerance."""
-        return self.mean_relative <= self.tolerance
+        """Whether the file differs by no more than the tolerance, or twice what the module differs from itself."""
+        return self.mean_relative <= max(self.tolerance, 2 * self.own_difference)
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,8 @@ class Verification:
         if self.outputs is not None and not self.outputs.ok:
             found.append(
                 f"outputs differ by {self.outputs.mean_relative:.2e} of their standard deviation on average, "
-                f"more than the tolerance {self.outputs.tolerance:.0e}"
+                f"more than the tolerance {self.outputs.tolerance:.0e} and than twice the module's difference from itself "
+                f"when it sums in another order ({self.outputs.own_difference:.2e})"
             )
         found += [
             f"budget {check.name}: the file needs {check.found:g}, allowed are {check.limit:g}"
@@ -195,11 +201,32 @@ def _count_differences(wanted: np.ndarray, stored: np.ndarray | None) -> tuple[i
 def _compare_outputs(
     adapter: AbstractAdapter, path: str | Path, module: nn.Module, inputs: Any, tolerance: float
 ) -> OutputCheck:
+    expected = _outputs(module, inputs)
+    check = compare_outputs(adapter.run(path, inputs), expected, tolerance=tolerance)
+    if check.ok:
+        return check
+    # A sum that ends on a rounding tie flips a code when it is added up in another order; deep networks of few bits, above
+    # all untrained ones, amplify that. Two runtimes cannot agree better than one does with itself.
+    with _other_summation_order():
+        own = compare_outputs(_outputs(module, inputs), expected, tolerance=tolerance)
+    return replace(check, own_difference=own.mean_relative)
+
+
+def _outputs(module: nn.Module, inputs: Any) -> list[np.ndarray]:
     from mpq_plugins._model import call, evaluating
 
     with evaluating(module):
-        expected = [tensor.float().cpu().numpy() for tensor in tensors(call(module, inputs))]
-    return compare_outputs(adapter.run(path, inputs), expected, tolerance=tolerance)
+        return [tensor.float().cpu().numpy() for tensor in tensors(call(module, inputs))]
+
+
+@contextlib.contextmanager
+def _other_summation_order() -> Iterator[None]:
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of the TF32 switch that the same context restores
+        with torch.backends.mkldnn.flags(enabled=False):
+            yield
 
 
 def compare_outputs(found: Sequence[np.ndarray], expected: Sequence[np.ndarray], *, tolerance: float) -> OutputCheck:

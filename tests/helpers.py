@@ -1,5 +1,7 @@
 """The tables: one row enrols a proxy, cost, solver or adapter in its whole contract suite."""
 
+from mpq_brevitas import BrevitasAdapter
+
 from mpq_plugins.proxies import CSMPQ, OMPQ, Constant, Projection, PublishedCSMPQ, PublishedOMPQ, Random, Uniform
 from mpq_plugins.solvers import MILP, Auto, Knapsack
 
@@ -19,3 +21,5 @@ PROXIES = [
 ]
 
 SOLVERS = [Auto(), Knapsack(), MILP(), MILP(backend="cbc")]
+
+ADAPTERS = [BrevitasAdapter(), BrevitasAdapter("finn")]

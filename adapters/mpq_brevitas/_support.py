@@ -33,6 +33,8 @@ def refuse(layer: Layer, precision: Precision) -> str | None:
         return f"{layer.kind} has no quantized class in Brevitas"
     if layer.functional:
         return "a functional call on a parameter; Brevitas replaces modules only"
+    if layer.kind.startswith("ConvTranspose") and layer.groups > 1:
+        return "Brevitas has no per-channel scales for grouped transposed convolutions"
     if precision.weight not in WEIGHT_BITS:
         return f"weights have 1 (binary) to 8 bits here, not {precision.weight}"
     if precision.activation not in ACTIVATION_BITS:

@@ -247,6 +247,14 @@ class TestRefusals:
         model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.Conv2d(4, 4, 3))
         assert list(BrevitasAdapter().unconvertible(model, find_layers(model, images()))) == ["0"]
 
+    def test_grouped_transposed(self):
+        """Grouped transposed convolutions, which fail inside Brevitas, are refused before the search."""
+        model, example = nn.Sequential(nn.ConvTranspose2d(8, 8, 2, groups=2)), torch.randn(2, 8, 4, 4)
+        layer = find_layers(model, example)["0"]
+        assert "grouped transposed" in BrevitasAdapter().refuse(layer, Precision(4, 4))
+        with pytest.raises(AdapterError, match="grouped transposed"):
+            BrevitasAdapter().prepare(model, uniform(model, example), example, [example])
+
     def test_attention(self, prepared):
         """Projections inside MultiheadAttention are not offered as layers, so nothing there is left float silently."""
         case = prepared("attention")

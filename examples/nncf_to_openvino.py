@@ -3,8 +3,9 @@
 import sys
 from pathlib import Path
 
-import mpq_plugins as mpq
 from mpq_nncf import NNCFAdapter
+
+import mpq_plugins as mpq
 from mpq_plugins.digits import digits, trained_digits_net
 
 

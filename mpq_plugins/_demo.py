@@ -13,11 +13,11 @@ from rich.console import Console
 
 from mpq_plugins._adapter import AbstractAdapter
 from mpq_plugins._allocate import Allocation, build_space
-from mpq_plugins.digits import digits, trained_digits_net
 from mpq_plugins._files import write_whole
 from mpq_plugins._plugins import make
 from mpq_plugins._precision import menu
 from mpq_plugins._verify import Verification, verify
+from mpq_plugins.digits import digits, trained_digits_net
 from mpq_plugins.reports import (
     CONTROLS,
     allocation_table,

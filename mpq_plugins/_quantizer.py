@@ -10,7 +10,8 @@ from torch import Tensor
 
 def quantize(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Integer codes of `weight` in [-2^(b-1), 2^(b-1) - 1], as the dtype of `weight`."""
-    return torch.clamp(torch.round(weight / scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    codes: Tensor = torch.clamp(torch.round(weight / scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return codes
 
 
 def mse_scale(weight: Tensor, bits: int, *, channel_axis: int | None = 0, n_points: int = 80) -> Tensor:
@@ -23,7 +24,8 @@ def mse_scale(weight: Tensor, bits: int, *, channel_axis: int | None = 0, n_poin
     axes = tuple(axis for axis in range(weight.dim()) if axis != channel_axis)
     largest = weight.abs().amax(dim=axes, keepdim=True)
     unit = torch.where(largest > 0, largest, torch.ones_like(largest)) / max(2 ** (bits - 1) - 1, 1)
-    best, error = unit.clone(), torch.full_like(unit, torch.inf)
+    best: Tensor = unit.clone()
+    error = torch.full_like(unit, torch.inf)
 
     def try_shares(shares: Iterable[Tensor]) -> None:
         for share in shares:

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from mpq_plugins._bits import BitConfig as BitConfig
     from mpq_plugins._cost import AbstractCost as AbstractCost
     from mpq_plugins._cost import Budget as Budget
+    from mpq_plugins._discover import find_layers as find_layers
     from mpq_plugins._errors import MPQError as MPQError
     from mpq_plugins._layers import Inventory as Inventory
     from mpq_plugins._layers import Layer as Layer
-    from mpq_plugins._layers import find_layers as find_layers
     from mpq_plugins._model import Batch as Batch
     from mpq_plugins._precision import Precision as Precision
     from mpq_plugins._precision import menu as menu
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from mpq_plugins._solution import Plan as Plan
     from mpq_plugins._solution import Solution as Solution
     from mpq_plugins._solution import Status as Status
-    from mpq_plugins._solve import AbstractSolver as AbstractSolver
     from mpq_plugins._solve import solve as solve
+    from mpq_plugins._solver import AbstractSolver as AbstractSolver
     from mpq_plugins._space import Space as Space
     from mpq_plugins._space import first_and_last as first_and_last
     from mpq_plugins._space import residual_ties as residual_ties
@@ -44,7 +44,7 @@ _HOME = {
     "AbstractAdapter": "_adapter",
     "AbstractCost": "_cost",
     "AbstractProxy": "_proxy",
-    "AbstractSolver": "_solve",
+    "AbstractSolver": "_solver",
     "Allocation": "_allocate",
     "Batch": "_model",
     "BitConfig": "_bits",
@@ -64,7 +64,7 @@ _HOME = {
     "allocate": "_allocate",
     "build_problem": "_problem",
     "build_space": "_allocate",
-    "find_layers": "_layers",
+    "find_layers": "_discover",
     "first_and_last": "_space",
     "menu": "_precision",
     "residual_ties": "_space",

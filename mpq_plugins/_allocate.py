@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 from mpq_plugins._adapter import AbstractAdapter
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._cost import AbstractCost, Budget
+from mpq_plugins._discover import find_layers
 from mpq_plugins._errors import BudgetError
-from mpq_plugins._layers import Inventory, Layer, Skipped, find_layers
+from mpq_plugins._layers import Inventory, Layer, Skipped
 from mpq_plugins._plugins import make
 from mpq_plugins._precision import Precision, menu
 from mpq_plugins._problem import build_problem, check_reachable
 from mpq_plugins._proxy import AbstractProxy
 from mpq_plugins._scores import Scores
 from mpq_plugins._solution import Solution
-from mpq_plugins._solve import AbstractSolver, solve
+from mpq_plugins._solve import solve
+from mpq_plugins._solver import AbstractSolver
 from mpq_plugins._space import Menus, Space, first_and_last, is_cnn_classifier
 
 if TYPE_CHECKING:

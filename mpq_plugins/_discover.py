@@ -19,7 +19,7 @@ from mpq_plugins._flow import (
     parameter_names,
     weight_argument,
 )
-from mpq_plugins._layers import Layer, Skipped
+from mpq_plugins._layers import Inventory, Layer, Skipped, fingerprint, matching
 from mpq_plugins._model import batch_size, call, evaluating
 
 LAYER_TYPES = (
@@ -127,6 +127,31 @@ def _groups(kind: str, weight: Tensor, activation: Tensor) -> int:
     n_spatial = weight.dim() - 2
     channels = activation.shape[-1 - n_spatial]
     return 1 if kind.startswith("ConvTranspose") else channels // weight.shape[1]
+
+
+def find_layers(model: nn.Module, example: Any, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Inventory:
+    """The convolution, transposed convolution and linear layers that a forward pass of `example` calls.
+
+    `example` is a tensor, a tuple of positional arguments or a dict of keyword arguments, its first axis the batch.
+    `include` and `exclude` are glob patterns over layer names. The model is left as it was found.
+    Raises `ModelError` when the forward pass fails or calls no such layer, `UnknownLayerError` for a pattern
+    that matches nothing.
+    """
+    layers, skipped = discover(model, example)
+    names = [layer.name for layer in layers]
+    if not names:
+        raise ModelError(
+            f"{type(model).__name__} calls no Conv, ConvTranspose or Linear layer on this example, so there is nothing "
+            "to allocate bits to. Scripted and compiled models hide their layers: pass the original module."
+        )
+    kept = {name for pattern in include for name in matching(pattern, names)}
+    dropped = {name for pattern in exclude for name in matching(pattern, names)}
+    excluded = tuple(Skipped(name, "excluded by the user; stays in float") for name in names if name not in kept - dropped)
+    return Inventory(
+        layers=tuple(layer for layer in layers if layer.name in kept - dropped),
+        skipped=(*skipped, *excluded),
+        fingerprint=fingerprint({layer.name: layer.weight_shape for layer in layers}),
+    )
 
 
 def discover(model: nn.Module, example: Any) -> tuple[tuple[Layer, ...], tuple[Skipped, ...]]:

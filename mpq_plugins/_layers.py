@@ -7,12 +7,9 @@ import fnmatch
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mpq_plugins._errors import ModelError, UnknownLayerError
-
-if TYPE_CHECKING:
-    from torch import nn
+from mpq_plugins._errors import UnknownLayerError
 
 
 @dataclass(frozen=True)
@@ -109,30 +106,3 @@ def matching(pattern: str, names: Sequence[str]) -> tuple[str, ...]:
     if not found:
         raise unknown_layer(pattern, names)
     return found
-
-
-def find_layers(model: nn.Module, example: Any, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Inventory:
-    """The convolution, transposed convolution and linear layers that a forward pass of `example` calls.
-
-    `example` is a tensor, a tuple of positional arguments or a dict of keyword arguments, its first axis the batch.
-    `include` and `exclude` are glob patterns over layer names. The model is left as it was found.
-    Raises `ModelError` when the forward pass fails or calls no such layer, `UnknownLayerError` for a pattern
-    that matches nothing.
-    """
-    from mpq_plugins._discover import discover
-
-    layers, skipped = discover(model, example)
-    names = [layer.name for layer in layers]
-    if not names:
-        raise ModelError(
-            f"{type(model).__name__} calls no Conv, ConvTranspose or Linear layer on this example, so there is nothing "
-            "to allocate bits to. Scripted and compiled models hide their layers: pass the original module."
-        )
-    kept = {name for pattern in include for name in matching(pattern, names)}
-    dropped = {name for pattern in exclude for name in matching(pattern, names)}
-    excluded = tuple(Skipped(name, "excluded by the user; stays in float") for name in names if name not in kept - dropped)
-    return Inventory(
-        layers=tuple(layer for layer in layers if layer.name in kept - dropped),
-        skipped=(*skipped, *excluded),
-        fingerprint=fingerprint({layer.name: layer.weight_shape for layer in layers}),
-    )

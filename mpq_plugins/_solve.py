@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import abc
 import math
 import time
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import numpy as np
 
@@ -14,24 +12,11 @@ from mpq_plugins._cost import format_amount
 from mpq_plugins._errors import InfeasibleBudgetError, SolverError
 from mpq_plugins._problem import Limit, Problem
 from mpq_plugins._solution import Plan, Solution, Status
+from mpq_plugins._solver import AbstractSolver
 
 _SPREAD = 1e4
 _LIMIT = 2.0**10
 _CLOSED = 2e-6  # relative gap up to which an answer is called optimal
-
-
-class AbstractSolver(abc.ABC):
-    """Finds the best choice of every unit. Implementations are frozen dataclasses of their options."""
-
-    name: ClassVar[str]
-
-    @abc.abstractmethod
-    def solve(self, problem: Problem) -> Solution:
-        """A plan with its status and a proven bound of the loss.
-
-        `solve` hands over a scaled problem and recomputes the objective, the usage and the gap from its own tables. Leave
-        `shadow_prices` and `next_best` empty to have them filled in. The limits of `problem` can be met one by one.
-        """
 
 
 def solve(problem: Problem, solver: AbstractSolver | None = None, *, throw: bool = True, n_next: int = 3) -> Solution:

@@ -32,7 +32,7 @@ _OK, _FAILED = 0, 1
 
 def layers(options: Namespace) -> int:
     """`mpq layers`."""
-    from mpq_plugins._layers import find_layers
+    from mpq_plugins._discover import find_layers
     from mpq_plugins.reports import layer_table, skipped_table
 
     model, example = _model(options)
@@ -279,7 +279,7 @@ def _adapter(options: Namespace) -> AbstractAdapter:
 
 
 def _space(options: Namespace, model: nn.Module, example: Any) -> Space:
-    from mpq_plugins._layers import find_layers
+    from mpq_plugins._discover import find_layers
     from mpq_plugins._space import residual_ties
 
     adapter = _adapter(options) if options.adapter else None
@@ -320,7 +320,7 @@ def _budgets(texts: Sequence[str]) -> tuple[Budget, ...]:
 
 def _advice(adapter: AbstractAdapter, model: nn.Module, example: Any, bits: BitConfig) -> Mapping[str, int]:
     """What to know before deploying, with the number of layers it is about."""
-    from mpq_plugins._layers import find_layers
+    from mpq_plugins._discover import find_layers
 
     found: dict[str, int] = {}
     for layer in find_layers(model, example):

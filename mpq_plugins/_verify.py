@@ -248,7 +248,7 @@ def compare_outputs(found: Sequence[np.ndarray], expected: Sequence[np.ndarray],
 
 
 def _budget_checks(model: nn.Module, inputs: Any, bits: BitConfig, found: BitConfig) -> tuple[BudgetCheck, ...]:
-    from mpq_plugins._layers import find_layers
+    from mpq_plugins._discover import find_layers
     from mpq_plugins._plugins import make
 
     recorded: Sequence[Mapping[str, Any]] = bits.origin.get("budgets", ())

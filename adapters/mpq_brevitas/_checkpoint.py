@@ -16,9 +16,9 @@ from mpq_brevitas._recipe import Recipe, attach_recipe, recipe_of
 from mpq_brevitas._support import check_convertible
 from mpq_plugins._adapter import attach_bits, bits_of
 from mpq_plugins._bits import BitConfig
+from mpq_plugins._discover import find_layers
 from mpq_plugins._errors import FormatError
 from mpq_plugins._files import check_keys, write_whole
-from mpq_plugins._layers import find_layers
 from mpq_plugins._precision import Precision
 
 FORMAT = "mpq-module/1"

@@ -15,8 +15,8 @@ from mpq_brevitas._recipe import Profile, Recipe, WeightRange, attach_recipe
 from mpq_brevitas._support import check_convertible
 from mpq_plugins._adapter import attach_bits
 from mpq_plugins._bits import BitConfig
+from mpq_plugins._discover import find_layers
 from mpq_plugins._errors import DataError
-from mpq_plugins._layers import find_layers
 from mpq_plugins._model import batches_of
 from mpq_plugins.training import reestimate_batch_norm
 

@@ -17,9 +17,9 @@ from mpq_nncf._quiet import quiet
 from mpq_nncf._wiring import attach_wiring, from_json, to_json, wiring_of
 from mpq_plugins._adapter import attach_bits, bits_of
 from mpq_plugins._bits import BitConfig
+from mpq_plugins._discover import find_layers
 from mpq_plugins._errors import FormatError
 from mpq_plugins._files import check_keys, write_whole
-from mpq_plugins._layers import find_layers
 from mpq_plugins._precision import Precision
 
 FORMAT, _ADAPTER = "mpq-module/1", "nncf"

@@ -12,8 +12,9 @@ from mpq_nncf import _nncf_internals as internals
 from mpq_nncf._hookable import as_hookable
 from mpq_nncf._quiet import quiet
 from mpq_nncf._wiring import calls_of, owners
+from mpq_plugins._discover import find_layers
 from mpq_plugins._errors import AdapterError
-from mpq_plugins._layers import Layer, find_layers
+from mpq_plugins._layers import Layer
 from mpq_plugins._model import device_of, evaluating, to_device
 from mpq_plugins._precision import Precision
 

@@ -17,8 +17,8 @@ from mpq_nncf._groups import traced_copy
 from mpq_nncf._quiet import quiet
 from mpq_nncf._wiring import calls_of, owners
 from mpq_plugins._bits import BitConfig
+from mpq_plugins._discover import find_layers
 from mpq_plugins._files import write_json
-from mpq_plugins._layers import find_layers
 
 # NNCF 2.x replaces modules of exactly these classes by its own, named with the prefix NNCF.
 _WRAPPED = frozenset(

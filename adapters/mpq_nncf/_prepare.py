@@ -20,8 +20,9 @@ from mpq_nncf._weight_range import set_weight_ranges
 from mpq_nncf._wiring import attach_wiring, calls_of, find_wiring, owners
 from mpq_plugins._adapter import attach_bits
 from mpq_plugins._bits import BitConfig
+from mpq_plugins._discover import find_layers
 from mpq_plugins._errors import AdapterError, DataError
-from mpq_plugins._layers import Inventory, find_layers
+from mpq_plugins._layers import Inventory
 from mpq_plugins._model import batch_size, batches_of, device_of, evaluating, to_device
 from mpq_plugins._precision import Precision
 from mpq_plugins.training import reestimate_batch_norm

@@ -8,7 +8,7 @@ from typing import ClassVar, final
 from mpq_plugins._errors import SolverError
 from mpq_plugins._problem import Problem
 from mpq_plugins._solution import Solution, Status
-from mpq_plugins._solve import AbstractSolver
+from mpq_plugins._solver import AbstractSolver
 from mpq_plugins.solvers._knapsack import Knapsack
 from mpq_plugins.solvers._milp import MILP
 

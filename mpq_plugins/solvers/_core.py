@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mpq_plugins.solvers._blocks import Blocks
-from mpq_plugins.solvers._dual import Relaxation
 from mpq_plugins.solvers._items import Item, items_of, pairs, undominated
+from mpq_plugins.solvers._secants import Relaxation
 
 _N_PRICES = 32
 _FIRST_ITEMS = 24

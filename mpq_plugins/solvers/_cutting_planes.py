@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mpq_plugins.solvers._blocks import Blocks, Minimum
-from mpq_plugins.solvers._dual import Relaxation, by_secants
 from mpq_plugins.solvers._program import Backend, highest_point
+from mpq_plugins.solvers._secants import Relaxation, by_secants
 
 _MOST_CUTS = 200
 _ROOM = 1e-10

@@ -11,7 +11,7 @@ import numpy as np
 from mpq_plugins._errors import SolverError
 from mpq_plugins._problem import Problem
 from mpq_plugins._solution import Plan, Solution, Status
-from mpq_plugins._solve import AbstractSolver
+from mpq_plugins._solver import AbstractSolver
 
 
 @final

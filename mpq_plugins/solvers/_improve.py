@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from mpq_plugins.solvers._blocks import Blocks
-from mpq_plugins.solvers._dual import Relaxation
+from mpq_plugins.solvers._secants import Relaxation
 
 _MOST_MOVES = 500
 

@@ -10,7 +10,7 @@ import numpy as np
 from mpq_plugins._errors import SolverError
 from mpq_plugins._problem import Problem
 from mpq_plugins._solution import Solution, Status
-from mpq_plugins._solve import AbstractSolver
+from mpq_plugins._solver import AbstractSolver
 from mpq_plugins.solvers._blocks import Blocks
 from mpq_plugins.solvers._core import nearest_plans
 from mpq_plugins.solvers._dual import relax

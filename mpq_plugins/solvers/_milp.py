@@ -11,11 +11,12 @@ import numpy as np
 from mpq_plugins._errors import SolverError
 from mpq_plugins._problem import Problem
 from mpq_plugins._solution import Solution, Status
-from mpq_plugins._solve import AbstractSolver
+from mpq_plugins._solver import AbstractSolver
 from mpq_plugins.solvers._blocks import Blocks
-from mpq_plugins.solvers._dual import Relaxation, relax
+from mpq_plugins.solvers._dual import relax
 from mpq_plugins.solvers._improve import good_plan
 from mpq_plugins.solvers._program import Backend, Outcome, Program
+from mpq_plugins.solvers._secants import Relaxation
 
 _MOST_OVERSHOOTS = 20
 

@@ -12,10 +12,11 @@ from mpq_plugins._errors import PrecisionError, SolverError
 from mpq_plugins._precision import Precision
 from mpq_plugins._problem import Problem
 from mpq_plugins._solution import Solution, Status
-from mpq_plugins._solve import AbstractSolver
+from mpq_plugins._solver import AbstractSolver
 from mpq_plugins.solvers._blocks import Blocks
-from mpq_plugins.solvers._dual import Relaxation, relax
+from mpq_plugins.solvers._dual import relax
 from mpq_plugins.solvers._improve import improve
+from mpq_plugins.solvers._secants import Relaxation
 
 _MOST_FILLED = 20  # 2 ** 20 ways to fill are the most that the published recursion could walk
 

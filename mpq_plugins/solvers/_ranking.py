@@ -7,10 +7,11 @@ import numpy as np
 from mpq_plugins._problem import Problem
 from mpq_plugins.solvers._blocks import Blocks
 from mpq_plugins.solvers._core import nearest_plans
-from mpq_plugins.solvers._dual import Relaxation, relax
+from mpq_plugins.solvers._dual import relax
 from mpq_plugins.solvers._improve import reachable_losses
 from mpq_plugins.solvers._milp import best_within
 from mpq_plugins.solvers._program import Backend
+from mpq_plugins.solvers._secants import Relaxation
 
 MOST_CHOICES = 4_000
 _MAX_STATES = 20_000

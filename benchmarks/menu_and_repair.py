@@ -1,8 +1,8 @@
 """What the bit menu and the repair steps are worth, beside what the score is worth.
 
-    python benchmarks/menu_and_repair.py [--networks 3] [--seeds 20]
+    python benchmarks/menu_and_repair.py [--networks 2] [--seeds 20]
 
-The digits network, trained from several seeds; weights allocated at the size of uniform 3.5, 3 and 2.5 bits, activations 8;
+The digits network, trained from several seeds; weights allocated at the size of uniform 3 and 2.5 bits, activations 8;
 applied through Brevitas. Rows: score or control; columns: menu and repair. Accuracy on held-out digits, mean over the networks.
 """
 
@@ -18,11 +18,10 @@ from mpq_plugins.digits import digits, trained_digits_net
 MENUS = {"2,4,8": (2, 4, 8), "2,3,4,6,8": (2, 3, 4, 6, 8), "2..8": range(2, 9)}
 REPAIRS = {
     "neither": {"bias_correction": False, "bn_reestimation": False},
-    "bias": {"bias_correction": True, "bn_reestimation": False},
     "BN": {"bias_correction": False, "bn_reestimation": True},
     "both": {"bias_correction": True, "bn_reestimation": True},
 }
-WIDTHS = ("3.5", "3", "2.5")
+WIDTHS = ("3", "2.5")
 
 
 def proxies(n_seeds):
@@ -34,7 +33,7 @@ def proxies(n_seeds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--networks", type=int, default=3)
+    parser.add_argument("--networks", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=20)
     arguments = parser.parse_args()
     adapter = make("adapters", "brevitas")

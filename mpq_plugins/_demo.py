@@ -40,6 +40,7 @@ def run_demo(folder: Path, *, n_seeds: int, adapters: Sequence[str], as_json: bo
     start = time.perf_counter()
     console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 140)
     folder.mkdir(parents=True, exist_ok=True)
+    console.print("training a residual network of 14 layers on scikit-learn's digits", highlight=False)
     net = trained_digits_net()
     write_whole(folder / "float.pt", lambda path: torch.save(net.state_dict(), path))
     # Few large batches: a fake-quantized module quantizes its weights anew in every forward pass.
@@ -70,6 +71,7 @@ def run_demo(folder: Path, *, n_seeds: int, adapters: Sequence[str], as_json: bo
         report.save(folder / f"{stem}-{adapter.name}.verification.json")
         reports.append(report)
 
+    console.print(f"scoring, solving and applying through {', '.join(targets)}: a minute or two", highlight=False)
     comparison = compare(
         net,
         space,

@@ -230,6 +230,12 @@ def _report_verification(options: Namespace, report: Verification) -> int:
             f"largest {report.outputs.max_absolute:.1e}, same top-1 in {report.outputs.top1_agreement:.1%}",
             highlight=False,
         )
+        if report.outputs.own_difference:
+            console.print(
+                "note: that is above the tolerance, and so is what the module differs from itself when torch sums in "
+                f"another order ({report.outputs.own_difference:.1e}): it amplifies rounding, as untrained networks do",
+                highlight=False,
+            )
     for check in report.budgets:
         console.print(f"budget {check.name}: {check.found:g} of {check.limit:g}", highlight=False)
     return _OK

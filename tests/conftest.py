@@ -1,0 +1,10 @@
+"""What every test runs under."""
+
+import os
+
+# NNCF builds a C++ extension on first use, which can take longer than its default patience; and no telemetry from tests.
+os.environ.setdefault("CI", "true")
+os.environ.setdefault("NNCF_CI", "1")
+os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "0")
+# Networks here are tiny: a second thread costs more than it gives, on a busy machine many times more.
+os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -48,7 +48,7 @@ def round_trip(name, route, *, activations, folder):
     """One row: what was asked, what was found, seconds of each stage."""
     adapter_name, options, file_format, suffix = ROUTES[route]
     adapter, model = make("adapters", adapter_name, options), network(name)
-    calibration, test = images(8, seed=2).split(4), images(2, seed=3)
+    calibration, test = images(8, seed=2).split(4), images(8, seed=3)
     budgets = {"size": "w4", "bops": "w4a6"} if activations else {"size": "w4"}
     clock = [time.perf_counter()]
     allocation = mpq.allocate(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ def set_weight_ranges(module: nn.Module, wiring: Wiring, bits: Mapping[str, Prec
             continue
         done.add(layer.parameter)
         weight = module.get_parameter(layer.parameter).detach()
-        with torch.no_grad():
+        with torch.no_grad(), _one_thread():
             step = torch.cat(
                 [
                     mse_scale(part, bits[name].weight, channel_axis=layer.channel_axis)
@@ -34,6 +35,17 @@ def set_weight_ranges(module: nn.Module, wiring: Wiring, bits: Mapping[str, Prec
                 dim=layer.channel_axis,
             )
         internals.set_weight_step(internals.quantizer_at(module, layer.weight[0]), step)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    # Parts this small gain nothing from threads, and waiting for each other on a busy machine costs them 10 to 70 times.
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def _cache_sized(weight: Tensor, channel_axis: int) -> tuple[Tensor, ...]:

@@ -83,7 +83,7 @@ class _Placeholder(nn.Module):
 
 def export_onnx(module: nn.Module, path: Path, example: Any, declaration: Declaration) -> Path:
     """Write `path`; `module` is a copy that may be changed."""
-    onnx = require("onnx", "brevitas")
+    onnx = require("onnx", "onnx")
     _put_placeholders(module)
     wrapped, values, names = positional(module, example)
     with torch.no_grad():
@@ -140,7 +140,7 @@ def _weight_placeholder(module: nn.Module, name: str, layer: LayerWiring) -> _Pl
 
 def _expand(model: Any, declaration: Declaration) -> None:
     """Replace every placeholder of an ONNX model by standard operators, in place."""
-    onnx = require("onnx", "brevitas")
+    onnx = require("onnx", "onnx")
     graph = model.graph
     initializers: dict[str, np.ndarray] = {}
     nodes: list[Any] = []

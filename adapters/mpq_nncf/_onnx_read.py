@@ -29,7 +29,7 @@ class _Graph:
 
 def read_onnx(path: Path) -> tuple[Declaration | None, dict[str, Found]]:
     """What the file declares, and what it holds by stored name; raises `FormatError`."""
-    onnx = require("onnx", "brevitas")
+    onnx = require("onnx", "onnx")
     if not path.is_file():
         raise FormatError(f"{path} does not exist. Give the file that export() returned.")
     try:

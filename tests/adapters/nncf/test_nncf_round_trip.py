@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
-import math
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from mpq_nncf import NNCFAdapter
 from nncf_nets import images, train
 from torch import nn
 
-from mpq_plugins import BitConfig, Precision, find_layers, verify
+from mpq_plugins import BitConfig, Budget, Precision, allocate, find_layers, verify
 from mpq_plugins.costs import StoredSize
+from mpq_plugins.costs._stored_size import STORAGE, packed_bytes
 
 FORMATS = NNCFAdapter.formats
 NETS = ("residual", "zoo", "attention", "chain")
@@ -93,17 +94,28 @@ def test_every_weight_width_has_its_type(adapter, prepared, tmp_path):
 
 @pytest.mark.parametrize("net", ["residual", "zoo"])
 def test_stored_size_predicts_the_constants(prepared, exported, net):
-    """StoredSize less its scales and biases is the size of the weight constants, up to OpenVINO's groups of 8 or 4 values."""
+    """Every weight constant takes the bytes that StoredSize counts for it, and the whole file no more than their sum."""
     case = prepared(net)
-    stored = constant_bytes(exported(net, "openvino-compact"))
-    for layer in find_layers(case.model, case.example):
+    path = exported(net, "openvino-compact")
+    stored, cost = constant_bytes(path), StoredSize("openvino-compact")
+    layers = list(find_layers(case.model, case.example))
+    for layer in layers:
         if layer.shares_weight_with is not None:
             assert layer.name not in stored
-            continue
-        predicted = StoredSize("openvino-compact").of(layer, case.bits[layer.name]) - 8 * layer.out_channels
-        group = {3: 8, 5: 4, 6: 4}.get(case.bits[layer.name].weight, 1)
-        slack = 3 * math.ceil(layer.n_weights / group) - predicted if group > 1 else 0
-        assert predicted <= stored[layer.name] <= predicted + slack <= predicted + 3
+        else:
+            width = STORAGE["openvino-compact"][case.bits[layer.name].weight]
+            assert stored[layer.name] == packed_bytes(layer.n_weights, width)
+    assert path.with_suffix(".bin").stat().st_size <= sum(cost.of(layer, case.bits[layer.name]) for layer in layers)
+
+
+def test_stored_size_is_tight_on_mobilenet(adapter, tmp_path):
+    """The bound is at most 3 % above the file of a network with 17 depthwise layers, allocated under it as a budget."""
+    model, batch = torchvision.models.mobilenet_v2().eval(), images(8, seed=1)[0]
+    limit = 2_600_000
+    cost = StoredSize("openvino-compact")
+    bits = allocate(model, batch[:1], [batch], proxy="random", budgets=[Budget(cost, limit)], adapter=adapter).bits
+    path = adapter.export(adapter.prepare(model, bits, batch[:1], [batch]), tmp_path / "mobilenet", batch[:1])
+    assert limit * 0.97 <= path.with_suffix(".bin").stat().st_size <= limit
 
 
 def test_training_keeps_the_round_trip(adapter, prepared, tmp_path):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 FORMAT = "mpq-verification/1"
+_NOT_FINITE = 1e300  # stands for infinity, which JSON does not have
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class OutputCheck:
     @property
     def ok(self) -> bool:
         """Whether the file differs by no more than the tolerance, or twice what the module differs from itself."""
-        return self.mean_relative <= max(self.tolerance, 2 * self.own_difference)
+        return self.mean_relative < _NOT_FINITE and self.mean_relative <= max(self.tolerance, 2 * self.own_difference)
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def _layer_checks(
     checks = []
     for name, asked in bits.layers.items():
         n_codes = n_different = None
-        if module is not None:
+        if name in wanted:
             n_codes, n_different = _count_differences(wanted[name], stored.get(name))
         precision = found.layers.get(name)
         checks.append(LayerCheck(name, str(asked), None if precision is None else str(precision), n_codes, n_different))
@@ -244,7 +245,7 @@ def compare_outputs(found: Sequence[np.ndarray], expected: Sequence[np.ndarray],
         if theirs.ndim == 2:
             same = ours.reshape(theirs.shape).argmax(axis=1) == theirs.argmax(axis=1)
             agreement = min(agreement, float(same.mean()))
-    return OutputCheck(min(worst_mean, 1e300), min(worst_max, 1e300), agreement, tolerance)
+    return OutputCheck(min(worst_mean, _NOT_FINITE), min(worst_max, _NOT_FINITE), agreement, tolerance)
 
 
 def _budget_checks(model: nn.Module, inputs: Any, bits: BitConfig, found: BitConfig) -> tuple[BudgetCheck, ...]:

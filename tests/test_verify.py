@@ -1,0 +1,25 @@
+"""The comparison of a file with a module, where adapters have no part."""
+
+import numpy as np
+
+from mpq_plugins._verify import OutputCheck, compare_outputs
+
+
+def test_outputs_are_compared_in_standard_deviations():
+    """Differences of 0.1 on outputs of deviation 1 are 0.1; top-1 agreement is by row."""
+    expected = np.asarray([[1.0, -1.0], [-1.0, 1.0]])
+    check = compare_outputs([expected + np.full((2, 2), 0.1)], [expected], tolerance=0.05)
+    assert np.isclose(check.mean_relative, 0.1)
+    assert np.isclose(check.max_absolute, 0.1)
+    assert (check.top1_agreement, check.ok) == (1.0, False)
+    assert compare_outputs([-expected], [expected], tolerance=0.05).top1_agreement == 0.0
+
+
+def test_outputs_that_are_not_numbers_never_pass():
+    """NaN in the file or in both is no agreement, however much the module differs from itself."""
+    good, bad = np.ones((2, 2)), np.full((2, 2), np.nan)
+    for found, expected in ((bad, good), (good, bad), (bad, bad)):
+        check = compare_outputs([found], [expected], tolerance=1e-2)
+        assert not check.ok
+        worst = OutputCheck(check.mean_relative, check.max_absolute, 0.0, 1e-2, own_difference=check.mean_relative)
+        assert not worst.ok

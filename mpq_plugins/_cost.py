@@ -47,8 +47,8 @@ class Budget:
     """A cost and the most of it that is allowed.
 
     `limit` is a number in the cost's unit, an amount such as `"6.7MiB"`, `"500kB"`, `"75G"`, or relative to a uniform
-    width: `"w4"`, `"w4a4"`, `"w3.5"` is the cost of the space with every free unit at that width and pinned units at their
-    pins; widths between whole ones are interpolated.
+    width: `"w4"`, `"w4a4"`, `"w3.5"` is the cost of the space with every unit at that width, whatever its menu, and pinned
+    units at their pins; widths between whole ones are interpolated.
     """
 
     cost: AbstractCost
@@ -72,7 +72,7 @@ class Budget:
         for unit in space.units:
             for name in unit.layers:
                 layer = space.layer(name)
-                if not space.is_free(unit):
+                if any(member in space.pins for member in unit.layers):
                     cost = self.cost.of(layer, unit.choices[0])
                 else:
                     widest = max(choice.activation for choice in unit.choices)

@@ -118,3 +118,12 @@ def test_the_loss_with_pairs_by_hand():
     problem = replace(Problem.of([[1.0, 0.0], [1.0, 0.0]]), pairwise=pairwise)
     assert problem.objective((0, 0)) == 1 + 1 + (2 + 4) / 2 + 3
     assert problem.objective((1, 1)) == 0
+
+
+def test_a_relative_budget_is_kept_whatever_the_menu():
+    """w4 means 4 bits a weight also where the menu has 8 alone, so that it is refused and not quietly met at 8 bits."""
+    inventory = Inventory((layer("a", 8), layer("b", 16), layer("c", 80)), (), "sha256:x")
+    only_eight = Space.build(inventory, (Precision(8, 8),), pin={"a": "w8a8"})
+    assert Budget(WeightSize(), "w4").resolve(only_eight) == 8 + 16 / 2 + 80 / 2
+    with pytest.raises(InfeasibleBudgetError, match="size <= 56 B cannot be met: the least is 104 B"):
+        check_reachable(only_eight, [Budget(WeightSize(), "w4")])

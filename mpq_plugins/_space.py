@@ -67,6 +67,8 @@ class Space:
         Raises `UnknownLayerError`, `PrecisionError` and `SpaceError`.
         """
         names = [layer.name for layer in inventory]
+        if not names:
+            raise SpaceError("no layer is left to decide on. Include more layers, or exclude fewer.")
         pins = _pins(pin or {}, names)
         menus, skipped = _menus(inventory, choices, pins, refuse)
         kept = [name for name in names if name in menus]
@@ -161,17 +163,18 @@ class Space:
 
 def first_and_last(inventory: Inventory, precision: Precision | str = "w8a8") -> dict[str, Precision | str]:
     """Pins for the first and the last layer: the usual protection of a classifier's stem and head."""
-    return {inventory.layers[0].name: precision, inventory.layers[-1].name: precision}
+    return {layer.name: precision for layer in (*inventory.layers[:1], *inventory.layers[-1:])}
 
 
 def is_cnn_classifier(inventory: Inventory) -> bool:
-    """Whether the model starts with a convolution and ends with a linear layer or a convolution to 1x1."""
+    """Whether the model starts with a convolution and ends with a linear layer or a convolution to 1x1.
+
+    A model of fewer than three layers is none: pinning its first and last layer would leave nothing to decide.
+    """
+    if len(inventory) < 3:
+        return False
     first, last = inventory.layers[0], inventory.layers[-1]
-    return (
-        len(inventory) > 1
-        and first.kind.startswith("Conv")
-        and (last.kind == "Linear" or all(size == 1 for size in last.output_shape[1:]))
-    )
+    return first.kind.startswith("Conv") and (last.kind == "Linear" or all(size == 1 for size in last.output_shape[1:]))
 
 
 def residual_ties(inventory: Inventory) -> tuple[tuple[str, str], ...]:

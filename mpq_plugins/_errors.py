@@ -11,6 +11,7 @@ MPQError
 ├── SolverError               (RuntimeError)  a solver gave up, or its answer did not check out
 ├── FormatError               (ValueError)    a file of ours that is damaged or not ours
 │   └── FingerprintError                      a bit configuration made for another model
+├── WriteError                (OSError)       a file cannot be written
 ├── PluginError               (LookupError)   a proxy, cost, solver or adapter nobody registered
 ├── MissingExtraError         (ImportError)   an optional dependency is not installed
 ├── AdapterError              (ValueError)    the framework cannot do what was asked
@@ -63,6 +64,10 @@ class FormatError(MPQError, ValueError):
 
 class FingerprintError(FormatError):
     """A bit configuration that was made for another model."""
+
+
+class WriteError(MPQError, OSError):
+    """A file that cannot be written where it was asked for."""
 
 
 class PluginError(MPQError, LookupError):

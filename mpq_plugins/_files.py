@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -9,16 +10,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mpq_plugins._errors import FormatError
+from mpq_plugins._errors import FormatError, WriteError
 
 
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """Let `write` fill a temporary neighbour of `path`, then move it into place.
+    """Let `write` fill a temporary neighbour of `path`, then move it into place; missing folders are made.
 
     A failure or an interruption leaves whatever stood at `path` before, and no debris beside it.
+    Raises `WriteError` when the folder or the disk refuses.
     """
     path = Path(path)
+    try:
+        return _write_whole(path, write)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise WriteError(
+            f"cannot write {path}: {reason}. Choose a file name in a folder that you may write to, with space left."
+        ) from error
+
+
+def _write_whole(path: Path, write: Callable[[Path], object]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder")
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)

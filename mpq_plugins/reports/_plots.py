@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mpq_plugins._allocate import Allocation
+from mpq_plugins._errors import WriteError
 from mpq_plugins._files import write_whole
 from mpq_plugins._plugins import require
 from mpq_plugins.reports._compare import Comparison
@@ -99,6 +100,10 @@ def _figure(n_rows: int, *, height: float, width: float) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, path: str | Path) -> Path:
-    written = write_whole(path, lambda temporary: figure.savefig(temporary, dpi=120))
-    require("matplotlib.pyplot", "plots").close(figure)
-    return written
+    known = figure.canvas.get_supported_filetypes()
+    try:
+        if Path(path).suffix.lstrip(".").lower() not in known:
+            raise WriteError(f"{path} names no picture format. End it in .png, .svg or .pdf ({', '.join(sorted(known))} work).")
+        return write_whole(path, lambda temporary: figure.savefig(temporary, dpi=120))
+    finally:
+        require("matplotlib.pyplot", "plots").close(figure)

@@ -15,6 +15,8 @@ from typing import Any
 from mpq_plugins import __version__
 from mpq_plugins._errors import InfeasibleBudgetError, MPQError, VerificationError
 
+_REPEATABLE = frozenset(("budget", "pin", "tie", "include", "exclude", "adapter-option", "proxy-option", "solver-option"))
+_SWITCHES = frozenset(("pin-first-last",))  # the options that also exist as --no-...
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INFEASIBLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
 
@@ -50,7 +52,11 @@ def _fail(error: MPQError, code: int) -> int:
 
 
 def _with_config(arguments: list[str]) -> list[str]:
-    """`--config FILE` replaced by the options in the JSON file, put first so that the command line overrides them."""
+    """`--config FILE` replaced by the options in the JSON file, less those that the command line gives itself."""
+    joined = next((word for word in arguments if word.startswith("--config=")), None)
+    if joined is not None:
+        at = arguments.index(joined)
+        arguments = [*arguments[:at], *joined.split("=", 1), *arguments[at + 1 :]]
     if "--config" not in arguments:
         return arguments
     at = arguments.index("--config")
@@ -62,20 +68,26 @@ def _with_config(arguments: list[str]) -> list[str]:
         if not isinstance(document, dict):
             raise ValueError("it must hold one object of option names and values")
     except (OSError, ValueError) as error:
-        print(f"mpq: error: cannot read the configuration {path}: {error}", file=sys.stderr)
+        message = f'mpq: error: cannot read the configuration {path}: {error}. Give a JSON object such as {{"data": "digits"}}.'
+        print(message, file=sys.stderr)
         raise SystemExit(EXIT_USAGE) from error
-    return [*rest[:1], *_as_options(document), *rest[1:]]
+    given = {word.removeprefix("--no-").lstrip("-").partition("=")[0] for word in rest if word.startswith("--")}
+    return [*rest[:1], *_as_options({name: value for name, value in document.items() if name not in given}), *rest[1:]]
 
 
 def _as_options(document: dict[str, Any]) -> list[str]:
+    """A list is one option per item where the option can be repeated, else its items joined by commas."""
     words: list[str] = []
     for name, value in document.items():
-        values = value if isinstance(value, list) else [value]
-        for item in values:
+        if isinstance(value, list) and name not in _REPEATABLE:
+            value = ",".join(map(str, value))
+        for item in value if isinstance(value, list) else [value]:
             if item is True:
                 words.append(f"--{name}")
+            elif item is False and name in _SWITCHES:
+                words.append(f"--no-{name}")
             elif item is not False and item is not None:
-                words += [f"--{name}", str(item)]
+                words.append(f"--{name}={item}")
     return words
 
 
@@ -107,6 +119,14 @@ def _verb(verbs: Any, name: str, help: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _count(text: str) -> int:
+    """A whole number of at least 1; argparse words the error of a ValueError."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return number
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and data")
     group.add_argument(
@@ -118,8 +138,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--weights", metavar="FILE", help="state dict (.pt, .pth, .safetensors) loaded into the model")
     group.add_argument("--data", metavar="SPEC", help="digits, imagefolder:DIR, file.py:LOADER or module:LOADER")
     group.add_argument("--input", metavar="SHAPE", help="input shape such as 1x3x224x224 (default: from the data)")
-    group.add_argument("--batch-size", type=int, default=32, metavar="N", help="images a batch for built-in data (default 32)")
-    group.add_argument("--images", type=int, default=256, metavar="N", help="images for scoring and calibration (default 256)")
+    group.add_argument("--batch-size", type=_count, default=32, metavar="N", help="images in a batch of built-in data (32)")
+    group.add_argument("--images", type=_count, default=256, metavar="N", help="images to score and calibrate with (256)")
     group.add_argument("--output", metavar="NAME", help="key, index or attribute of the model's output that counts")
 
 
@@ -224,7 +244,7 @@ def _add_compare(verbs: Any) -> None:
     _add_model(parser)
     _add_adapter(parser, required=True)
     parser.add_argument("--proxies", default="ompq,csmpq", metavar="LIST", help="proxies to compare (default ompq,csmpq)")
-    parser.add_argument("--seeds", type=int, default=20, metavar="N", help="seeds of the random control (default 20)")
+    parser.add_argument("--seeds", type=_count, default=20, metavar="N", help="seeds of the random control (default 20)")
     _add_space(parser)
     parser.add_argument(
         "--budget", action="append", default=[], metavar="COST=LIMIT", help="repeat: each is compared on its own"
@@ -240,7 +260,7 @@ def _add_plugins(verbs: Any) -> None:
 def _add_demo(verbs: Any) -> None:
     parser = _verb(verbs, "demo", "the whole path on scikit-learn's digits, through both adapters, in a few minutes")
     parser.add_argument("--out", default="mpq-demo", metavar="DIR", help="folder for all files (default mpq-demo)")
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds of the random control (default 5)")
+    parser.add_argument("--seeds", type=_count, default=5, metavar="N", help="seeds of the random control (default 5)")
     parser.add_argument("--adapters", default="nncf,brevitas", metavar="LIST", help="adapters to go through (default both)")
 
 

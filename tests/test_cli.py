@@ -75,6 +75,45 @@ def test_options_come_from_a_file_and_the_command_line_overrides_them(folder, ca
     assert not (folder / "from-file.json").exists()
 
 
+def test_lists_and_switches_of_a_configuration_file(folder, capsys):
+    """Bits may be a JSON list, false turns pinning off, and a budget on the command line replaces the file's."""
+    document = {"model": MODEL, "data": "digits", "budget": "size=w3", "bits": [2, 4, 8], "pin-first-last": False}
+    (folder / "run.json").write_text(json.dumps({**document, "proxy": "constant", "quiet": True}))
+    assert run(capsys, "allocate", "--config=run.json", "--budget", "size=w4")[0] == 0
+    bits = BitConfig.load("bits.json")
+    assert {precision.weight for precision in bits.layers.values()} <= {2, 4, 8}
+    assert (bits.origin["pins"], [row["asked"] for row in bits.origin["budgets"]]) == ({}, ["w4"])
+
+
+@pytest.mark.parametrize("path", ["taken.txt/bits.json", "folder", "/proc/bits.json"])
+def test_a_file_that_cannot_be_written_is_told(folder, capsys, path):
+    """A file in the way, a folder of that name, a place that takes no files: each is a sentence, and nothing is left."""
+    (folder / "taken.txt").write_text("mine")
+    (folder / "folder").mkdir()
+    code, out, err = run(capsys, "allocate", *COMMON, "--proxy", "constant", "--budget", "size=w4", "--out", path)
+    assert (code, out) == (2, "")
+    assert f"cannot write {path}" in err
+    assert sorted(file.name for file in folder.iterdir()) == ["folder", "taken.txt"]
+
+
+def test_an_unknown_picture_format_is_told(folder, capsys):
+    """The ending of a plot must be one that can be drawn."""
+    words = ["--proxy", "constant", "--budget", "size=w4", "--plot", "bits.xyz"]
+    code, _, err = run(capsys, "allocate", *COMMON, *words)
+    assert code == 2
+    assert "bits.xyz names no picture format" in err
+
+
+@pytest.mark.parametrize("option", ["--images", "--batch-size"])
+@pytest.mark.parametrize("value", ["0", "-3", "many"])
+def test_counts_are_at_least_one(folder, capsys, option, value):
+    """Zero, negative and worded counts are usage errors."""
+    with pytest.raises(SystemExit) as stopped:
+        run(capsys, "allocate", *COMMON, "--budget", "size=w4", option, value)
+    assert stopped.value.code == 2
+    assert option in capsys.readouterr().err
+
+
 def test_weights_are_loaded_strictly(folder, capsys):
     """A state dict, also inside a checkpoint with prefixes, reaches the model; another network's does not."""
     from mpq_plugins._sources import load_model

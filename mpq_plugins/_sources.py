@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +15,7 @@ from urllib.parse import parse_qsl
 import torch
 from torch import nn
 
-from mpq_plugins._errors import DataError, ModelError
+from mpq_plugins._errors import DataError, ModelError, MPQError
 from mpq_plugins._model import Batch
 from mpq_plugins._plugins import require
 from mpq_plugins._text import literal
@@ -54,8 +55,12 @@ def _built(build: Callable[[], Any], spec: str) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = build()
-    except (TypeError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(f"building the model {spec} failed: {type(error).__name__}: {error}") from error
+    except MPQError:
+        raise
+    except Exception as error:  # Whatever the user's own code, or another library's, raises.
+        raise ModelError(
+            f"building the model {spec} failed: {_told(error)}. Check its name, its options and its code."
+        ) from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{spec} gives a {type(model).__name__}, not a torch.nn.Module. Point to a function that returns one.")
     return model
@@ -75,10 +80,12 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ModelError(f"cannot read the weights {path}: {error.strerror or error}. Check the path.") from error
+    except MPQError:
+        raise
     except Exception as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).split("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
         raise ModelError(
-            f"the weights {path} cannot be loaded safely: {first_line} Save them again as torch.save(model.state_dict(), path)."
+            f"the weights {path} cannot be loaded safely: {reason}. Save them again as torch.save(model.state_dict(), path)."
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
@@ -94,9 +101,9 @@ def _check_state(model: nn.Module, state: Mapping[str, Any], path: Path) -> None
     expected = model.state_dict()
     missing, unexpected = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
     wrong = [
-        f"{key}: {tuple(state[key].shape)} instead of {tuple(value.shape)}"
+        f"{key}: {tuple(getattr(state[key], 'shape', ()))} instead of {tuple(value.shape)}"
         for key, value in expected.items()
-        if key in state and hasattr(state[key], "shape") and state[key].shape != value.shape
+        if key in state and isinstance(value, torch.Tensor) and getattr(state[key], "shape", None) != value.shape
     ]
     if missing or unexpected or wrong:
         raise ModelError(
@@ -123,8 +130,44 @@ def load_data(spec: str, *, input_shape: tuple[int, ...] | None = None, batch_si
         raise DataError(f"{spec!r} names no data. Write digits, imagefolder:DIR, path/to/file.py:LOADER or module:LOADER.")
     if source == "imagefolder":
         return ImageFolder(Path(target), size=input_shape[-1] if input_shape else 224, batch_size=batch_size)
-    found = _attribute(source, target, DataError)
-    return found() if callable(found) and not isinstance(found, Iterable) else found  # type: ignore[no-any-return]
+    return UserLoader(_attribute(source, target, DataError), spec)
+
+
+class UserLoader:
+    """The items of a user's iterable, or of what a user's function returns, called anew for every pass.
+
+    Whatever that code raises is a `DataError` with the line it comes from.
+    """
+
+    def __init__(self, source: Any, spec: str) -> None:
+        self._source = source
+        self._spec = spec
+
+    def __iter__(self) -> Iterator[Any]:
+        is_function = callable(self._source) and not isinstance(self._source, Iterable)
+        try:
+            items = self._source() if is_function else self._source
+            if not isinstance(items, Iterable):
+                raise DataError(
+                    f"{self._spec} gives a {type(items).__name__}, not batches. Point to an iterable of batches, or to a "
+                    "function that returns one."
+                )
+            iterator = iter(items)
+        except MPQError:
+            raise
+        except Exception as error:
+            raise self._failed(error) from error
+        while True:
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            except Exception as error:
+                raise self._failed(error) from error
+            yield item
+
+    def _failed(self, error: Exception) -> DataError:
+        return DataError(f"loading the data {self._spec} failed: {_told(error)}. Check that code.")
 
 
 class ImageFolder:
@@ -141,15 +184,25 @@ class ImageFolder:
         try:
             self._images = datasets.ImageFolder(str(root), transforms.Compose(steps))
         except (OSError, RuntimeError) as error:
-            raise DataError(f"{root} is no image folder: {error}. It needs one sub-folder of images for each class.") from error
+            raise DataError(
+                f"{root} is no image folder: {str(error).rstrip('.')}. It needs one sub-folder of images for each class."
+            ) from error
         self._batch_size = batch_size
 
     def __iter__(self) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(0)
         order = torch.randperm(len(self._images), generator=generator).tolist()
         for start in range(0, len(order), self._batch_size):
-            images, labels = zip(*(self._images[i] for i in order[start : start + self._batch_size]), strict=True)
+            images, labels = zip(*map(self._image, order[start : start + self._batch_size]), strict=True)
             yield Batch(torch.stack(images), torch.tensor(labels))
+
+    def _image(self, index: int) -> tuple[torch.Tensor, int]:
+        try:
+            image, label = self._images[index]
+        except Exception as error:  # Image libraries raise errors of many kinds for damaged files.
+            path = self._images.samples[index][0]
+            raise DataError(f"the image {path} cannot be read: {error}. Remove or replace it.") from error
+        return image, label
 
 
 def example_input(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
@@ -172,13 +225,21 @@ def _attribute(source: str, name: str, error_type: type[Exception]) -> Any:
     """`name` from a Python file or a module."""
     try:
         module = _module_of_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
-    except (ImportError, OSError, SyntaxError) as error:
-        raise error_type(f"cannot import {source}: {error}. Give an existing file.py or an importable module.") from error
+    except Exception as error:  # Importing runs the user's code, which may raise anything.
+        told = str(error) if isinstance(error, (ImportError, OSError, SyntaxError)) else _told(error)
+        raise error_type(f"cannot import {source}: {told}. Give an existing file.py or an importable module.") from error
     try:
         return getattr(module, name)
     except AttributeError as error:
         public = [attribute for attribute in vars(module) if not attribute.startswith("_")]
         raise error_type(f"{source} has no {name!r}; it has {', '.join(public[:10])}.") from error
+
+
+def _told(error: Exception) -> str:
+    """The error of code that is not ours, with the line it comes from."""
+    lines = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(lines[-1].filename).name}, line {lines[-1].lineno})" if lines else ""
+    return f"{type(error).__name__}: {error}".rstrip(": .") + place
 
 
 def _module_of_file(path: Path) -> ModuleType:

@@ -182,6 +182,47 @@ def test_wrong_uses_are_told_the_fact_the_values_and_the_next_step(folder, capsy
     assert sorted(path for path in folder.iterdir() if path.name != "__pycache__") == before
 
 
+@pytest.mark.parametrize(
+    ("words", "texts"),
+    [
+        (["--model", "theirs.py:buggy"], ["theirs.py:buggy", "NameError", "line 5"]),
+        (["--model", "broken.py:build"], ["cannot import broken.py", "ZeroDivisionError", "line 1"]),
+        (["--data", "theirs.py:lost"], ["theirs.py:lost", "KeyError", "line 9"]),
+        (["--data", "theirs.py:nothing"], ["gives a NoneType, not batches"]),
+        (["--data", "imagefolder:images", "--input", "1x3x8x8"], ["junk.png cannot be read"]),
+        (["--weights", "listed.pt"], ["does not fit", "fc.bias"]),
+    ],
+)
+def test_errors_of_the_users_code_and_files_come_with_their_place(folder, capsys, words, texts):
+    """A bug in a model file, a loader that fails in the middle, a damaged image: a sentence each, no traceback."""
+    (folder / "theirs.py").write_text(
+        "import torch\nfrom torch import nn\n\ndef buggy():\n    return undefined_name\n\n"
+        "def lost():\n    yield torch.randn(4, 1, 8, 8)\n    raise KeyError('lost')\n\nnothing = None\n"
+    )
+    (folder / "broken.py").write_text("1 / 0\n")
+    (folder / "images" / "cats").mkdir(parents=True)
+    (folder / "images" / "cats" / "junk.png").write_text("junk")
+    torch.save({**DigitsNet().state_dict(), "fc.bias": [1.0]}, "listed.pt")
+    # The folder of images needs a model that takes its three channels.
+    (folder / "colour.py").write_text("from torch import nn\ndef build():\n    return nn.Conv2d(3, 2, 3)\n")
+    model = ["--model", "colour.py:build"] if "--input" in words else []
+    code, out, err = run(capsys, "allocate", *COMMON, "--budget", "size=w4", *model, *words)
+    assert (code, out) == (2, "")
+    assert all(text in err for text in texts), err
+    assert not (folder / "bits.json").exists()
+
+
+def test_a_loader_that_yields_loses_no_batch(folder, capsys):
+    """A generator function is called anew for every pass, so looking at the first batch does not use it up."""
+    (folder / "mine.py").write_text(
+        "import torch\ndef batches():\n    for seed in range(2):\n"
+        "        yield torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(seed))\n"
+    )
+    words = ["--model", MODEL, "--data", "mine.py:batches", "--budget", "size=w4", "--quiet", "--scores", "scores.json"]
+    assert run(capsys, "allocate", *words)[0] == 0
+    assert json.loads((folder / "scores.json").read_text())["facts"]["n_images"] == 32
+
+
 def test_an_infeasible_budget_is_refused_before_scoring(folder, capsys, monkeypatch):
     """The proxy is never asked when the budget cannot be met."""
     from mpq_plugins.proxies import OMPQ

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
 import importlib.metadata
+import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -40,11 +42,44 @@ def make(kind: Kind, name: str, options: Mapping[str, Any] | None = None) -> Any
         ) from error
     except AttributeError as error:
         raise PluginError(f"{kind} plugin {name!r} points to {points[name].value}, which does not exist: {error}.") from error
+    _check_options(name, factory, options or {})
     try:
         return factory(**(options or {}))
     except TypeError as error:
         fields = [field.name for field in dataclasses.fields(factory)] if dataclasses.is_dataclass(factory) else []
         raise PluginError(f"{name}: {error}. Its options are: {', '.join(fields) or 'none'}.") from error
+
+
+def _check_options(name: str, factory: Any, options: Mapping[str, Any]) -> None:
+    """Refuse values that the field of an option does not take: text for a number, a word that is none of its words."""
+    if not dataclasses.is_dataclass(factory):
+        return
+    with contextlib.suppress(NameError):  # a type that only a type checker can see
+        hints = typing.get_type_hints(factory)
+        for field in dataclasses.fields(factory):
+            if field.name in options and not _takes(hints[field.name], options[field.name]):
+                wanted, given = _shown(hints[field.name]), options[field.name]
+                raise PluginError(f"{name}: {field.name} must be {wanted}, not {given!r}. Its default is {field.default!r}.")
+
+
+def _takes(hint: Any, value: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in arguments
+    if origin in (typing.Union, types.UnionType):
+        return any(_takes(argument, value) for argument in arguments)
+    if hint in (int, float):  # True is an int to Python, and a whole number is as good as a float.
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return not isinstance(hint, type) or isinstance(value, hint)
+
+
+def _shown(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return " or ".join(map(repr, arguments))
+    if arguments:
+        return " or ".join(map(_shown, arguments))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
 
 
 def require(package: str, extra: str) -> Any:

@@ -35,6 +35,8 @@ def observe(model: nn.Module, space: Space, batches: Iterable[Any], statistic: A
     feature map counts once. The model is left as it was found.
     Raises `DataError` without batches or when the model fails on one, `ModelError` for a layer that never ran.
     """
+    if n_images < 1:
+        raise DataError(f"n_images is {n_images}, but a score needs at least one image. Leave it at its default.")
     seen: set[int] = set()
     n_seen = 0
     for batch in track(_first(batches, n_images), "images through the model"):

@@ -64,6 +64,10 @@ class BitConfig:
         check_keys(document, allowed=allowed, required={"format", "fingerprint", "layers"}, where=str(path))
         if not isinstance(document["layers"], dict) or not document["layers"]:
             raise FormatError(f'{path}: "layers" must map layer names to bits and hold at least one layer.')
+        for key, kind in (("fingerprint", str), ("origin", dict), ("costs", dict)):
+            if not isinstance(document.get(key, kind()), kind):
+                wanted = "text" if kind is str else "an object"
+                raise FormatError(f'{path}: "{key}" must be {wanted}, not {document[key]!r}. Write the file again.')
         return cls(
             layers={name: _precision(path, name, bits) for name, bits in document["layers"].items()},
             fingerprint=document["fingerprint"],

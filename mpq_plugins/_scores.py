@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mpq_plugins._errors import FormatError
+from mpq_plugins._errors import FormatError, MPQError
 from mpq_plugins._files import check_keys, read_json, write_json
 from mpq_plugins._space import Space
 
@@ -54,13 +54,14 @@ class Scores:
         check_keys(document, allowed=keys, required=keys, where=str(path))
         pairwise = document["pairwise"]
         try:
-            space = Space.from_json(document["space"])
-        except (KeyError, TypeError) as error:
-            raise FormatError(f"{path} holds a space that cannot be read: {error!r}. Score again.") from error
-        return cls(
-            space,
-            tuple(tuple(row) for row in document["loss"]),
-            document["proxy"],
-            document["facts"],
-            None if pairwise is None else np.asarray(pairwise),
-        )
+            return cls(
+                Space.from_json(document["space"]),
+                tuple(tuple(map(float, row)) for row in document["loss"]),
+                dict(document["proxy"]),
+                dict(document["facts"]),
+                None if pairwise is None else np.asarray(pairwise, dtype=float),
+            )
+        except MPQError as error:
+            raise FormatError(f"{path}: {error}") from error
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise FormatError(f"{path} holds scores that cannot be read: {error!r}. Score again.") from error

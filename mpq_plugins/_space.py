@@ -145,7 +145,7 @@ class Space:
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Space:
         """Inverse of `to_json`."""
-        return cls(
+        space = cls(
             layers=tuple(Layer.from_json(item) for item in document["layers"]),
             units=tuple(
                 Unit(
@@ -159,6 +159,9 @@ class Space:
             skipped=tuple(Skipped(item["name"], item["reason"]) for item in document["skipped"]),
             pins=dict(document["pins"]),
         )
+        if sorted(name for unit in space.units for name in unit.layers) != sorted(layer.name for layer in space.layers):
+            raise SpaceError("the units of the space do not hold each of its layers once. Build the space again.")
+        return space
 
 
 def first_and_last(inventory: Inventory, precision: Precision | str = "w8a8") -> dict[str, Precision | str]:

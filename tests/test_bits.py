@@ -42,6 +42,9 @@ def test_a_saved_configuration_reads_back_with_the_same_bytes(bits, tmp_path):
         (lambda d: d["layers"]["0"].update(weights=4), FormatError, "unknown keys \\['weights'\\]"),
         (lambda d: d["layers"]["0"].pop("activation"), FormatError, "lacks the keys \\['activation'\\]"),
         (lambda d: d.update(layers={}), FormatError, "at least one layer"),
+        (lambda d: d.update(fingerprint=7), FormatError, '"fingerprint" must be text, not 7'),
+        (lambda d: d.update(origin=["ompq"]), FormatError, '"origin" must be an object'),
+        (lambda d: d.update(costs=3), FormatError, '"costs" must be an object, not 3'),
     ],
 )
 def test_every_damage_is_named(bits, tmp_path, change, error, text):

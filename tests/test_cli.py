@@ -161,6 +161,10 @@ def test_plugins_lists_all_kinds(capsys):
         ([], 2, ["no budget", "size=w4"]),
         (["--proxy", "omqp", "--budget", "size=w4"], 2, ["'omqp'", "Did you mean ompq?"]),
         (["--proxy-option", "gamma=3", "--budget", "size=w4"], 2, ["gamma", "options are", "beta"]),
+        (["--proxy-option", "beta=much", "--budget", "size=w4"], 2, ["beta must be a number, not 'much'", "default is 1.0"]),
+        (["--proxy-option", "utility=linaer", "--budget", "size=w4"], 2, ["utility must be", "'linear'", "not 'linaer'"]),
+        (["--proxy-option", "n_images=-5", "--budget", "size=w4"], 2, ["n_images is -5"]),
+        (["--solver-option", "gap=tiny", "--budget", "size=w4"], 2, ["gap must be a number, not 'tiny'"]),
         (["--weights", "absent.pt", "--budget", "size=w4"], 2, ["absent.pt", "Check the path"]),
         (["--weights", "broken.pt", "--budget", "size=w4"], 2, ["broken.pt", "cannot be loaded safely", "state_dict"]),
         (["--weights", "pickle.pt", "--budget", "size=w4"], 2, ["pickle.pt", "cannot be loaded safely"]),
@@ -210,6 +214,28 @@ def test_errors_of_the_users_code_and_files_come_with_their_place(folder, capsys
     assert (code, out) == (2, "")
     assert all(text in err for text in texts), err
     assert not (folder / "bits.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda d: d.update(loss=5), "cannot be read"),
+        (lambda d: d["loss"][1].__setitem__(0, "x"), "cannot be read"),
+        (lambda d: d["loss"][1].pop(), "choices"),
+        (lambda d: d["space"]["layers"].pop(), "each of its layers once"),
+        (lambda d: d["space"]["units"][1].update(choices=["w99a8"]), "not 99"),
+    ],
+)
+def test_damaged_scores_are_refused(folder, capsys, change, text):
+    """Scores edited by hand are a sentence with the file's name, whatever is wrong in them."""
+    run(capsys, "allocate", *COMMON, "--proxy", "constant", "--budget", "size=w4", "--scores", "scores.json")
+    document = json.loads((folder / "scores.json").read_text())
+    change(document)
+    (folder / "scores.json").write_text(json.dumps(document))
+    code, out, err = run(capsys, "solve", "scores.json", "--budget", "size=w3")
+    assert (code, out) == (2, "")
+    assert "scores.json" in err
+    assert text in err
 
 
 def test_a_loader_that_yields_loses_no_batch(folder, capsys):

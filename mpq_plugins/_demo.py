@@ -39,7 +39,6 @@ def run_demo(folder: Path, *, n_seeds: int, adapters: Sequence[str], as_json: bo
     """Run everything, leave all files in `folder`, print the table (or JSON), and return 1 if a file does not verify."""
     start = time.perf_counter()
     console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 140)
-    folder.mkdir(parents=True, exist_ok=True)
     console.print("training a residual network of 14 layers on scikit-learn's digits", highlight=False)
     net = trained_digits_net()
     write_whole(folder / "float.pt", lambda path: torch.save(net.state_dict(), path))

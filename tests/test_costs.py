@@ -136,3 +136,9 @@ def test_amounts_are_printed_as_people_write_them():
     assert format_amount(6.7 * MIB, "B") == "6.7 MiB"
     assert format_amount(96.73e9, "BOPs") == "96.73 GBOPs"
     assert format_amount(47, "B") == "47 B"
+
+
+def test_a_target_does_not_store_every_width(tiny):
+    """Binary weights cost nothing sensible where they cannot be stored: they are refused, not free."""
+    with pytest.raises(BudgetError, match="openvino-compact stores no 1-bit weights"):
+        StoredSize().of(tiny.layers[0], Precision(1, 8))

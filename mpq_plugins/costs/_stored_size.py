@@ -9,7 +9,7 @@ from mpq_plugins._errors import BudgetError
 from mpq_plugins._layers import Layer
 from mpq_plugins._precision import Precision
 
-# Weight bits (the index) -> bits per stored element, by target.
+# Weight bits (the index) -> bits per stored element, by target; 0 where the target cannot store them.
 STORAGE: dict[str, tuple[int, ...]] = {
     "openvino-compact": (0, 0, 2, 3, 4, 6, 6, 8, 8),
     "openvino-fast": (0, 0, 8, 8, 8, 8, 8, 8, 8),
@@ -41,7 +41,10 @@ class StoredSize(AbstractCost):
 
     def of(self, layer: Layer, precision: Precision) -> float:
         n_weights = 0 if layer.shares_weight_with is not None else layer.n_weights
-        size = packed_bytes(n_weights, STORAGE[self.target][precision.weight]) + _SCALE_AND_BIAS * layer.out_channels
+        width = STORAGE[self.target][precision.weight]
+        if width == 0:
+            raise BudgetError(f"{self.target} stores no {precision.weight}-bit weights. Leave them out of the menu.")
+        size = packed_bytes(n_weights, width) + _SCALE_AND_BIAS * layer.out_channels
         if self.target.startswith("openvino"):
             size += _RANGES + (_DEPTHWISE_RANGES * layer.groups if _is_depthwise(layer) else 0)
         return float(size)

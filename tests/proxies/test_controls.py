@@ -173,5 +173,6 @@ def test_the_exact_projection_is_closer_than_the_published_rounding(resnet18, mi
     published = [int(bits) - 2 for bits in PUBLISHED[mib].split()]
     assert problem.is_feasible(published)
     assert solution.gap <= 1e-9
+    assert (problem.objective(published), solution.objective) == {4.0: (13, 10), 4.5: (8, 5)}[mib]
     assert problem.is_feasible(solution.choice)
     assert solution.objective < problem.objective(published)

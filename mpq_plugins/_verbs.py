@@ -73,16 +73,18 @@ def solve(options: Namespace) -> int:
 
 def apply(options: Namespace) -> int:
     """`mpq apply`."""
+    from mpq_plugins._evaluate import accuracy
+
     bits, adapter = BitConfig.load(options.bits_file), _adapter(options)
     model, example = _model(options)
     calibration = list(_take(_data(options), options.images))
+    result: dict[str, Any] = {"module": options.out}
+    if options.evaluate:  # Before the long work, so that missing labels are told at once.
+        result["float_accuracy"] = accuracy(model, _data(options), output=options.output)
     module = adapter.prepare(model, bits, example, calibration)
     adapter.save(module, options.out)
-    result: dict[str, Any] = {"module": options.out, "advice": _advice(adapter, model, example, bits)}
+    result["advice"] = _advice(adapter, model, example, bits)
     if options.evaluate:
-        from mpq_plugins._evaluate import accuracy
-
-        result["float_accuracy"] = accuracy(model, _data(options), output=options.output)
         result["accuracy"] = accuracy(module, _data(options), output=options.output)
     if options.json:
         return _print_json(result)

@@ -272,3 +272,14 @@ def test_a_missing_command_is_a_usage_error(capsys):
     with pytest.raises(SystemExit) as stopped:
         main([])
     assert stopped.value.code == 2
+
+
+def test_apply_tells_missing_labels_before_it_writes(folder, capsys):
+    """Evaluating needs labels: without them no module is left behind."""
+    run(capsys, "allocate", *COMMON, "--proxy", "constant", "--budget", "size=w4")
+    (folder / "bare.py").write_text("import torch\nbatches = [torch.randn(8, 1, 8, 8)] * 2\n")
+    words = ["--model", MODEL, "--data", "bare.py:batches", "--adapter", "brevitas", "--evaluate", "--quiet"]
+    code, _, err = run(capsys, "apply", "bits.json", *words)
+    assert code == 2
+    assert "labels" in err
+    assert not (folder / "module.pt").exists()

@@ -79,7 +79,10 @@ class BudgetCheck:
 
 @dataclass(frozen=True)
 class Verification:
-    """The result of reading an exported file back."""
+    """The result of reading an exported file back.
+
+    `fingerprints` are the configuration's and the file's where they differ: the file was exported from another model.
+    """
 
     artifact: str
     adapter: str
@@ -87,11 +90,16 @@ class Verification:
     unexpected: tuple[str, ...] = ()
     outputs: OutputCheck | None = None
     budgets: tuple[BudgetCheck, ...] = ()
+    fingerprints: tuple[str, str] | None = None
 
     @property
     def problems(self) -> tuple[str, ...]:
         """What is wrong, one sentence each; empty when the file holds what was asked for."""
-        found = [
+        found = []
+        if self.fingerprints is not None:
+            asked, held = (text[:19] for text in self.fingerprints)
+            found.append(f"the file is of a model with fingerprint {held}..., the bit configuration of one with {asked}...")
+        found += [
             f"{check.name}: asked for {check.asked}, the file holds {check.found or 'no such quantized layer'}"
             for check in self.layers
             if check.asked != check.found
@@ -140,6 +148,7 @@ class Verification:
             "problems": list(self.problems),
             "layers": {check.name: {k: v for k, v in asdict(check).items() if k != "name"} for check in self.layers},
             "unexpected": list(self.unexpected),
+            "fingerprints": None if self.fingerprints is None else list(self.fingerprints),
             "outputs": None if self.outputs is None else {**asdict(self.outputs), "ok": self.outputs.ok},
             "budgets": [{**asdict(check), "ok": check.ok} for check in self.budgets],
         }
@@ -168,6 +177,7 @@ def verify(
     itself never raises: see `Verification.check`.
     """
     found = adapter.read_bits(path)
+    is_other = found.fingerprint not in ("", bits.fingerprint)  # empty: the file does not say
     return Verification(
         artifact=str(path),
         adapter=adapter.name,
@@ -175,6 +185,7 @@ def verify(
         unexpected=tuple(sorted(set(found.layers) - set(bits.layers))),
         outputs=None if module is None or inputs is None else _compare_outputs(adapter, path, module, inputs, tolerance),
         budgets=() if model is None or inputs is None else _budget_checks(model, inputs, bits, found),
+        fingerprints=(bits.fingerprint, found.fingerprint) if is_other else None,
     )
 
 

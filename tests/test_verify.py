@@ -1,7 +1,12 @@
 """The comparison of a file with a module, where adapters have no part."""
 
-import numpy as np
+import types
 
+import numpy as np
+import pytest
+
+from mpq_plugins import BitConfig, Precision, verify
+from mpq_plugins._errors import VerificationError
 from mpq_plugins._verify import OutputCheck, compare_outputs
 
 
@@ -23,3 +28,19 @@ def test_outputs_that_are_not_numbers_never_pass():
         assert not check.ok
         worst = OutputCheck(check.mean_relative, check.max_absolute, 0.0, 1e-2, own_difference=check.mean_relative)
         assert not worst.ok
+
+
+def test_a_file_of_another_model_is_told(tmp_path):
+    """Equal layers and bits are not enough: a file that says it is of another model does not pass, a silent one does."""
+    bits = BitConfig({"fc": Precision(4, 8)}, "sha256:mine")
+
+    def verified(fingerprint):
+        stub = types.SimpleNamespace(name="stub", read_bits=lambda _: BitConfig(bits.layers, fingerprint))
+        return verify(stub, tmp_path / "file", bits)
+
+    assert verified("sha256:mine").ok
+    assert verified("").ok
+    with pytest.raises(
+        VerificationError, match=r"fingerprint sha256:other\.\.\., the bit configuration of one with sha256:mine"
+    ):
+        verified("sha256:other").check()

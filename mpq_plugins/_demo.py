@@ -6,10 +6,12 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import Tensor, nn
 
 from mpq_plugins._adapter import AbstractAdapter
 from mpq_plugins._allocate import Allocation, build_space
@@ -20,7 +22,6 @@ from mpq_plugins._verify import Verification, verify
 from mpq_plugins.digits import digits, trained_digits_net
 from mpq_plugins.reports import (
     CONTROLS,
-    allocation_table,
     compare,
     comparison_table,
     plot_allocation,
@@ -32,7 +33,28 @@ PROXIES = ("ompq", "csmpq")
 # What OpenVINO's compact storage holds and Brevitas can do as well, so that one configuration serves both.
 MENU = menu((2, 3, 4, 6, 8), (8,))
 SUFFIX = {"nncf": ".xml", "brevitas": ".onnx"}
-TOLERANCE = 1e-2
+
+
+@dataclass
+class _Folder:
+    """Keeps what the scores (not the controls) give: bits, plots, artifacts, verification reports."""
+
+    path: Path
+    net: nn.Module
+    inputs: Tensor
+    reports: list[Verification] = field(default_factory=list)
+
+    def keep(self, budget: str, proxy: str, allocation: Allocation, adapter: AbstractAdapter, module: nn.Module) -> None:
+        if proxy.split("#")[0] in CONTROLS:
+            return
+        stem = f"{proxy}-{budget.split()[-1]}"
+        allocation.bits.save(self.path / f"{stem}.bits.json")
+        plot_allocation(allocation, self.path / f"{stem}.png")
+        name = f"{stem}-{adapter.name}"
+        artifact = adapter.export(module, self.path / f"{name}{SUFFIX[adapter.name]}", self.inputs[:1])
+        report = verify(adapter, artifact, allocation.bits, module=module, inputs=self.inputs, model=self.net)
+        report.save(self.path / f"{name}.verification.json")
+        self.reports.append(report)
 
 
 def run_demo(folder: Path, *, n_seeds: int, adapters: Sequence[str], as_json: bool) -> int:
@@ -40,42 +62,19 @@ def run_demo(folder: Path, *, n_seeds: int, adapters: Sequence[str], as_json: bo
     start = time.perf_counter()
     # The network is tiny: more threads only wait for each other, and on a busy machine they wait long.
     torch.set_num_threads(1)
-    console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 140)
-    console.print("training a residual network of 14 layers on scikit-learn's digits", highlight=False)
+    console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 140, highlight=False)
+    targets: dict[str, AbstractAdapter] = {name: make("adapters", name) for name in adapters}
+    console.print("training a residual network of 14 layers on scikit-learn's digits")
     net = trained_digits_net()
     write_whole(folder / "float.pt", lambda path: torch.save(net.state_dict(), path))
     # Few large batches: a fake-quantized module quantizes its weights anew in every forward pass.
     calibration, test = digits(train=True, batch_size=256)[:1], digits(train=False, batch_size=300)
     example = test[0].inputs[:1]
-    targets: dict[str, AbstractAdapter] = {name: make("adapters", name) for name in adapters}
-    space = build_space(net, example, choices=MENU, adapter=next(iter(targets.values()), None))
-    reports: list[Verification] = []
-
-    def keep(budget: str, proxy: str, allocation: Allocation, adapter: AbstractAdapter, module: torch.nn.Module) -> None:
-        if proxy.split("#")[0] in CONTROLS:
-            return
-        stem = f"{proxy}-{budget.split()[-1]}"
-        allocation.bits.save(folder / f"{stem}.bits.json")
-        plot_allocation(allocation, folder / f"{stem}.png")
-        if budget == next(iter(BUDGETS)) and proxy == PROXIES[0] and adapter is next(iter(targets.values())):
-            console.print(allocation_table(allocation))
-        artifact = adapter.export(module, folder / f"{stem}-{adapter.name}{SUFFIX[adapter.name]}", example)
-        report = verify(
-            adapter,
-            artifact,
-            allocation.bits,
-            module=module,
-            inputs=test[0].inputs,
-            model=net,
-            tolerance=TOLERANCE,
-        )
-        report.save(folder / f"{stem}-{adapter.name}.verification.json")
-        reports.append(report)
-
-    console.print(f"scoring, solving and applying through {', '.join(targets)}: a minute or two", highlight=False)
+    kept = _Folder(folder, net, test[0].inputs)
+    console.print(f"scoring, solving and applying through {', '.join(targets)}: a minute or two")
     comparison = compare(
         net,
-        space,
+        build_space(net, example, choices=MENU, adapter=next(iter(targets.values()), None)),
         example=example,
         calibration=calibration,
         test=test,
@@ -83,20 +82,19 @@ def run_demo(folder: Path, *, n_seeds: int, adapters: Sequence[str], as_json: bo
         adapters=targets,
         proxies=PROXIES,
         n_seeds=n_seeds,
-        on_applied=keep,
+        on_applied=kept.keep,
     )
     comparison.save(folder / "comparison.json")
     plot_comparison(comparison, folder / "comparison.png")
-    failed = [report for report in reports if not report.ok]
     if as_json:
-        verified = {Path(report.artifact).name: report.ok for report in reports}
+        verified = {Path(report.artifact).name: report.ok for report in kept.reports}
         print(json.dumps({**comparison.to_json(), "verified": verified}, indent=2, sort_keys=True))
     else:
         console.print(comparison_table(comparison))
-        for report in reports:
-            console.print(_line(report), highlight=False)
-        console.print(f"files in {folder}, {time.perf_counter() - start:.0f} s", highlight=False)
-    return 1 if failed else 0
+        for report in kept.reports:
+            console.print(_line(report))
+        console.print(f"files in {folder}, {time.perf_counter() - start:.0f} s")
+    return 0 if all(report.ok for report in kept.reports) else 1
 
 
 def _line(report: Verification) -> str:

@@ -17,11 +17,11 @@ from mpq_brevitas._support import check_convertible
 from mpq_plugins._adapter import attach_bits, bits_of
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._discover import find_layers
-from mpq_plugins._errors import FormatError
+from mpq_plugins._errors import FingerprintError, FormatError
 from mpq_plugins._files import check_keys, write_whole
 from mpq_plugins._precision import Precision
 
-FORMAT = "mpq-module/1"
+FORMAT, _ADAPTER = "mpq-module/1", "brevitas"
 _KEYS = {"format", "adapter", "recipe", "bits", "state_dict"}
 
 
@@ -31,7 +31,7 @@ def save(module: nn.Module, path: str | Path) -> Path:
     layers = {name: [precision.weight, precision.activation] for name, precision in bits.layers.items()}
     document = {
         "format": FORMAT,
-        "adapter": "brevitas",
+        "adapter": _ADAPTER,
         "recipe": json.dumps(recipe_of(module).to_json(), sort_keys=True),
         "bits": json.dumps(
             {"fingerprint": bits.fingerprint, "layers": layers, "origin": dict(bits.origin), "costs": dict(bits.costs)}
@@ -46,6 +46,11 @@ def load(model: nn.Module, path: str | Path, example: Any) -> nn.Module:
     document = _read(path)
     recipe, bits = _recipe(document), _bits(document)
     inventory = find_layers(model, example)
+    if bits.fingerprint != inventory.fingerprint:
+        raise FingerprintError(
+            f"{path} was prepared from another model: its layers have fingerprint {bits.fingerprint[:19]}..., this model's "
+            f"{inventory.fingerprint[:19]}.... Give the model it was prepared from."
+        )
     check_convertible(model, bits, inventory, recipe.profile)
     module = _finn.convert(model, bits, recipe).module if recipe.profile == "finn" else _layerwise.convert(model, bits, recipe)
     with brevitas.keeping_quantizers():
@@ -63,10 +68,17 @@ def _read(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise FormatError(f"cannot read {path}: {error.strerror or error}. Check the path and its permissions.") from error
     except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise FormatError(f"{path} is not a complete checkpoint: {str(error).splitlines()[0]}. Save it again.") from error
-    found = document.get("format") if isinstance(document, dict) else None
-    if found != FORMAT or document.get("adapter") != "brevitas":
-        raise FormatError(f"{path} is not a Brevitas checkpoint of format {FORMAT}: it says {found!r}.")
+        # torch's own text advises weights_only=False, which would run whatever code the file holds.
+        raise FormatError(
+            f"{path} is no checkpoint, or a damaged one ({type(error).__name__}). "
+            "Give the file that save() or `mpq apply` wrote."
+        ) from error
+    found = (document.get("format"), document.get("adapter")) if isinstance(document, dict) else (None, None)
+    if found != (FORMAT, _ADAPTER):
+        raise FormatError(
+            f"{path} has format {found[0]!r} of adapter {found[1]!r}, expected {FORMAT!r} of {_ADAPTER!r}. "
+            "Load it with the adapter that saved it."
+        )
     check_keys(document, allowed=_KEYS, required=_KEYS, where=str(path))
     return document
 

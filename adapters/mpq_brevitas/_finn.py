@@ -144,7 +144,8 @@ def set_activation_bits(module: nn.Module, bits: BitConfig) -> None:
             listed = ", ".join(f"{name}: {width}" for name, width in asked.items())
             raise AdapterError(
                 f"these layers read one activation quantizer or meet in an add, but are asked for different activation "
-                f"bits ({listed}). Give them the same; activation_groups() lists such layers for Space.build."
+                f"bits ({listed}). Give them the same, or allocate with this adapter and profile (`mpq allocate --adapter "
+                "brevitas --adapter-option profile=finn`), which ties them."
             )
         for quantizer in quantizers_of_group(module, group):
             brevitas.set_activation_bits(quantizer.act_quant, next(iter(asked.values()), UNFED_BITS))

@@ -82,7 +82,8 @@ class OnnxGraph:
         if not isinstance(document, dict) or document.get("format") != FORMAT or not document.get("layers"):
             raise FormatError(
                 f"{self.path} lacks the {METADATA!r} metadata ({FORMAT}) that names its layers. "
-                "Read files as BrevitasAdapter exported them; other tools' rewrites drop the layer names."
+                "Read files as BrevitasAdapter exported them, and another adapter's with that adapter; "
+                "other tools' rewrites drop the layer names."
             )
         return document
 

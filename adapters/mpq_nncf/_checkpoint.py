@@ -18,7 +18,7 @@ from mpq_nncf._wiring import attach_wiring, from_json, to_json, wiring_of
 from mpq_plugins._adapter import attach_bits, bits_of
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._discover import find_layers
-from mpq_plugins._errors import FormatError
+from mpq_plugins._errors import FingerprintError, FormatError
 from mpq_plugins._files import check_keys, write_whole
 from mpq_plugins._precision import Precision
 
@@ -44,7 +44,12 @@ def load(model: nn.Module, path: str | Path, example: Any) -> nn.Module:
     """See `AbstractAdapter.load`; also raises `FingerprintError` for another model's checkpoint."""
     document = _read(Path(path))
     bits = _bits_from_json(json.loads(document["bits"]))
-    bits.check(find_layers(model, example))
+    inventory = find_layers(model, example)
+    if bits.fingerprint != inventory.fingerprint:
+        raise FingerprintError(
+            f"{path} was prepared from another model: its layers have fingerprint {bits.fingerprint[:19]}..., this model's "
+            f"{inventory.fingerprint[:19]}.... Give the model it was prepared from."
+        )
     with quiet():
         module = internals.place(as_hookable(copy.deepcopy(model)), json.loads(document["placement"]))
     try:
@@ -65,14 +70,19 @@ def _read(path: Path) -> Mapping[str, Any]:
     try:
         document = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises errors of many kinds for damaged archives
-        raise FormatError(f"{path} is not a complete checkpoint: {str(error)[:200]}. Save it again.") from error
+        # torch's own text advises weights_only=False, which would run whatever code the file holds.
+        raise FormatError(
+            f"{path} is no checkpoint, or a damaged one ({type(error).__name__}). "
+            "Give the file that save() or `mpq apply` wrote."
+        ) from error
+    found = (document.get("format"), document.get("adapter")) if isinstance(document, dict) else (None, None)
+    if found != (FORMAT, _ADAPTER):
+        raise FormatError(
+            f"{path} has format {found[0]!r} of adapter {found[1]!r}, expected {FORMAT!r} of {_ADAPTER!r}. "
+            "Load it with the adapter that saved it."
+        )
     keys = {"format", "adapter", "placement", "wiring", "bits", "state"}
     check_keys(document, allowed=keys, required=keys, where=str(path))
-    if (document["format"], document["adapter"]) != (FORMAT, _ADAPTER):
-        raise FormatError(
-            f"{path} has format {document['format']!r} of adapter {document['adapter']!r}, expected {FORMAT!r} of "
-            f"{_ADAPTER!r}. Load it with the adapter that saved it."
-        )
     result: Mapping[str, Any] = document
     return result
 

@@ -7,12 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from mpq_nncf import _nncf_internals as internals
+from mpq_nncf._declaration import Declaration
 from mpq_nncf._wiring import LayerWiring, wiring_of
 
 
 def codes(module: nn.Module) -> dict[str, np.ndarray]:
     """Layer name -> weight codes in [-2^(b-1), 2^(b-1) - 1] as int8, in the shape of the float weight."""
     return {name: layer_codes(module, layer).to(torch.int8).cpu().numpy() for name, layer in wiring_of(module).items()}
+
+
+def stored_codes(module: nn.Module, declared: Declaration) -> dict[str, np.ndarray]:
+    """Codes of the layers that store their own weight."""
+    return {name: values for name, values in codes(module).items() if declared.layers[name].stored_as == name}
 
 
 def layer_codes(module: nn.Module, layer: LayerWiring) -> Tensor:

@@ -57,10 +57,14 @@ class Declaration:
             document = json.loads(text)
         except ValueError as error:
             raise FormatError(f"{where}: its record of bits is damaged: {error}. Export it again.") from error
+        found = document.get("format") if isinstance(document, dict) else None
+        if found != FORMAT:
+            raise FormatError(
+                f"{where}: its record of bits has format {found!r}, expected {FORMAT!r}. "
+                "Read it with the adapter that exported it."
+            )
         keys = {"format", "fingerprint", "layers"}
         check_keys(document, allowed=keys, required=keys, where=f"{where}: its record of bits")
-        if document["format"] != FORMAT:
-            raise FormatError(f"{where}: its record of bits has format {document['format']!r}, expected {FORMAT!r}.")
         keys = {"weight", "activation", "shape", "stored_as"}
         layers = {}
         for name, item in document["layers"].items():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpq_nncf._codes import codes, quantized_weight
+from mpq_nncf._codes import quantized_weight
 from mpq_nncf._declaration import Declaration, declare
 from mpq_nncf._wiring import wiring_of
 from mpq_plugins._adapter import bits_of
@@ -53,8 +53,3 @@ def _frozen(module: nn.Module) -> nn.Module:
         with torch.no_grad():
             frozen.get_parameter(layer.parameter).copy_(weight)
     return frozen
-
-
-def stored_codes(module: nn.Module, declared: Declaration) -> dict[str, Any]:
-    """Codes of the layers that store their own weight."""
-    return {name: values for name, values in codes(module).items() if declared.layers[name].stored_as == name}

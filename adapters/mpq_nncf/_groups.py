@@ -85,8 +85,8 @@ def check_groups(groups: Iterable[Sequence[str]], bits: Mapping[str, Precision])
             told = ", ".join(f"{name}: {width}" for name, width in asked.items())
             raise AdapterError(
                 f"{', '.join(asked)} read one activation quantizer but ask for different activation bits ({told}). "
-                f"Tie them before solving: share_activations=[({', '.join(map(repr, asked))})], or prepare with "
-                "NNCFAdapter(merge_branches=False), which gives the readers of one tensor a quantizer each."
+                "Allocate with this adapter (`mpq allocate --adapter nncf`), which ties them, or give the readers of one "
+                "tensor a quantizer each: NNCFAdapter(merge_branches=False), `--adapter-option merge_branches=false`."
             )
 
 

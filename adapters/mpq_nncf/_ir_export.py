@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from mpq_nncf._codes import stored_codes
 from mpq_nncf._declaration import ACTIVATION, CALL, KEY, WEIGHT, Declaration
-from mpq_nncf._export import stored_codes
 from mpq_nncf._ir_graph import Weight, feeding_quantizers, weights
 from mpq_nncf._ir_storage import Storage, compact, pack, widest
 from mpq_nncf._positional import positional
 from mpq_nncf._quiet import quiet
-from mpq_plugins._errors import AdapterError
+from mpq_plugins._errors import AdapterError, WriteError
 from mpq_plugins._plugins import require
 
 
@@ -117,6 +117,18 @@ def _users_of(users: list[str], operations: list[Any]) -> list[str]:
 
 
 def _save(model: Any, path: Path) -> Path:
+    """Write .xml and .bin, both or none; raises `WriteError` when the folder or the disk refuses."""
+    try:
+        return _save_pair(model, path)
+    except (OSError, RuntimeError) as error:  # OpenVINO raises its own RuntimeError on a full disk
+        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[-1][:200]
+        raise WriteError(
+            f"cannot write {path} and its .bin: {reason}. "
+            "Choose a file name in a folder that you may write to, with space left."
+        ) from error
+
+
+def _save_pair(model: Any, path: Path) -> Path:
     """Write .xml and .bin beside their places, then move both in; whatever fails, the old pair stays whole."""
     openvino = require("openvino", "nncf")
     path.parent.mkdir(parents=True, exist_ok=True)

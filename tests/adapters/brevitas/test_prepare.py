@@ -313,6 +313,20 @@ class TestRefusals:
             with pytest.raises(FormatError):
                 case.adapter.load(case.model, tmp_path / name, case.example)
 
+    def test_checkpoints_of_others(self, prepared, tmp_path):
+        """Another adapter's checkpoint, a file that is none and another model's are refused for what they are."""
+        case = prepared("cnn")
+        torch.save({"format": "mpq-module/1", "adapter": "nncf", "wiring": "{}"}, tmp_path / "theirs.pt")
+        with pytest.raises(FormatError, match="of adapter 'nncf'.*Load it with the adapter that saved it"):
+            case.adapter.load(case.model, tmp_path / "theirs.pt", case.example)
+        (tmp_path / "text.pt").write_text("{}")
+        with pytest.raises(FormatError, match="no checkpoint") as caught:
+            case.adapter.load(case.model, tmp_path / "text.pt", case.example)
+        assert "weights_only" not in str(caught.value)
+        path = case.adapter.save(case.module, tmp_path / "m.pt")
+        with pytest.raises(FingerprintError, match=r"m\.pt was prepared from another model"):
+            case.adapter.load(network("residual"), path, images())
+
     def test_version(self, monkeypatch):
         """A Brevitas outside the known range, or none, is refused with what to install."""
         monkeypatch.setattr(_version.importlib.metadata, "version", lambda _name: "0.14.0")

@@ -20,7 +20,19 @@ from nncf_nets import N_CLASSES, Residual, images
 
 from mpq_plugins import BitConfig, Precision, find_layers, verify
 from mpq_plugins._adapter import bits_of
-from mpq_plugins._errors import FingerprintError, FormatError, UnknownLayerError
+from mpq_plugins._errors import FingerprintError, FormatError, UnknownLayerError, WriteError
+from mpq_plugins.digits import digits, trained_digits_net
+
+
+@pytest.fixture(scope="module")
+def trained(adapter, tmp_path_factory):
+    """A trained digits net at w4a8, its ONNX file, and test images."""
+    net, batch = trained_digits_net(epochs=2), next(iter(digits(train=False, batch_size=32)))
+    inventory = find_layers(net, batch.inputs)
+    bits = BitConfig(dict.fromkeys((layer.name for layer in inventory), Precision(4, 8)), inventory.fingerprint)
+    module = adapter.prepare(net, bits, batch.inputs, [batch])
+    path = tmp_path_factory.mktemp("trained") / "net.onnx"
+    return module, adapter.export(module, path, batch.inputs, format="onnx"), batch.inputs
 
 
 def copied(path: Path, folder: Path) -> Path:
@@ -59,6 +71,24 @@ def test_a_changed_code_is_seen(adapter, prepared, exported, tmp_path):
     ours, theirs = adapter.codes(case.module), adapter.read_codes(path)
     assert {name: int((ours[name] != theirs[name]).sum()) for name in ours} == {name: int(name == "b2") for name in ours}
     assert not verify(adapter, path, case.bits, module=case.module).ok
+
+
+@pytest.mark.parametrize(("part", "factor"), [("fc/weight_scale", 1.2), ("Activation_output_0_scale", 1.5), ("fc.bias", 3.0)])
+def test_wrong_numbers_of_a_trained_net_are_seen(adapter, trained, tmp_path, part, factor):
+    """Where all codes are right but one scale or bias is wrong, the outputs tell, and the net's own rounding excuses nothing."""
+    import onnx
+
+    module, path, inputs = trained
+    assert verify(adapter, path, bits_of(module), module=module, inputs=inputs, tolerance=1e-4).ok
+    model = onnx.load(path)
+    wrong = next(tensor for tensor in model.graph.initializer if tensor.name.endswith(part))
+    values = onnx.numpy_helper.to_array(wrong) * np.float32(factor)
+    wrong.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float32), wrong.name))
+    onnx.save(model, tmp_path / "wrong.onnx")
+    report = verify(adapter, tmp_path / "wrong.onnx", bits_of(module), module=module, inputs=inputs)
+    assert all(check.ok for check in report.layers)
+    assert not report.outputs.ok
+    assert 2 * report.outputs.own_difference < report.outputs.tolerance
 
 
 def test_codes_wider_than_declared_are_measured(adapter, prepared, exported, tmp_path):
@@ -141,6 +171,36 @@ def test_a_failed_export_leaves_the_old_pair(adapter, prepared, exported, tmp_pa
     assert {part.name: part.read_bytes() for part in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("format", ["openvino-compact", "onnx"])
+def test_a_place_that_refuses_is_told(adapter, prepared, tmp_path, format):
+    """Below a file no folder can be made: WriteError names the path, and the file there stays as it was."""
+    case = prepared("residual")
+    (tmp_path / "file").write_bytes(b"kept")
+    with pytest.raises(WriteError, match=r"cannot write .*file.m\..*Choose a file name"):
+        adapter.export(case.module, tmp_path / "file" / "m", case.example, format=format)
+    assert [(part.name, part.read_bytes()) for part in tmp_path.iterdir()] == [("file", b"kept")]
+
+
+def test_files_of_others_are_told(adapter, prepared, exported, tmp_path):
+    """Checkpoints and artifacts of another adapter, and files that are no checkpoint, are refused for what they are."""
+    import onnx
+
+    case = prepared("residual")
+    torch.save({"format": "mpq-module/1", "adapter": "brevitas", "recipe": "{}"}, tmp_path / "theirs.pt")
+    with pytest.raises(FormatError, match="of adapter 'brevitas'.*Load it with the adapter that saved it"):
+        adapter.load(case.model, tmp_path / "theirs.pt", case.example)
+    (tmp_path / "text.pt").write_text("{}")
+    with pytest.raises(FormatError, match="no checkpoint") as caught:
+        adapter.load(case.model, tmp_path / "text.pt", case.example)
+    assert "weights_only" not in str(caught.value)
+    path = copied(exported("residual", "onnx"), tmp_path)
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, {"mpq": json.dumps({"format": "mpq-onnx/1", "adapter": "brevitas"})})
+    onnx.save(model, path)
+    with pytest.raises(FormatError, match="'mpq-onnx/1'.*Read it with the adapter that exported it"):
+        adapter.read_bits(path)
+
+
 def test_files_hold_no_paths(exported):
     """Exported files name no directory of the machine that wrote them."""
     for format in ("openvino-compact", "onnx"):
@@ -169,7 +229,7 @@ def test_checkpoints_are_exact(asymmetric, tmp_path):
     with pytest.raises(FingerprintError):
         adapter.load(_wider_head(case.model), path, case.example)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(FormatError, match="not a complete checkpoint"):
+    with pytest.raises(FormatError, match="no checkpoint, or a damaged one"):
         adapter.load(case.model, path, case.example)
 
 

@@ -219,7 +219,7 @@ def _infeasible_text(space: Space, budget: Budget, limit: float, total: float, l
     unit_name = budget.cost.unit
     largest = sorted(least, key=lambda u: -least[u])[:3]
     held = ", ".join(f"{space.units[u].name} ({format_amount(least[u], unit_name)})" for u in largest)
-    pinned = f" {len(space.pins)} layers are pinned ({', '.join(space.pins)})." if space.pins else ""
+    pinned = f" Pinned: {', '.join(space.pins)}." if space.pins else ""
     return (
         f"{budget.cost.name} <= {format_amount(limit, unit_name)} cannot be met: the least is "
         f"{format_amount(total, unit_name)}.{pinned} Raise the limit, or allow lower bits or fewer pins for: {held}."

@@ -317,7 +317,7 @@ class TestRefusals:
         """Another adapter's checkpoint, a file that is none and another model's are refused for what they are."""
         case = prepared("cnn")
         torch.save({"format": "mpq-module/1", "adapter": "nncf", "wiring": "{}"}, tmp_path / "theirs.pt")
-        with pytest.raises(FormatError, match="of adapter 'nncf'.*Load it with the adapter that saved it"):
+        with pytest.raises(FormatError, match=r"of adapter 'nncf'.*Load it with the adapter that saved it"):
             case.adapter.load(case.model, tmp_path / "theirs.pt", case.example)
         (tmp_path / "text.pt").write_text("{}")
         with pytest.raises(FormatError, match="no checkpoint") as caught:

@@ -56,9 +56,9 @@ def trained(tmp_path_factory):
     return bits, module, BrevitasAdapter().export(module, path, batch.inputs, format="qcdq"), batch.inputs
 
 
-@pytest.mark.parametrize(("part", "factor"), [("fc/weight_quant", 1.2), ("fc/input_quant", 4.0), ("fc.bias", 3.0)])
+@pytest.mark.parametrize(("part", "factor"), [("fc/weight_quant", 1.2), ("fc/input_quant", 16.0), ("fc.bias", 3.0)])
 def test_wrong_numbers_of_a_trained_net(trained, tmp_path, part, factor):
-    """Where all codes are right but one scale or bias is wrong, the outputs tell, and the net's own rounding excuses nothing."""
+    """Where all codes are right but one scale or bias is wrong, the outputs tell, and the net's rounding is no excuse."""
     bits, module, path, inputs = trained
     assert verify(BrevitasAdapter(), path, bits, module=module, inputs=inputs, tolerance=1e-4).ok
     model = onnx.load(path)

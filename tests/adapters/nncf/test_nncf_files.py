@@ -75,7 +75,7 @@ def test_a_changed_code_is_seen(adapter, prepared, exported, tmp_path):
 
 @pytest.mark.parametrize(("part", "factor"), [("fc/weight_scale", 1.2), ("Activation_output_0_scale", 1.5), ("fc.bias", 3.0)])
 def test_wrong_numbers_of_a_trained_net_are_seen(adapter, trained, tmp_path, part, factor):
-    """Where all codes are right but one scale or bias is wrong, the outputs tell, and the net's own rounding excuses nothing."""
+    """Where all codes are right but one scale or bias is wrong, the outputs tell, and the net's rounding is no excuse."""
     import onnx
 
     module, path, inputs = trained
@@ -187,7 +187,7 @@ def test_files_of_others_are_told(adapter, prepared, exported, tmp_path):
 
     case = prepared("residual")
     torch.save({"format": "mpq-module/1", "adapter": "brevitas", "recipe": "{}"}, tmp_path / "theirs.pt")
-    with pytest.raises(FormatError, match="of adapter 'brevitas'.*Load it with the adapter that saved it"):
+    with pytest.raises(FormatError, match=r"of adapter 'brevitas'.*Load it with the adapter that saved it"):
         adapter.load(case.model, tmp_path / "theirs.pt", case.example)
     (tmp_path / "text.pt").write_text("{}")
     with pytest.raises(FormatError, match="no checkpoint") as caught:
@@ -197,7 +197,7 @@ def test_files_of_others_are_told(adapter, prepared, exported, tmp_path):
     model = onnx.load(path)
     onnx.helper.set_model_props(model, {"mpq": json.dumps({"format": "mpq-onnx/1", "adapter": "brevitas"})})
     onnx.save(model, path)
-    with pytest.raises(FormatError, match="'mpq-onnx/1'.*Read it with the adapter that exported it"):
+    with pytest.raises(FormatError, match=r"'mpq-onnx/1'.*Read it with the adapter that exported it"):
         adapter.read_bits(path)
 
 

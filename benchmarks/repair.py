@@ -45,9 +45,7 @@ def main():
                     bits = BitConfig(layers, inventory.fingerprint)
                     found = [
                         accuracy(
-                            adapter.prepare(
-                                net, bits, test[0].inputs[:1], calibration, weight_range=weight_range, **switches
-                            ),
+                            adapter.prepare(net, bits, test[0].inputs[:1], calibration, weight_range=weight_range, **switches),
                             test,
                         )
                         for net in nets

@@ -228,7 +228,7 @@ def _add_export(verbs: Any) -> None:
     parser.add_argument("--format", metavar="NAME", help="see `mpq plugins` (default: the adapter's first)")
     parser.add_argument("--out", required=True, metavar="FILE", help="artifact to write")
     parser.add_argument("--report", metavar="FILE", help="verification report to write")
-    parser.add_argument("--tolerance", type=float, default=1e-2, help="mean output difference allowed, in standard deviations")
+    parser.add_argument("--tolerance", type=float, default=1e-3, help="mean output difference allowed, in standard deviations")
 
 
 def _add_verify(verbs: Any) -> None:

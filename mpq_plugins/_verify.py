@@ -59,8 +59,16 @@ class OutputCheck:
 
     @property
     def ok(self) -> bool:
-        """Whether the file differs by no more than the tolerance, or twice what the module differs from itself."""
-        return self.mean_relative < _NOT_FINITE and self.mean_relative <= max(self.tolerance, 2 * self.own_difference)
+        """Whether the mean relative difference is within what is allowed."""
+        return self.mean_relative < _NOT_FINITE and self.mean_relative <= self.allowed
+
+    @property
+    def allowed(self) -> float:
+        """The tolerance, or three times what the module differs from itself, but never more than a quarter.
+
+        Beyond that outputs say nothing about the file any more: unrelated ones differ by about 1.
+        """
+        return max(self.tolerance, min(3 * self.own_difference, 0.25))
 
 
 @dataclass(frozen=True)
@@ -113,8 +121,8 @@ class Verification:
         if self.outputs is not None and not self.outputs.ok:
             found.append(
                 f"outputs differ by {self.outputs.mean_relative:.2e} of their standard deviation on average, "
-                f"more than the tolerance {self.outputs.tolerance:.0e} and than twice the module's difference from itself "
-                f"when it sums in another order ({self.outputs.own_difference:.2e})"
+                f"more than the {self.outputs.allowed:.1e} allowed (tolerance {self.outputs.tolerance:.0e}; the module differs "
+                f"from itself by {self.outputs.own_difference:.1e} when it sums in another order)"
             )
         found += [
             f"budget {check.name}: the file needs {check.found:g}, allowed are {check.limit:g}"
@@ -166,7 +174,7 @@ def verify(
     module: nn.Module | None = None,
     inputs: Any = None,
     model: nn.Module | None = None,
-    tolerance: float = 1e-2,
+    tolerance: float = 1e-3,
 ) -> Verification:
     """Read an exported file back and compare it with the bit configuration.
 

@@ -44,3 +44,9 @@ def test_a_file_of_another_model_is_told(tmp_path):
         VerificationError, match=r"fingerprint sha256:other\.\.\., the bit configuration of one with sha256:mine"
     ):
         verified("sha256:other").check()
+
+
+def test_what_is_allowed_is_bounded():
+    """The tolerance, or three times the module's own difference, never more than a quarter of a standard deviation."""
+    allowed = [OutputCheck(1.0, 1.0, 0.0, 1e-3, own_difference=own).allowed for own in (0.0, 0.01, 10.0)]
+    assert allowed == pytest.approx([1e-3, 0.03, 0.25])

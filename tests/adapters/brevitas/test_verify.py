@@ -73,4 +73,4 @@ def test_wrong_numbers_of_a_trained_net(trained, tmp_path, part, factor):
     report = verify(BrevitasAdapter(), tmp_path / "wrong.onnx", bits, module=module, inputs=inputs)
     assert all(check.ok for check in report.layers)
     assert not report.outputs.ok
-    assert 2 * report.outputs.own_difference < report.outputs.tolerance
+    assert report.outputs.allowed < report.outputs.mean_relative / 2

@@ -88,7 +88,7 @@ def test_wrong_numbers_of_a_trained_net_are_seen(adapter, trained, tmp_path, par
     report = verify(adapter, tmp_path / "wrong.onnx", bits_of(module), module=module, inputs=inputs)
     assert all(check.ok for check in report.layers)
     assert not report.outputs.ok
-    assert 2 * report.outputs.own_difference < report.outputs.tolerance
+    assert report.outputs.allowed < report.outputs.mean_relative / 2
 
 
 def test_codes_wider_than_declared_are_measured(adapter, prepared, exported, tmp_path):

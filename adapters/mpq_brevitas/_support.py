@@ -9,22 +9,12 @@ from torch.nn.utils import parametrize
 
 from mpq_brevitas._recipe import Profile
 from mpq_plugins._bits import BitConfig
+from mpq_plugins._discover import LAYER_TYPES
 from mpq_plugins._errors import AdapterError
 from mpq_plugins._layers import Inventory, Layer
 from mpq_plugins._precision import ACTIVATION_BITS, WEIGHT_BITS, Precision
 
-_CLASSES: Mapping[str, type[nn.Module]] = {
-    kind.__name__: kind
-    for kind in (
-        nn.Conv1d,
-        nn.Conv2d,
-        nn.Conv3d,
-        nn.ConvTranspose1d,
-        nn.ConvTranspose2d,
-        nn.ConvTranspose3d,
-        nn.Linear,
-    )
-}
+_CLASSES: Mapping[str, type[nn.Module]] = {kind.__name__: kind for kind in LAYER_TYPES}
 
 
 def refuse(layer: Layer, precision: Precision) -> str | None:

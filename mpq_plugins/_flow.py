@@ -66,6 +66,48 @@ def parameter_names(model: nn.Module) -> dict[int, str]:
     return {id(parameter): name for name, parameter in model.named_parameters()}
 
 
+@final
+class LayerOfCall:
+    """Tells the layer of a weighted call: by the parameter that it reads, else by the module that is running.
+
+    Use as a context around forward passes; layers whose weight is computed before each call need its hooks.
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[Layer]) -> None:
+        parameters = dict(model.named_parameters())
+        modules = dict(model.named_modules())
+        self._by_parameter: dict[int, str] = {}
+        self._by_module: dict[nn.Module, str] = {}
+        for layer in layers:
+            if layer.weight_name in parameters:
+                self._by_parameter[id(parameters[layer.weight_name])] = layer.name
+            else:  # The weight is computed from others before each call: only its module is there to know it by.
+                self._by_module[modules[layer.name]] = layer.name
+        self._running: list[nn.Module] = []
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> LayerOfCall:
+        for module in self._by_module:
+            self._handles.append(module.register_forward_pre_hook(lambda module, _inputs: self._running.append(module)))
+            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _leave(self, _module: nn.Module, _inputs: Any, _output: Any) -> None:
+        self._running.pop()
+
+    def name(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+        """Name of the layer that a convolution or linear call with these arguments computes; None for another's."""
+        layer = self._by_parameter.get(id(weight_argument(args, kwargs)))
+        if layer is None and self._running:
+            layer = self._by_module[self._running[-1]]
+        return layer
+
+
 class AbstractWatch(TorchFunctionMode, abc.ABC):
     """Calls `on_weighted` for every weighted operation and `on_other` for every other torch function."""
 
@@ -125,44 +167,26 @@ class FeatureWatch(AbstractWatch):
         super().__init__()
         self._on_feature = on_feature
         self._open: dict[int, _Open] = {}  # by id of the tensor
-        parameters = dict(model.named_parameters())
-        modules = dict(model.named_modules())
-        self._layer_of_parameter: dict[int, str] = {}
-        self._layer_of_module: dict[nn.Module, str] = {}
-        for layer in layers:
-            if layer.weight_name in parameters:
-                self._layer_of_parameter[id(parameters[layer.weight_name])] = layer.name
-            else:  # The weight is computed from others before each call: only its module is there to know it by.
-                self._layer_of_module[modules[layer.name]] = layer.name
-        self._running: list[nn.Module] = []
-        self._handles: list[RemovableHandle] = []
+        self._owner = LayerOfCall(model, layers)
 
     def __enter__(self) -> FeatureWatch:
-        for module in self._layer_of_module:
-            self._handles.append(module.register_forward_pre_hook(lambda module, _inputs: self._running.append(module)))
-            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+        self._owner.__enter__()
         super().__enter__()  # type: ignore[no-untyped-call]  # torch's own has no types
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        for handle in self._handles:
-            handle.remove()
+        self._owner.__exit__(*exception)
         if exception[0] is None:
             for held in tuple(self._open.values()):  # What nothing read: the outputs of the model.
                 self._close(held.tensor)
         self._open.clear()
 
-    def _leave(self, _module: nn.Module, _inputs: Any, _output: Any) -> None:
-        self._running.pop()
-
     def before_weighted(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self._close(input_argument(args, kwargs))
 
     def on_weighted(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> None:
-        layer = self._layer_of_parameter.get(id(weight_argument(args, kwargs)))
-        if layer is None and self._running:
-            layer = self._layer_of_module[self._running[-1]]
+        layer = self._owner.name(args, kwargs)
         if layer is not None:
             self._open[id(output)] = _Open(output, (layer,))
 

@@ -1,0 +1,37 @@
+"""A picture of the data, for people who want to look."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mpq_plugins._evaluate import labels_of
+from mpq_plugins._files import write_whole
+from mpq_plugins._plugins import require
+from mpq_plugins.glyphs._data import glyphs
+from mpq_plugins.glyphs._distortion import IMAGE_SIZE, Distortion
+from mpq_plugins.glyphs._fonts import CLASSES
+
+
+def save_sheet(
+    path: str | Path, *, train: bool = False, per_class: int = 8, seed: int = 0, distortion: Distortion | None = None
+) -> Path:
+    """A picture with a row of `per_class` samples for each class, in two columns, each row named by its character."""
+    images, labels = _samples(train, per_class, seed, distortion)
+    rows = torch.stack([torch.cat(list(images[labels == label]), dim=1) for label in range(len(CLASSES))])
+    n_rows = -(-len(rows) // 2)
+    figure = require("matplotlib.figure", "plots").Figure(figsize=(per_class + 1.5, 0.5 * n_rows))
+    for column, axis in enumerate(figure.subplots(1, 2)):
+        part = slice(column * n_rows, (column + 1) * n_rows)
+        axis.imshow(rows[part].flatten(0, 1), cmap="gray_r", vmin=-1, vmax=1)
+        axis.set_xticks([])
+        axis.set_yticks([IMAGE_SIZE * (row + 0.5) for row in range(len(rows[part]))], list(CLASSES[part]), fontsize=12)
+    return write_whole(path, lambda temporary: figure.savefig(temporary, dpi=90, bbox_inches="tight"))
+
+
+def _samples(train: bool, per_class: int, seed: int, distortion: Distortion | None) -> tuple[Tensor, Tensor]:
+    n_images = per_class * len(CLASSES)
+    (batch,) = glyphs(train=train, n_images=n_images, batch_size=n_images, seed=seed, distortion=distortion)
+    return batch.inputs[:, 0], labels_of(batch.labels)

@@ -16,6 +16,7 @@ from mpq_plugins._solver import AbstractSolver
 
 _SPREAD = 1e4
 _LIMIT = 2.0**10
+_ASYMMETRY = 1e-6  # of the largest pairwise loss: measured tables are symmetric to their own rounding
 _CLOSED = 2e-6  # relative gap up to which an answer is called optimal
 
 
@@ -109,6 +110,8 @@ class _Scaling:
 
     def prices(self, scaled: tuple[float, ...], problem: Problem) -> tuple[float, ...]:
         """Loss per unit of each limit."""
+        if not scaled:
+            return ()
         rows = zip(scaled, self.problem.limits, problem.limits, strict=True)
         return tuple(
             price * _ratio(small.limit, limit.limit, small.cost, limit.cost) / self.factor for price, small, limit in rows
@@ -151,15 +154,24 @@ def _certified(problem: Problem, scaling: _Scaling, answer: Solution, solver: Ab
     )
     if answer.status is Status.over_budget:
         return replace(solution, bound=scaling.loss(answer.bound))
-    if answer.status is Status.optimal and not _is_closed(scaling, solution):
+    if answer.status is Status.optimal and not _is_closed(problem, scaling, solution):
         return replace(solution, status=Status.feasible, advice=Status.feasible.value)
     return replace(solution, next_best=_next_best(problem, scaling.problem, answer, n_next))
 
 
-def _is_closed(scaling: _Scaling, solution: Solution) -> bool:
+def _is_closed(problem: Problem, scaling: _Scaling, solution: Solution) -> bool:
     """Whether the bound is close enough to call the plan optimal, in losses above the least of every unit or as they are."""
-    left = solution.objective - solution.bound
+    left = solution.objective - solution.bound + _rounding(problem, solution.choice)
     return left <= _CLOSED * max(abs(solution.objective), abs(solution.objective - scaling.shift)) or left == 0
+
+
+def _rounding(problem: Problem, choice: tuple[int, ...]) -> float:
+    """What the sum of pairwise losses may be off: where large terms cancel, no plan is provably the best."""
+    if problem.pairwise is None:
+        return 0.0
+    columns = problem.columns(choice)
+    terms = float(np.abs(problem.loss[columns]).sum() + np.abs(problem.pairwise[np.ix_(columns, columns)]).sum() / 2)
+    return float(np.finfo(float).eps) * problem.n_units * terms
 
 
 def _check_plan(problem: Problem, answer: Solution, named: str) -> None:
@@ -182,10 +194,10 @@ def _prices(scaled: Problem, answer: Solution) -> tuple[tuple[float, ...], float
     from mpq_plugins.solvers._blocks import Blocks
     from mpq_plugins.solvers._dual import relax
 
-    if scaled.pairwise is not None:
-        return (), -math.inf
     if len(answer.shadow_prices) == len(scaled.limits) and scaled.limits:
         return answer.shadow_prices, -math.inf
+    if scaled.pairwise is not None:
+        return (), -math.inf
     relaxation = relax(Blocks.of(scaled))
     return tuple(relaxation.prices.tolist()), relaxation.value
 
@@ -211,6 +223,24 @@ def _check_tables(problem: Problem) -> None:
             raise SolverError(
                 f"the costs or the limit of {limit.name} are not finite. Check the cost's formula and the budget."
             )
+
+    _check_pairs(problem)
+
+
+def _check_pairs(problem: Problem) -> None:
+    table = problem.pairwise
+    if table is None:
+        return
+    if table.shape != (len(problem.loss), len(problem.loss)):
+        raise SolverError(f"the pairwise losses have the shape {table.shape} for {len(problem.loss)} choices. Score again.")
+    if not np.all(np.isfinite(table)):
+        raise SolverError("the pairwise losses hold values that are not finite. Score again on finite data.")
+    largest, apart = float(np.abs(table).max(initial=0.0)), float(np.abs(table - table.T).max(initial=0.0))
+    if apart > _ASYMMETRY * largest:
+        raise SolverError(
+            f"the pairwise losses are not symmetric: entries differ by {apart:.3g}, the largest is {largest:.3g}. "
+            "Use (table + table.T) / 2."
+        )
 
 
 def _no_units(problem: Problem, solver: AbstractSolver) -> Solution:

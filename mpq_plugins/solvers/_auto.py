@@ -2,47 +2,82 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
-from mpq_plugins._errors import SolverError
+import numpy as np
+
 from mpq_plugins._problem import Problem
 from mpq_plugins._solution import Solution, Status
 from mpq_plugins._solver import AbstractSolver
+from mpq_plugins.solvers._branch_and_bound import BranchAndBound
+from mpq_plugins.solvers._convex import Simplices, convex
+from mpq_plugins.solvers._exhaustive import Exhaustive
 from mpq_plugins.solvers._knapsack import Knapsack
+from mpq_plugins.solvers._linearized import Linearized, n_products
 from mpq_plugins.solvers._milp import MILP
+from mpq_plugins.solvers._quadratic import Quadratic, has_pairs, without_pairs
+
+_FEW_PLANS = 20_000
+_NEARLY_CONVEX = 1e-3  # negative curvature, in units of the mean diagonal
+_MOST_PRODUCTS = 12_000  # variables of a linearized program that is solved in seconds to minutes
 
 
 @final
 @dataclass(frozen=True)
 class Auto(AbstractSolver):
-    """`Knapsack` for one limit or none, `MILP` for more, or where the dynamic program stays short of a proof.
+    """Picks by the form of the problem; `Solution.solver` says which one answered and why.
 
-    `Solution.solver` says which one answered and why.
+    Without pairwise losses: `Knapsack` for one limit or none, `MILP` for more, or where the dynamic program stays short of a
+    proof. With them: `Exhaustive` for few plans, `Linearized` for small problems that are not convex, else `BranchAndBound`.
+    `pair_gap` is the relative gap asked for with pairwise losses.
     """
 
     name: ClassVar[str] = "auto"
 
     time_limit_s: float = 60.0
     gap: float = 1e-9
+    pair_gap: float = 1e-6
 
     def solve(self, problem: Problem) -> Solution:
-        """The best plan. Raises `SolverError` for pairwise losses."""
-        if problem.pairwise is not None:
-            raise SolverError(
-                "pairwise losses make this a quadratic program, and no quadratic solver is built in yet. "
-                "Use a proxy without pairwise losses, or Exhaustive() on a small space."
-            )
+        """The best plan, by the solver that fits."""
+        if has_pairs(problem):
+            return self._quadratic(problem)
+        note = "" if problem.pairwise is None else ", no unit interacts with another"
+        return self._linear(without_pairs(problem), note)
+
+    def _linear(self, problem: Problem, note: str) -> Solution:
         program = MILP(time_limit_s=self.time_limit_s, gap=self.gap)
         if len(problem.limits) > 1:
-            return _because(program.solve(problem), f"milp ({len(problem.limits)} limits)")
+            return _because(program.solve(problem), f"milp ({len(problem.limits)} limits{note})")
         quick = Knapsack(gap=self.gap).solve(problem)
         if quick.status is not Status.feasible:
-            return _because(quick, "knapsack (one limit)" if problem.limits else "knapsack (no limit)")
+            return _because(quick, f"knapsack ({'one limit' if problem.limits else 'no limit'}{note})")
         exact = program.solve(problem)
         if exact.choice and exact.objective <= quick.objective:
-            return _because(replace(exact, bound=max(exact.bound, quick.bound)), "milp (knapsack left a gap)")
-        return _because(replace(quick, bound=max(exact.bound, quick.bound)), "knapsack (milp found nothing better)")
+            return _because(replace(exact, bound=max(exact.bound, quick.bound)), f"milp (knapsack left a gap{note})")
+        return _because(replace(quick, bound=max(exact.bound, quick.bound)), f"knapsack (milp found nothing better{note})")
+
+    def _quadratic(self, problem: Problem) -> Solution:
+        n_plans = math.prod(int(size) for size in np.diff(problem.start))
+        if n_plans <= _FEW_PLANS:
+            return _because(Exhaustive().solve(problem), f"exhaustive ({n_plans:,} plans)")
+        if _is_convex(problem):
+            found = BranchAndBound(self.time_limit_s, self.pair_gap).solve(problem)
+            return _because(found, "branch-and-bound (pairwise losses are convex)")
+        products = n_products(problem)
+        if products <= _MOST_PRODUCTS:
+            found = Linearized(self.time_limit_s, self.pair_gap).solve(problem)
+            return _because(found, f"linearized (pairwise losses are not convex, {products:,} products)")
+        found = BranchAndBound(self.time_limit_s, self.pair_gap).solve(problem)
+        return _because(found, f"branch-and-bound (not convex, and {products:,} products are too many to linearize)")
+
+
+def _is_convex(problem: Problem) -> bool:
+    quadratic = Quadratic.of(problem)
+    form = convex(quadratic, Simplices.of(quadratic))
+    return form.shift <= _NEARLY_CONVEX * float(np.abs(np.diag(quadratic.own_blocks)).mean())
 
 
 def _because(solution: Solution, reason: str) -> Solution:

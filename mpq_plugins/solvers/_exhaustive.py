@@ -25,7 +25,7 @@ class Exhaustive(AbstractSolver):
     name: ClassVar[str] = "exhaustive"
 
     most_plans: int = 2_000_000
-    n_next: int = 8
+    n_next: int = 64
 
     def solve(self, problem: Problem) -> Solution:
         """The best plan of all. Raises `SolverError` when there are more than `most_plans`."""

@@ -31,10 +31,11 @@ class Knapsack(AbstractSolver):
 
     def solve(self, problem: Problem) -> Solution:
         """The best plan, its bound, and the price of the limit. Raises `SolverError` for several limits or pairs."""
-        if len(problem.limits) > 1 or problem.pairwise is not None:
+        if problem.pairwise is not None:
+            raise SolverError("the knapsack solver takes no pairwise losses. Use Auto(), BranchAndBound() or Linearized().")
+        if len(problem.limits) > 1:
             raise SolverError(
-                f"the knapsack solver takes one limit and no pairwise losses; this problem has {len(problem.limits)} limits"
-                f"{' and pairwise losses' if problem.pairwise is not None else ''}. Use MILP() for several limits."
+                f"the knapsack solver takes one limit; this problem has {len(problem.limits)}. Use MILP() for several limits."
             )
         blocks = Blocks.of(problem)
         relaxation = relax(blocks)

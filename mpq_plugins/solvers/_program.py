@@ -55,12 +55,12 @@ class Program:
         loss = self.blocks.loss[slots, positions] - self._of_reference(self.blocks.problem.loss)[units]
         factor = self._factor(loss)
         picks = [pulp.LpVariable(f"x{column}", cat="Binary") for column in range(len(slots))]
-        program += pulp.LpAffineExpression(_terms(picks, loss * factor))
+        program += pulp.LpAffineExpression(terms(picks, loss * factor))
         self._add_choices(program, picks, slots)
         self._add_limits(program, picks, slots, positions)
         for plan in without:
             self._forbid(program, picks, units, index, np.asarray(plan))
-        ended = _run(program, backend, time_limit_s=time_limit_s, gap=gap)
+        ended = run_program(program, backend, time_limit_s=time_limit_s, gap=gap)
         choice = None
         if ended.has_values:
             choice = self.reference.copy()
@@ -119,7 +119,7 @@ class Program:
             cost = self.blocks.cost[row, slots, positions] - base[units]
             left = float(self.blocks.limits[row] - base.sum())
             scale = _ROW / max(float(np.abs(cost).max(initial=0.0)), abs(left), 1e-300)
-            program += pulp.LpAffineExpression(_terms(picks, cost * scale)) <= left * scale
+            program += pulp.LpAffineExpression(terms(picks, cost * scale)) <= left * scale
 
     def _forbid(self, program: Any, picks: Sequence[Any], units: np.ndarray, index: np.ndarray, plan: np.ndarray) -> None:
         """Cut off one plan, if it can be built from the kept choices."""
@@ -149,8 +149,8 @@ def highest_point(
     for value, slope in zip(heights, slopes, strict=True):
         gain = slope * (most / scale)
         unit = max(1.0, float(np.abs(gain).max()))
-        program += height / unit - pulp.LpAffineExpression(_terms(prices, gain / unit)) <= value / scale / unit
-    ended = _run(program, backend, time_limit_s=60.0, gap=0.0)
+        program += height / unit - pulp.LpAffineExpression(terms(prices, gain / unit)) <= value / scale / unit
+    ended = run_program(program, backend, time_limit_s=60.0, gap=0.0)
     if ended.status is not Status.optimal:
         return None
     point = np.clip([price.value() for price in prices], 0.0, 1.0) * most
@@ -158,14 +158,16 @@ def highest_point(
 
 
 @dataclass(frozen=True)
-class _Ended:
+class Ended:
+    """How a program ended; `bound` is proven for its objective."""
+
     status: Status
     has_values: bool
     bound: float
     nodes: int = 0
 
 
-def _run(program: Any, backend: Backend, *, time_limit_s: float, gap: float) -> _Ended:
+def run_program(program: Any, backend: Backend, *, time_limit_s: float, gap: float) -> Ended:
     """Solve in silence. PuLP calls an answer that the clock cut off "Optimal"; only its solution status tells."""
     import pulp
 
@@ -181,17 +183,18 @@ def _run(program: Any, backend: Backend, *, time_limit_s: float, gap: float) -> 
     found = program.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible)
     # For CBC's "Integer infeasible" PuLP sets this status and leaves the solution status at "none found".
     if pulp.LpStatusInfeasible in (program.status, program.sol_status):
-        return _Ended(Status.infeasible, False, np.inf)
+        return Ended(Status.infeasible, False, np.inf)
     status = {pulp.LpSolutionOptimal: Status.optimal, pulp.LpSolutionIntegerFeasible: Status.feasible}.get(
         program.sol_status, Status.no_answer
     )
     if uses_highs:
         info = program.solverModel.getInfo()
-        return _Ended(status, found, float(info.mip_dual_bound), max(0, int(info.mip_node_count)))
+        return Ended(status, found, float(info.mip_dual_bound), max(0, int(info.mip_node_count)))
     if status is Status.optimal:
-        return _Ended(status, found, float(pulp.value(program.objective) or 0.0) - _CBC_INCREMENT)
-    return _Ended(status, found, -np.inf)
+        return Ended(status, found, float(pulp.value(program.objective) or 0.0) - _CBC_INCREMENT)
+    return Ended(status, found, -np.inf)
 
 
-def _terms(variables: Sequence[Any], coefficients: np.ndarray) -> list[tuple[Any, float]]:
+def terms(variables: Sequence[Any], coefficients: np.ndarray) -> list[tuple[Any, float]]:
+    """A linear expression without its zeros."""
     return [(variable, float(value)) for variable, value in zip(variables, coefficients, strict=True) if value]

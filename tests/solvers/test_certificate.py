@@ -165,13 +165,13 @@ def test_nothing_to_decide():
 
 
 def test_each_solver_refuses_what_it_cannot_do():
-    """Several limits for the knapsack, pairs without a quadratic solver, and too many plans to try are clear errors."""
+    """Several limits for the knapsack, pairs for a linear solver, and too many plans to try are clear errors."""
     two = Problem.of(LOSS, [(COST, 6.0), (COST, 6.0)])
     with pytest.raises(SolverError, match=r"one limit.*MILP\(\)"):
         solve(two, Knapsack())
     pairs = replace(two, pairwise=np.zeros((4, 4)))
-    with pytest.raises(SolverError, match="no quadratic solver"):
-        solve(pairs)
+    with pytest.raises(SolverError, match=r"no pairwise losses.*BranchAndBound\(\)"):
+        solve(pairs, MILP())
     with pytest.raises(SolverError, match="more than most_plans"):
         solve(Problem.of(np.ones((30, 2))), Exhaustive())
 

@@ -1,4 +1,4 @@
-"""The small networks trained on glyphs: size, cost, float accuracy on 4,000 test images, seconds of training.
+"""The small networks trained on glyphs: size, cost, float accuracy on 4,000 test images, CPU seconds of training.
 
     python benchmarks/glyph_nets.py                                  # all three, seed 0: minutes each on one core
     python benchmarks/glyph_nets.py --kinds resnet20 --seeds 0 1 2
@@ -44,7 +44,7 @@ def main() -> None:
         print(save_sheet(args.sheet))
         return
     print(f"{len(CLASSES)} classes, one thread, torch {torch.__version__}")
-    print("| network | seed | parameters | MACs | quantizable layers | float accuracy | training s |")
+    print("| network | seed | parameters | MACs | quantizable layers | float accuracy | training CPU s |")
     print("|---|---|---|---|---|---|---|")
     for kind in args.kinds:
         for seed in args.seeds:

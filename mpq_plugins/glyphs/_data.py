@@ -30,7 +30,7 @@ def glyphs(
 
     20,000 training or 4,000 test images unless `n_images` says otherwise; each class is equally frequent up to one
     image, in random order. Test images draw other distortions, and from four fonts that training images never use
-    as well. Another `seed` gives other images of the same kind. Rendering 20,000 takes some 10 seconds of one core.
+    as well. Another `seed` gives other images of the same kind. Rendering 20,000 takes four seconds of one core.
     """
     generator = torch.Generator().manual_seed(_PART_SEEDS[train] + seed * 7_919)
     n = n_images if n_images is not None else 20_000 if train else 4_000

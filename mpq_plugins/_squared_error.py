@@ -1,4 +1,4 @@
-"""The squared error that uniform quantization leaves, for many steps at once: counted at the code boundaries, or weight by weight."""
+"""The squared error of uniform quantization at many steps: counted at code boundaries, or value by value."""
 
 from __future__ import annotations
 
@@ -66,11 +66,16 @@ class Rows:
         return _sums_of_first(self.ascending.double().square_())
 
     @cached_property
+    def n_nonzero(self) -> Tensor:
+        """How many values of each row are not zero.  # [row, 1]"""
+        return torch.count_nonzero(self.values, dim=1)[:, None]
+
+    @cached_property
     def repetitive(self) -> Tensor:
         """Rows where many values occur twice, such as weights that were quantized before.  # [row]"""
         n_repeated = (self.ascending.diff(dim=1) == 0).sum(dim=1)
-        n_zeros = self.n_values - torch.count_nonzero(self.values, dim=1)
-        return n_repeated - (n_zeros - 1).clamp(min=0) > _REPEATED * self.n_values
+        n_zeros = self.n_values - self.n_nonzero[:, 0]
+        return n_repeated - (n_zeros - 1).clamp(min=0) > _REPEATED * self.n_nonzero[:, 0]
 
     @property
     def n_values(self) -> int:
@@ -127,7 +132,8 @@ def error_at_boundaries(rows: Rows, steps: Tensor, codes: Codes) -> Tensor:
     back = (rows.sums[:, -1:] - below) - boundaries * (rows.n_values - n_below)
     least = codes.lowest * steps
     paid = rows.squares[:, -1:] - 2 * least * rows.sums[:, -1:] + rows.n_values * least.square()
-    return (paid - 2 * steps * back.unflatten(1, (-1, codes.n_boundaries)).sum(dim=2)).clamp_(min=0)
+    back = back.reshape(*steps.shape, codes.n_boundaries).sum(dim=2)
+    return (paid - 2 * steps * back).clamp(min=0)
 
 
 def expected_error(rows: Rows, steps: Tensor, codes: Codes) -> Tensor:

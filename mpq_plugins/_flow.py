@@ -41,7 +41,7 @@ _ADD_NAMES = frozenset(("add", "add_", "__add__", "__iadd__", "__radd__"))
 _GATE_NAMES = frozenset(("sigmoid", "hardsigmoid"))
 _PRODUCT_NAMES = frozenset(("mul", "mul_", "__mul__", "__imul__", "__rmul__", "multiply"))
 # Reading a shape or a flag is not a use of the values.
-_METADATA_NAMES = frozenset(
+METADATA_NAMES = frozenset(
     "size dim numel __get__ __len__ stride is_contiguous requires_grad_ data_ptr storage_offset".split()
 )
 
@@ -192,7 +192,7 @@ class FeatureWatch(AbstractWatch):
 
     def before_other(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         name = function_name(function)
-        if name in _METADATA_NAMES or self._passing_on(name, args, kwargs):
+        if name in METADATA_NAMES or self._passing_on(name, args, kwargs):
             return
         for value in (*args, *kwargs.values()):
             for item in value if isinstance(value, (tuple, list)) else (value,):

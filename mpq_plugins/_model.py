@@ -48,6 +48,12 @@ class Batch:
     def __len__(self) -> int:
         return batch_size(self.inputs)
 
+    def part(self, start: int, stop: int) -> Batch:
+        """Its images from `start` up to `stop`; what does not have one row per image is kept whole."""
+        if start <= 0 and stop >= len(self):
+            return self
+        return Batch(_rows(self.inputs, len(self), start, stop), None if self.labels is None else self.labels[start:stop])
+
 
 def batches_of(loader: Iterable[Any]) -> Iterator[Batch]:
     """Every item of `loader` as a `Batch`."""
@@ -81,6 +87,16 @@ def batch_size(inputs: Any) -> int:
     for tensor in tensors(inputs):
         return tensor.shape[0] if tensor.dim() else 1
     raise ModelError("the example holds no tensor. Give a tensor, a tuple of tensors or a dict of tensors.")
+
+
+def _rows(value: Any, length: int, start: int, stop: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[start:stop] if value.dim() and value.shape[0] == length else value
+    if isinstance(value, Mapping):
+        return {key: _rows(item, length, start, stop) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return tuple(_rows(item, length, start, stop) for item in value)
+    return value
 
 
 def to_device(inputs: Any, device: torch.device) -> Any:

@@ -9,7 +9,7 @@ import importlib
 import importlib.metadata
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from mpq_plugins._errors import MissingExtraError, PluginError
@@ -68,6 +68,8 @@ def _takes(hint: Any, value: Any) -> bool:
         return value in arguments
     if origin in (typing.Union, types.UnionType):
         return any(_takes(argument, value) for argument in arguments)
+    if origin is Callable:
+        return callable(value)
     if hint in (int, float):  # True is an int to Python, and a whole number is as good as a float.
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
     return not isinstance(hint, type) or isinstance(value, hint)
@@ -77,6 +79,8 @@ def _shown(hint: Any) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return " or ".join(map(repr, arguments))
+    if origin is Callable:
+        return "a function"
     if arguments:
         return " or ".join(map(_shown, arguments))
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))

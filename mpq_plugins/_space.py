@@ -96,6 +96,11 @@ class Space:
     def _layer_of(self) -> dict[str, Layer]:
         return {layer.name: layer for layer in self.layers}
 
+    @cached_property
+    def searches_activations(self) -> bool:
+        """Whether some unit has choices of different activation bits."""
+        return any(len({choice.activation for choice in unit.choices}) > 1 for unit in self.units)
+
     def is_free(self, unit: Unit) -> bool:
         """Whether the unit has a decision to make."""
         return len(unit.choices) > 1

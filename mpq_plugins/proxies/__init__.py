@@ -1,6 +1,7 @@
 """Scores of the units, one file per published idea; torch is imported when one is computed, not before."""
 
 from mpq_plugins._proxy import AbstractProxy as AbstractProxy
+from mpq_plugins.proxies._clado import CLADO as CLADO
 from mpq_plugins.proxies._controls import Constant as Constant
 from mpq_plugins.proxies._controls import Projection as Projection
 from mpq_plugins.proxies._controls import Random as Random

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,25 +55,10 @@ def _first(batches: Iterable[Any], n_images: int) -> Iterator[Batch]:
     for batch in batches_of(batches):
         n_taken = min(left, len(batch))
         if n_taken:
-            yield batch if n_taken == len(batch) else _cut(batch, n_taken)
+            yield batch.part(0, n_taken)
         left -= n_taken
         if left == 0:
             return
-
-
-def _cut(batch: Batch, n_images: int) -> Batch:
-    labels = None if batch.labels is None else batch.labels[:n_images]
-    return Batch(_cut_value(batch.inputs, len(batch), n_images), labels)
-
-
-def _cut_value(value: Any, length: int, n_images: int) -> Any:
-    if isinstance(value, Tensor):
-        return value[:n_images] if value.dim() and value.shape[0] == length else value
-    if isinstance(value, Mapping):
-        return {key: _cut_value(item, length, n_images) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return tuple(_cut_value(item, length, n_images) for item in value)
-    return value
 
 
 def _observe_batch(model: nn.Module, space: Space, batch: Batch, statistic: AbstractStatistic) -> set[int]:

@@ -42,7 +42,7 @@ def searched_bits(space: Space, choice: Precision) -> int:
 
 def searches_activations(space: Space) -> bool:
     """Whether some unit has choices of different activation bits."""
-    return any(len({choice.activation for choice in unit.choices}) > 1 for unit in space.units)
+    return space.searches_activations
 
 
 def relative_noise(choice: Precision) -> float:

@@ -1,0 +1,299 @@
+"""What quantizing one unit, or two, does to the loss: the measurements behind every perturbation score."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mpq_plugins._errors import DataError
+from mpq_plugins._model import Batch, Output, batches_of
+from mpq_plugins._progress import track
+from mpq_plugins._space import Space
+from mpq_plugins.sensitivity._criteria import AbstractMeasure, Loss, UserLoss, measure
+from mpq_plugins.sensitivity._engine import AbstractRun, Engine
+from mpq_plugins.sensitivity._journal import Journal, digest_of_batches, digest_of_model
+
+
+@final
+@dataclass(frozen=True)
+class Setup:
+    """How effects are measured: options shared by all scores that perturb weights or activations.
+
+    `loss` is read by `measure` in `_criteria`; `output` selects the tensor that counts. Weights are quantized per output
+    channel or per tensor; activations too, where the space lets units choose their bits. `memory_mb` bounds what is kept.
+    `replay` and `folding` switch the two accelerations of the engine off, to compare.
+    """
+
+    loss: Loss = "auto"
+    per_channel: bool = True
+    n_images: int = 256
+    n_samples: int = 0
+    seed: int = 0
+    output: Output = None
+    memory_mb: int = 1024
+    replay: bool = True
+    folding: bool = True
+
+
+@final
+@dataclass(frozen=True)
+class Effects:
+    """Averages over the sensitivity set; the choices of all units stand in one row.
+
+    `losses` is the loss with one unit at one choice less the base loss, `slopes` its first-order part and `curvature` the
+    second-order terms, all around the float model (with units of a single choice at that choice). `pairs` is the loss with
+    two units changed less the base loss and both single changes (CLADO's Omega), zero within a unit; None unless asked for.
+    """
+
+    base_loss: float
+    losses: np.ndarray  # [choice]
+    slopes: np.ndarray  # [choice]
+    curvature: np.ndarray  # [choice, choice]
+    pairs: np.ndarray | None  # [choice, choice]
+    n_images: int
+    facts: Mapping[str, Any]
+
+
+@final
+class Lab:
+    """A model, a space and a sensitivity set, ready to be measured."""
+
+    def __init__(self, model: nn.Module, space: Space, batches: Iterable[Any], setup: Setup) -> None:
+        self.model, self.space, self.setup = model, space, setup
+        self.batches = sensitivity_set(batches, setup.n_images)
+        self.engine = Engine.start(
+            model,
+            space,
+            self.batches[0],
+            output=setup.output,
+            per_channel=setup.per_channel,
+            memory_mb=setup.memory_mb,
+            replay=setup.replay,
+            folding=setup.folding,
+        )
+        self.start = np.concatenate([[0], np.cumsum([len(unit.choices) for unit in space.units])])
+        self._journal: Journal | None = None
+
+    @property
+    def n_images(self) -> int:
+        """Images in the sensitivity set."""
+        return sum(map(len, self.batches))
+
+    @property
+    def free(self) -> list[int]:
+        """Units with a decision to make: the others are at their choice throughout."""
+        return [index for index, unit in enumerate(self.space.units) if self.space.is_free(unit)]
+
+    def effects(self, *, pairs: bool = False) -> Effects:
+        """Measure every choice of every unit, and with `pairs` every two of them. Takes up what the journal holds.
+
+        Raises `DataError` when the output is not finite with some unit quantized.
+        """
+        sums: dict[str, np.ndarray] = {}
+        pieces = list(self._pieces())
+        steps = [(piece, unit) for piece in range(len(pieces)) for unit in (*self.free, None)]
+        run: _PieceRun | None = None
+        for piece, unit in track(steps, "units through the model, pair by pair" if pairs else "units through the model"):
+            done = self.journal.get(_piece_key(piece, pairs))
+            if done is None:
+                run = run if run is not None and run.piece == piece else _PieceRun(self, piece, pieces[piece], pairs)
+                if unit is not None:
+                    run.measure(unit)
+                    continue
+                done = run.finish()
+            if unit is None:
+                sums = {name: sums.get(name, 0) + array for name, array in done.items()}
+        n_images = self.n_images
+        means = {name: array / n_images for name, array in sums.items()}
+        return Effects(
+            float(means["base"]),
+            means["losses"],
+            means["slopes"],
+            means["curvature"],
+            means.get("pairs"),
+            n_images,
+            self._facts(),
+        )
+
+    def loss_at(self, choice: Sequence[int]) -> float:
+        """The mean loss with every unit quantized at its choice, on the whole sensitivity set."""
+        key = "at-" + "-".join(map(str, choice))
+        held = self.journal.get(key)
+        if held is None:
+            total = 0.0
+            for index, batch in self._pieces():
+                at_base = self.measure(self.engine.run(batch), batch, index)
+                total += float(at_base.losses(self.engine.quantized(batch, choice)).sum())
+            held = {"loss": np.asarray(total / self.n_images)}
+            self.journal.put(key, held)
+        return float(held["loss"])
+
+    @property
+    def journal(self) -> Journal:
+        """Where measurements are kept."""
+        if self._journal is None:
+            self._journal = Journal(
+                {
+                    "model": digest_of_model(self.model),
+                    "data": digest_of_batches(self.batches),
+                    "batches": list(map(len, self.batches)),
+                    "space": self.space.to_json(),
+                    "setup": described(self.setup),
+                }
+            )
+        return self._journal
+
+    def measure(self, run: AbstractRun, batch: Batch, index: int) -> AbstractMeasure:
+        """The loss around the base output of a run."""
+        setup = self.setup
+        generator = torch.Generator().manual_seed(setup.seed + index)
+        return measure(setup.loss, run.output, batch, n_samples=setup.n_samples, generator=generator)
+
+    def _pieces(self) -> Iterator[tuple[int, Batch]]:
+        pieces = (piece for batch in self.batches for piece in self.engine.pieces(batch))
+        return enumerate(pieces)
+
+    def _facts(self) -> dict[str, Any]:
+        engine, counter = self.engine, self.engine.counter
+        how = "replayed from a tape" if engine.player is not None else f"plain forward passes ({engine.why_plain})"
+        return {"n_images": self.n_images, "passes": how, "layer_evaluations": counter.run}
+
+
+@final
+class _PieceRun:
+    """The measurements of one piece of a batch, unit by unit, kept in the journal as they are made."""
+
+    def __init__(self, lab: Lab, piece: int, item: tuple[int, Batch], pairs: bool) -> None:
+        self.piece, self._lab, self._pairs = piece, lab, pairs
+        self._batch = item[1]
+        self._run: AbstractRun | None = None
+        self._measure: AbstractMeasure | None = None
+
+    def measure(self, unit: int) -> None:
+        """Measure one unit unless the journal has it."""
+        journal, key = self._lab.journal, self._key(unit)
+        arrays = journal.get(key)
+        if arrays is None:
+            arrays = self._singles(unit)
+            journal.put(key, arrays)
+        if self._pairs and journal.get(key + "-pairs") is None:
+            journal.put(key + "-pairs", {"joint": self._joint(unit)})
+
+    def finish(self) -> dict[str, np.ndarray]:
+        """The sums over the piece's images, kept in place of the units' own arrays."""
+        lab, n_choices = self._lab, int(self._lab.start[-1])
+        found = {unit: lab.journal.get(self._key(unit)) or self._singles(unit) for unit in lab.free}
+        n_features = max((arrays["features"].shape[1] for arrays in found.values()), default=0)
+        features = np.zeros((n_choices, n_features))
+        sums = {"losses": np.zeros(n_choices), "slopes": np.zeros(n_choices)}
+        base = self._at_base()
+        for unit, arrays in found.items():
+            row = slice(lab.start[unit], lab.start[unit + 1])
+            features[row] = arrays["features"]
+            sums["losses"][row] = arrays["losses"] - base
+            sums["slopes"][row] = arrays["slopes"]
+        sums |= {"base": np.asarray(base), "curvature": features @ features.T}
+        if self._pairs:
+            sums["pairs"] = self._omega(sums["losses"], base)
+        lab.journal.put(_piece_key(self.piece, self._pairs), sums)
+        keys = [self._key(unit) for unit in lab.free]
+        lab.journal.drop([*keys, *(key + "-pairs" for key in keys)])
+        return sums
+
+    def _at_base(self) -> float:
+        run, at_base = self._started()
+        return float(at_base.losses(run.output).sum())
+
+    def _singles(self, unit: int) -> dict[str, np.ndarray]:
+        run, at_base = self._started()
+        outputs = run.single(unit, range(len(self._lab.space.units[unit].choices)))
+        rows = [(at_base.losses(o), at_base.slopes(o), at_base.features(o)) for o in self._finite(unit, outputs)]
+        losses, slopes, features = zip(*rows, strict=True)
+        return {
+            "losses": np.asarray([float(loss.sum()) for loss in losses]),
+            "slopes": np.asarray([float(slope.sum()) for slope in slopes]),
+            "features": torch.stack([feature.flatten() for feature in features]).float().cpu().numpy(),
+        }
+
+    def _joint(self, unit: int) -> np.ndarray:  # [choice of the unit, choice of all units]: losses with both changed
+        lab = self._lab
+        run, at_base = self._started()
+        joint = np.full((len(lab.space.units[unit].choices), int(lab.start[-1])), np.nan)
+        later = [other for other in lab.free if other > unit]
+        for choice in range(len(joint)) if later else ():
+            under = run.under(unit, choice)
+            for other in later:
+                outputs = under.single(other, range(len(lab.space.units[other].choices)))
+                losses = [float(at_base.losses(output).sum()) for output in self._finite(other, outputs)]
+                joint[choice, lab.start[other] : lab.start[other + 1]] = losses
+        return joint
+
+    def _omega(self, losses: np.ndarray, base: float) -> np.ndarray:
+        lab = self._lab
+        omega = np.zeros((len(losses), len(losses)))
+        for unit in lab.free:
+            arrays = lab.journal.get(self._key(unit) + "-pairs")
+            joint = self._joint(unit) if arrays is None else arrays["joint"]
+            rows = slice(lab.start[unit], lab.start[unit + 1])
+            change = joint - base - losses[rows, None] - losses[None, :]
+            omega[rows] = np.where(np.isnan(joint), 0.0, change)
+        both: np.ndarray = omega + omega.T
+        return both
+
+    def _finite(self, unit: int, outputs: Iterable[Tensor]) -> Iterator[Tensor]:
+        members = self._lab.space.units[unit]
+        for choice, output in zip(members.choices, outputs, strict=True):
+            if not bool(output.isfinite().all()):
+                raise DataError(
+                    f"the output is not finite with {members.name} at {choice}, though it is with the float model. Exclude "
+                    "the layer, or leave this precision out of its menu."
+                )
+            yield output
+
+    def _started(self) -> tuple[AbstractRun, AbstractMeasure]:
+        if self._run is None or self._measure is None:
+            self._run = self._lab.engine.run(self._batch)
+            self._measure = self._lab.measure(self._run, self._batch, self.piece)
+        return self._run, self._measure
+
+    def _key(self, unit: int) -> str:
+        return f"piece{self.piece:05d}-unit{unit:04d}"
+
+
+def sensitivity_set(batches: Iterable[Any], n_images: int) -> list[Batch]:
+    """The first `n_images` images. Raises `DataError` when there is none."""
+    if n_images < 1:
+        raise DataError(f"n_images is {n_images}, but a score needs at least one image. Leave it at its default.")
+    found: list[Batch] = []
+    left = n_images
+    for batch in batches_of(batches):
+        found.append(batch.part(0, left))
+        left -= len(found[-1])
+        if left <= 0:
+            break
+    found = [batch for batch in found if len(batch)]
+    if not found:
+        raise DataError("no batches were given, but this score needs images. Pass data (--data on the command line).")
+    return found
+
+
+def described(options: Any) -> dict[str, Any]:
+    """The fields of a dataclass as plain JSON values: functions by their names."""
+    return {name: value if _is_plain(value) else _function_name(value) for name, value in asdict(options).items()}
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _function_name(function: UserLoss | Any) -> str:
+    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', repr(function))}"
+
+
+def _piece_key(piece: int, pairs: bool) -> str:
+    return f"piece{piece:05d}-{'pairs' if pairs else 'sums'}"

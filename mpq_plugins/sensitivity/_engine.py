@@ -1,0 +1,272 @@
+"""Runs of a model with some units quantized, fast: what does not depend on them is kept, not computed again."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from mpq_plugins._errors import DataError, MPQError
+from mpq_plugins._flow import WEIGHTED, LayerOfCall, input_argument
+from mpq_plugins._model import Batch, Output, batch_size, call, device_of, evaluating, select, to_device
+from mpq_plugins._space import Space
+from mpq_plugins.sensitivity._calibrate import activation_steps
+from mpq_plugins.sensitivity._change import Change, Changes, run_changed
+from mpq_plugins.sensitivity._replay import Counter, Player, Values
+from mpq_plugins.sensitivity._tape import CannotReplay, record
+from mpq_plugins.sensitivity._variants import Variants
+
+_MIB = 2**20
+_AGREES = 1e-3  # largest difference between a replay and a plain pass, in standard deviations of the output
+_STACKED_IMAGES = 8  # images in one stacked pass on the CPU: beyond that stacking variants gains nothing
+_STACKED_ON_GPU = 8
+
+
+class AbstractRun(abc.ABC):
+    """One piece of a batch under some fixed changes (none, for the float model)."""
+
+    output: Tensor
+
+    @abc.abstractmethod
+    def single(self, unit: int, choices: Sequence[int]) -> Iterator[Tensor]:
+        """The model's output with `unit` quantized, for every choice in turn."""
+
+    @abc.abstractmethod
+    def under(self, unit: int, choice: int) -> AbstractRun:
+        """The same piece with `unit` fixed at `choice` too."""
+
+
+@final
+@dataclass(frozen=True)
+class Engine:
+    """Quantizes units of `space` in `model` and runs it. Build it with `Engine.start`.
+
+    `player` is None where the model cannot be played from a tape; `why_plain` then says why, and plain passes are used.
+    """
+
+    model: nn.Module
+    space: Space
+    variants: Variants
+    owner: LayerOfCall
+    player: Player | None
+    why_plain: str
+    output: Output
+    memory_bytes: int
+    counter: Counter
+    channels_last: bool = False
+
+    @classmethod
+    def start(
+        cls,
+        model: nn.Module,
+        space: Space,
+        example: Batch,
+        *,
+        output: Output = None,
+        per_channel: bool = True,
+        memory_mb: int = 1024,
+        replay: bool = True,
+        folding: bool = True,
+    ) -> Engine:
+        """An engine for batches like `example`; `memory_mb` bounds what is kept beside the model and one pass."""
+        memory_bytes = memory_mb * _MIB // 2  # half for quantized weights, half for kept activations
+        variants = Variants(model, space, per_channel=per_channel, cache_bytes=memory_bytes)
+        owner = LayerOfCall(model, space.layers)
+        if space.searches_activations:
+            with telling_failures(model):
+                variants.activations = activation_steps(model, space, owner, example, output)
+        plain = cls(model, space, variants, owner, None, "asked for", output, memory_bytes, Counter())
+        if not replay:
+            return plain
+        try:
+            player = _player(model, space, owner, example, output, folding)
+            variants.factors = player.factors
+            # Depthwise convolutions are much faster with their channels last, dense ones are not.
+            channels_last = any(layer.groups > 1 for layer in space.layers)
+            engine = replace(plain, player=player, why_plain="", counter=player.counter)
+            return _checked(engine, example, channels_last=channels_last)
+        except CannotReplay as reason:
+            return replace(plain, why_plain=str(reason))
+
+    def pieces(self, batch: Batch) -> Iterator[Batch]:
+        """`batch` in pieces whose kept values fit into the memory."""
+        n_images = len(batch)
+        if self.player is not None:
+            per_image = max(1, self.player.tape.kept_bytes)
+            n_images = max(1, min(n_images, self.memory_bytes // per_image))
+        for start in range(0, len(batch), n_images):
+            yield batch.part(start, start + n_images)
+
+    def run(self, batch: Batch) -> AbstractRun:
+        """The model on a piece of a batch, float but for the units that have only one choice.
+
+        Raises `DataError` when the model fails on the batch.
+        """
+        inputs = self._on_device(batch)
+        with evaluating(self.model), self.owner, telling_failures(self.model):
+            if self.player is None:
+                return _PlainRun(self, inputs, self._pinned(merged=False))
+            pinned = self._pinned(merged=True)
+            return _ReplayedRun(self, inputs, pinned, self.player.base(inputs, pinned))
+
+    def _on_device(self, batch: Batch) -> Any:
+        inputs = to_device(batch.inputs, device_of(self.model))
+        if self.channels_last and isinstance(inputs, Tensor) and inputs.dim() == 4:
+            return inputs.contiguous(memory_format=torch.channels_last)
+        return inputs
+
+    def _pinned(self, *, merged: bool) -> Changes:
+        changes: dict[str, Sequence[Change]] = {}
+        for unit, members in enumerate(self.space.units):
+            if len(members.choices) == 1:
+                changes.update(self.variants.changes(unit, [0], merged=merged))
+        return changes
+
+    def quantized(self, batch: Batch, choice: Sequence[int]) -> Tensor:
+        """The output with every unit quantized at its choice."""
+        changes: dict[str, Sequence[Change]] = {}
+        for unit, index in enumerate(choice):
+            changes.update(self.variants.changes(unit, [index], merged=False))
+        inputs = self._on_device(batch)
+        with evaluating(self.model), self.owner, telling_failures(self.model):
+            return _plain(self, inputs, changes)
+
+
+@final
+class _PlainRun(AbstractRun):
+    """Whole forward passes, for models that cannot be replayed."""
+
+    def __init__(self, engine: Engine, inputs: Any, fixed: Changes) -> None:
+        self._engine, self._inputs, self._fixed = engine, inputs, fixed
+        self.output = _plain(engine, inputs, fixed)
+
+    def single(self, unit: int, choices: Sequence[int]) -> Iterator[Tensor]:
+        with evaluating(self._engine.model), self._engine.owner:
+            for choice in choices:
+                changes = {**self._fixed, **self._engine.variants.changes(unit, [choice], merged=False)}
+                yield _plain(self._engine, self._inputs, changes)
+
+    def under(self, unit: int, choice: int) -> AbstractRun:
+        with evaluating(self._engine.model), self._engine.owner:
+            changes = {**self._fixed, **self._engine.variants.changes(unit, [choice], merged=False)}
+            return _PlainRun(self._engine, self._inputs, changes)
+
+
+@final
+class _ReplayedRun(AbstractRun):
+    """Passes that run only what depends on the changed unit."""
+
+    def __init__(self, engine: Engine, inputs: Any, fixed: Changes, values: Values) -> None:
+        assert engine.player is not None
+        self._engine, self._player, self._inputs, self._fixed, self._values = engine, engine.player, inputs, fixed, values
+        self.output = values.output
+
+    def single(self, unit: int, choices: Sequence[int]) -> Iterator[Tensor]:
+        roots = self._engine.space.units[unit].layers
+        n_stacked = self._n_stacked()
+        for start in range(0, len(choices), n_stacked):
+            some = choices[start : start + n_stacked]
+            changes = {**self._fixed, **self._engine.variants.changes(unit, some, merged=True)}
+            with evaluating(self._engine.model), self._engine.owner:
+                stacked = self._player.replay(self._values, self._inputs, roots, changes).output
+            yield from stacked.chunk(len(some))
+
+    def under(self, unit: int, choice: int) -> AbstractRun:
+        roots = self._engine.space.units[unit].layers
+        changes = {**self._fixed, **self._engine.variants.changes(unit, [choice], merged=True)}
+        with evaluating(self._engine.model), self._engine.owner:
+            values = self._player.replay(self._values, self._inputs, roots, changes, keep=True)
+        return _ReplayedRun(self._engine, self._inputs, changes, values)
+
+    def _n_stacked(self) -> int:
+        """How many variants run in one pass."""
+        if not self._player.tape.stackable:
+            return 1
+        if self.output.device.type == "cuda":
+            return _STACKED_ON_GPU
+        return max(1, _STACKED_IMAGES // batch_size(self._inputs))
+
+
+@final
+class _Substitute(TorchFunctionMode):
+    """Runs the model as it is, with changed layers."""
+
+    def __init__(self, engine: Engine, changes: Changes) -> None:
+        super().__init__()
+        self._engine, self._changes = engine, changes
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in WEIGHTED:
+            return func(*args, **kwargs)
+        self._engine.counter.run += int(input_argument(args, kwargs).shape[0])
+        changes = self._changes.get(self._engine.owner.name(args, kwargs) or "")
+        return func(*args, **kwargs) if changes is None else run_changed(func, args, kwargs, changes)
+
+
+def _plain(engine: Engine, inputs: Any, changes: Changes) -> Tensor:
+    with _Substitute(engine, changes):
+        return select(call(engine.model, inputs), engine.output)
+
+
+def _player(model: nn.Module, space: Space, owner: LayerOfCall, example: Batch, output: Output, folding: bool) -> Player:
+    """A player for the model. Raises `CannotReplay`."""
+    device = device_of(model)
+    one, two = (to_device(example.part(0, n_images).inputs, device) for n_images in (1, 2))
+    with evaluating(model), owner, telling_failures(model):
+        tape = record(model, owner, [layer.name for layer in space.layers], one, two, output)
+    return Player(model, owner, tape, output=output, folding=folding)
+
+
+def _checked(engine: Engine, example: Batch, *, channels_last: bool) -> Engine:
+    """The engine, if its replays are right; with channels last where the model can take them."""
+    try:
+        wanted = replace(engine, channels_last=channels_last)
+        _check(wanted, example)
+    except DataError:  # Some models reshape their images as only the usual memory format allows.
+        if not channels_last:
+            raise
+        return _checked(engine, example, channels_last=False)
+    return wanted
+
+
+def _check(engine: Engine, example: Batch) -> None:
+    """Compare a replay of every unit with a plain pass, on one image. Raises `CannotReplay` where they differ."""
+    one = example.part(0, 1)
+    run = engine.run(one)
+    inputs = engine._on_device(one)
+    for unit, members in enumerate(engine.space.units):
+        [replayed, *_] = run.single(unit, range(len(members.choices)))
+        with evaluating(engine.model), engine.owner:
+            changes = {**engine._pinned(merged=False), **engine.variants.changes(unit, [0], merged=False)}
+            plain = _plain(engine, inputs, changes)
+        if replayed.shape != plain.shape or not _agree(replayed, plain):
+            raise CannotReplay(f"a replay with {members.name} changed differs from a plain pass")
+
+
+def _agree(one: Tensor, other: Tensor) -> bool:
+    bad = one.isfinite() != other.isfinite()
+    apart = (one - other).abs().nan_to_num(0.0, 0.0, 0.0).max()
+    return not bool(bad.any()) and bool(apart <= _AGREES * other.nan_to_num(0.0, 0.0, 0.0).std(correction=0) + 1e-6)
+
+
+@contextlib.contextmanager
+def telling_failures(model: nn.Module) -> Iterator[None]:
+    """Tell a failing forward pass as a `DataError`."""
+    try:
+        yield
+    except (MPQError, CannotReplay):
+        raise
+    except Exception as error:
+        raise DataError(
+            f"the forward pass of {type(model).__name__} failed on a batch: {type(error).__name__}: {error}. "
+            "Batches must hold what the example held: the same kind of inputs, images of a size the model takes."
+        ) from error

@@ -1,0 +1,104 @@
+"""First-order effects of every choice on every image, from one backward pass per piece of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from mpq_plugins._flow import WEIGHTED
+from mpq_plugins._model import Batch, call, evaluating, select
+from mpq_plugins._progress import track
+from mpq_plugins.sensitivity._change import run_changed
+from mpq_plugins.sensitivity._criteria import measure
+from mpq_plugins.sensitivity._effects import Effects, Lab
+from mpq_plugins.sensitivity._engine import telling_failures
+
+
+def first_order_effects(lab: Lab) -> Effects:
+    """`Effects` from directional derivatives: v = <dLoss_n/dy_i, change of y_i>, y_i being the output of unit i's layers.
+
+    `losses` and `slopes` are the mean of v over images n, `curvature` is the mean of v v', the empirical Fisher information
+    in the directions of the quantization errors (as in MPQCO and in NVIDIA ModelOpt's gradient scores, with cross terms).
+    Without labels the derivative is that of a label drawn from the model's own distribution, and slopes are zero.
+    """
+    n_choices = int(lab.start[-1])
+    sums = {"base": np.asarray(0.0), "slopes": np.zeros(n_choices), "curvature": np.zeros((n_choices, n_choices))}
+    pieces = [piece for batch in lab.batches for piece in lab.engine.pieces(batch)]
+    for index, batch in enumerate(track(pieces, "images forward and back")):
+        key = f"piece{index:05d}-fisher"
+        arrays = lab.journal.get(key)
+        if arrays is None:
+            arrays = _of_piece(lab, batch, index)
+            lab.journal.put(key, arrays)
+        sums = {name: sums[name] + arrays[name] for name in sums}
+    mean = {name: array / lab.n_images for name, array in sums.items()}
+    facts = {"n_images": lab.n_images, "passes": "one forward and one backward pass"}
+    return Effects(float(mean["base"]), mean["slopes"], mean["slopes"], mean["curvature"], None, lab.n_images, facts)
+
+
+def _of_piece(lab: Lab, batch: Batch, index: int) -> dict[str, np.ndarray]:
+    model, engine = lab.model, lab.engine
+    taps = _Taps(engine.owner, {name for unit in lab.free for name in lab.space.units[unit].layers})
+    with evaluating(model), engine.owner, telling_failures(model), torch.enable_grad(), taps:
+        output = select(call(model, batch.inputs), engine.output)
+    generator = torch.Generator().manual_seed(lab.setup.seed + index)
+    at_base = measure(lab.setup.loss, output.detach(), batch, n_samples=lab.setup.n_samples, generator=generator)
+    with torch.enable_grad():
+        base, loss = at_base.losses(output), at_base.probe(output, generator)
+        gradients = torch.autograd.grad(loss.sum(), [tap.offset for tap in taps.found], allow_unused=True)
+    v = np.zeros((len(batch), int(lab.start[-1])))
+    with torch.no_grad():
+        for tap, gradient in zip(taps.found, gradients, strict=True):
+            if gradient is not None:
+                _add_derivatives(lab, tap, gradient, v)
+    slopes = v.sum(0) if at_base.has_slope else np.zeros(v.shape[1])
+    return {"base": np.asarray(float(base.detach().sum())), "slopes": slopes, "curvature": v.T @ v}
+
+
+def _add_derivatives(lab: Lab, tap: _Tap, gradient: Tensor, v: np.ndarray) -> None:
+    """Add to v [image, choice] what a layer's call contributes at every choice of its unit."""
+    unit = next(unit for unit in lab.free if tap.layer in lab.space.units[unit].layers)
+    own = tap.function(*tap.args, **tap.kwargs)
+    for choice in range(len(lab.space.units[unit].choices)):
+        change = lab.engine.variants.changes(unit, [choice], merged=False)[tap.layer]
+        moved = run_changed(tap.function, tap.args, tap.kwargs, change) - own
+        per_image = (moved * gradient).reshape(len(v), -1).sum(1, dtype=torch.float64)
+        v[:, lab.start[unit] + choice] += per_image.cpu().numpy()
+
+
+@dataclass(frozen=True)
+class _Tap:
+    """One call of a layer, and an offset of zeros on its output whose gradient is that of the output."""
+
+    layer: str
+    function: Any
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    offset: Tensor
+
+
+@final
+class _Taps(TorchFunctionMode):
+    def __init__(self, owner: Any, layers: set[str]) -> None:
+        super().__init__()
+        self.found: list[_Tap] = []
+        self._owner, self._layers = owner, layers
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        layer = self._owner.name(args, kwargs) if func in WEIGHTED else None
+        if layer not in self._layers:
+            return output
+        offset = torch.zeros_like(output, requires_grad=True)
+        args = [value.detach() if isinstance(value, Tensor) else value for value in args]
+        self.found.append(_Tap(str(layer), func, args, kwargs, offset))
+        return output + offset

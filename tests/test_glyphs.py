@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mpq_plugins import find_layers
-from mpq_plugins._errors import DataError, FormatError, MissingExtraError, ModelError
+from mpq_plugins._errors import DataError, FormatError, MissingExtraError, ModelError, WriteError
 from mpq_plugins.glyphs import (
     CLASSES,
     FONTS,
@@ -183,6 +183,8 @@ def test_the_sheet_is_a_picture(tmp_path):
     with image_module.open(path) as image:
         assert image.format == "PNG"
         assert image.height > 36 * 32
+    with pytest.raises(WriteError, match="png"):
+        save_sheet(tmp_path / "sheet.txt", per_class=1)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mpq_plugins._errors import WriteError
 from mpq_plugins._evaluate import labels_of
 from mpq_plugins._files import write_whole
 from mpq_plugins._plugins import require
@@ -18,11 +19,17 @@ from mpq_plugins.glyphs._fonts import CLASSES
 def save_sheet(
     path: str | Path, *, train: bool = False, per_class: int = 8, seed: int = 0, distortion: Distortion | None = None
 ) -> Path:
-    """A picture with a row of `per_class` samples for each class, in two columns, each row named by its character."""
+    """A picture with a row of `per_class` samples for each class, in two columns, each row named by its character.
+
+    Raises `WriteError` for a suffix that names no picture format.
+    """
     images, labels = _samples(train, per_class, seed, distortion)
     rows = torch.stack([torch.cat(list(images[labels == label]), dim=1) for label in range(len(CLASSES))])
     n_rows = -(-len(rows) // 2)
     figure = require("matplotlib.figure", "plots").Figure(figsize=(per_class + 1.5, 0.5 * n_rows))
+    known = figure.canvas.get_supported_filetypes()
+    if Path(path).suffix.lstrip(".").lower() not in known:
+        raise WriteError(f"{path} names no picture format. End it in .png, .svg or .pdf ({', '.join(sorted(known))} work).")
     for column, axis in enumerate(figure.subplots(1, 2)):
         part = slice(column * n_rows, (column + 1) * n_rows)
         axis.imshow(rows[part].flatten(0, 1), cmap="gray_r", vmin=-1, vmax=1)

@@ -20,7 +20,6 @@ from mpq_plugins.solvers._milp import MILP
 from mpq_plugins.solvers._quadratic import Quadratic, has_pairs, without_pairs
 
 _FEW_PLANS = 20_000
-_NEARLY_CONVEX = 1e-3  # negative curvature, in units of the mean diagonal
 _MOST_PRODUCTS = 12_000  # variables of a linearized program that is solved in seconds to minutes
 
 
@@ -77,7 +76,7 @@ class Auto(AbstractSolver):
 def _is_convex(problem: Problem) -> bool:
     quadratic = Quadratic.of(problem)
     form = convex(quadratic, Simplices.of(quadratic))
-    return form.shift <= _NEARLY_CONVEX * float(np.abs(np.diag(quadratic.own_blocks)).mean())
+    return not form.was_lacking
 
 
 def _because(solution: Solution, reason: str) -> Solution:

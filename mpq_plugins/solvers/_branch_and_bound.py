@@ -10,7 +10,6 @@ from mpq_plugins._problem import Problem
 from mpq_plugins._solution import Solution, Status
 from mpq_plugins._solver import AbstractSolver
 from mpq_plugins.solvers._answer import answer, infeasible, with_pairs
-from mpq_plugins.solvers._convex import Simplices, convex
 from mpq_plugins.solvers._iterated_search import search
 from mpq_plugins.solvers._quadratic import Quadratic
 from mpq_plugins.solvers._tree import Tree
@@ -40,6 +39,6 @@ class BranchAndBound(AbstractSolver):
         pool, status = search(quadratic, kicks=self.kicks, seed=self.seed, time_limit_s=self.time_limit_s / 3)
         if status is Status.infeasible:
             return infeasible(self.name)
-        tree = Tree(quadratic, convex(quadratic, Simplices.of(quadratic)), pool, self.gap, deadline)
+        tree = Tree(quadratic, pool, self.gap, deadline)
         tree.run()
         return answer(pool, self.name, bound=tree.bound, proven=tree.is_closed, prices=tree.prices, nodes=tree.nodes)

@@ -9,6 +9,7 @@ import numpy as np
 from mpq_plugins.solvers._quadratic import Quadratic
 
 _ROUNDING = 1e-13
+_NEARLY = 1e-3
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,11 @@ class Convex:
     linear: np.ndarray  # [open]
     constant: float
     shift: float  # what had to be added to the diagonal
+
+    @property
+    def was_lacking(self) -> bool:
+        """Whether the loss had more negative curvature than rounding leaves."""
+        return self.shift > _NEARLY * float(np.abs(np.diag(self.hessian)).mean())
 
     def restricted(self, kept: np.ndarray) -> Convex:
         """The same over some of the columns: what is left out is not taken."""

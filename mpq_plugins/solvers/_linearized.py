@@ -13,7 +13,6 @@ from mpq_plugins._problem import Problem
 from mpq_plugins._solution import Solution, Status
 from mpq_plugins._solver import AbstractSolver
 from mpq_plugins.solvers._answer import answer, infeasible, with_pairs
-from mpq_plugins.solvers._convex import Simplices, convex
 from mpq_plugins.solvers._iterated_search import Pool, search
 from mpq_plugins.solvers._program import Backend, run_program, terms
 from mpq_plugins.solvers._quadratic import Quadratic
@@ -50,8 +49,8 @@ class Linearized(AbstractSolver):
         pool, status = search(quadratic, kicks=self.kicks, seed=self.seed, time_limit_s=self.time_limit_s / 3)
         if status is Status.infeasible:
             return infeasible(self.name)
-        tree = Tree(quadratic, convex(quadratic, Simplices.of(quadratic)), pool, self.gap, deadline)
-        left = tree.bound_root()
+        tree = Tree(quadratic, pool, self.gap, deadline)
+        left = tree.open_choices(tree.root())
         if tree.is_closed:
             return answer(pool, self.name, bound=tree.bound, proven=True, prices=tree.prices, nodes=tree.nodes)
         bound, proven, nodes = self._search(left, pool, tree.bound, deadline)

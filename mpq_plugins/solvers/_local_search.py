@@ -10,7 +10,6 @@ from mpq_plugins._problem import Problem
 from mpq_plugins._solution import Solution, Status
 from mpq_plugins._solver import AbstractSolver
 from mpq_plugins.solvers._answer import answer, infeasible, with_pairs
-from mpq_plugins.solvers._convex import Simplices, convex
 from mpq_plugins.solvers._iterated_search import search
 from mpq_plugins.solvers._quadratic import Quadratic
 from mpq_plugins.solvers._tree import Tree
@@ -38,6 +37,6 @@ class LocalSearch(AbstractSolver):
         pool, status = search(quadratic, kicks=self.kicks, seed=self.seed, time_limit_s=self.time_limit_s)
         if status is Status.infeasible:
             return infeasible(self.name)
-        tree = Tree(quadratic, convex(quadratic, Simplices.of(quadratic)), pool, 0.0, deadline)
-        tree.bound_root()
+        tree = Tree(quadratic, pool, 0.0, deadline)
+        tree.root()
         return answer(pool, self.name, bound=tree.bound, proven=False, prices=tree.prices, nodes=tree.nodes)

@@ -127,10 +127,15 @@ class Quadratic:
             more = (in_option - in_group[self.group_of_option])[self.option_of_slot] - in_slot
             return in_group.sum(axis=0), values + more[self.slot_of]
 
-    def is_met(self, taken: np.ndarray) -> np.ndarray:  # [node]
-        """Whether one-hot columns `taken` [open, node] meet every limit."""
-        met: np.ndarray = np.all(self.cost @ taken <= self.limits[:, None], axis=0)
-        return met
+    def attaining(self, values: np.ndarray) -> np.ndarray:  # [unit of the open columns]
+        """The columns whose `values` [open] sum up to the least, in order of slots."""
+        in_slot = np.minimum.reduceat(values, self.slot_start)
+        in_option = np.add.reduceat(in_slot, self.option_start)
+        ends = np.append(self.group_start, len(in_option))
+        options = [a + int(np.argmin(in_option[a:b])) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        slots = np.flatnonzero(np.isin(self.option_of_slot, options))
+        stops = np.append(self.slot_start, len(values))
+        return np.array([stops[slot] + int(np.argmin(values[stops[slot] : stops[slot + 1]])) for slot in slots])
 
     def choice(self, taken: np.ndarray) -> tuple[int, ...]:  # [unit]
         """Choice index of every unit, from positions [unit] or a mask [open] of the columns taken."""

@@ -1,14 +1,15 @@
 """The convex relaxation of many nodes at once, by the alternating direction method of multipliers.
 
 Any point gives a bound (see `Relaxed.bounds`), so nodes are left as soon as theirs is good enough, and start where their
-parent stopped. One matrix product serves all of them: that makes a node cost microseconds, where an interior point method
-factors a matrix for every node.
+parent stopped. One matrix product in single precision serves all of them, where an interior point method factors a matrix
+for every node.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -41,10 +42,6 @@ class Nodes:
         names = ("open", "point", "pull", "used", "price")
         return cls(*(np.concatenate([getattr(node, name) for node in nodes], axis=1) for name in names))
 
-    def stored(self) -> Nodes:
-        """The same in half the memory: where the method goes on from need not be exact."""
-        return Nodes(self.open, *(table.astype(np.float32) for table in (self.point, self.pull, self.used, self.price)))
-
     @property
     def count(self) -> int:
         """How many nodes there are."""
@@ -66,7 +63,7 @@ class Relaxed:
     """The convex relaxation of `quadratic`, set up for the method of multipliers with step `rho`."""
 
     quadratic: Quadratic
-    convex: Convex
+    form: Convex
     rho: float
     origin: np.ndarray  # [open]
     step: np.ndarray  # [open, open]
@@ -88,24 +85,31 @@ class Relaxed:
         inner = np.linalg.inv(basis.T @ matrix @ basis)
         operator = basis @ inner @ basis.T
         origin = simplices.origin - operator @ (matrix @ simplices.origin + form.linear)
-        return cls(quadratic, form, rho, origin, operator * rho, rows, scale)
+        single = np.float32
+        return cls(quadratic, form, rho, origin.astype(single), (operator * rho).astype(single), rows.astype(single), scale)
 
     def start(self) -> Nodes:
         """The one node with everything open, in the middle."""
         n = len(self.origin)
         share = 1 / np.bincount(self.quadratic.unit_of)[self.quadratic.unit_of]
-        point = share[:, None]
-        limits = np.zeros((len(self.rows), 1))
-        return Nodes(np.ones((n, 1), dtype=bool), point, np.zeros((n, 1)), np.minimum(self.rows @ point, self._most), limits)
+        point = share[:, None].astype(np.float32)
+        limits, pull = np.zeros((len(self.rows), 1), dtype=np.float32), np.zeros((n, 1), dtype=np.float32)
+        return Nodes(np.ones((n, 1), dtype=bool), point, pull, np.minimum(self.rows @ point, self._most), limits)
+
+    @cached_property
+    def within_units(self) -> np.ndarray:  # [open, open]
+        """The curvature between choices of one unit."""
+        units = self.quadratic.unit_of
+        return np.where(units[:, None] == units, self.form.hessian, 0.0)
 
     @property
     def _most(self) -> np.ndarray:  # [limit, 1]
-        most: np.ndarray = (self.quadratic.limits * self.scale)[:, None]
+        most: np.ndarray = (self.quadratic.limits * self.scale)[:, None].astype(np.float32)
         return most
 
     def iterate(self, nodes: Nodes, count: int) -> None:
         """Take `count` steps in every node."""
-        most, upper, rows = self._most, nodes.open.astype(float), self.rows
+        most, upper, rows = self._most, nodes.open.astype(np.float32), self.rows
         point, pull, used, price = nodes.point, nodes.pull, nodes.used, nodes.price
         for _ in range(count):
             flat = self.step @ (point - pull + _ROW_WEIGHT * (rows.T @ (used - price)))
@@ -127,12 +131,13 @@ class Relaxed:
         For any point z, f(x) >= f(z) + grad f(z)'(x - z), and for prices >= 0 the least of a linear function over plans that
         agree is a sum of minima: no feasibility of z is needed.
         """
-        form, quadratic = self.convex, self.quadratic
-        curved = form.hessian @ nodes.point
+        form, quadratic = self.form, self.quadratic
+        point = nodes.point.astype(float)
+        curved = form.hessian @ point
         prices = np.maximum(self.rho * _ROW_WEIGHT * nodes.price, 0.0) * self.scale[:, None]
         values = curved + form.linear[:, None] + quadratic.cost.T @ prices
-        offset = form.constant - np.sum(nodes.point * curved, axis=0) / 2 - quadratic.limits @ prices
-        size = np.abs(offset) + np.abs(np.sum(nodes.point * np.abs(values), axis=0))
+        offset = form.constant - np.sum(point * curved, axis=0) / 2 - quadratic.limits @ prices
+        size = np.abs(offset) + np.abs(np.sum(point * np.abs(values), axis=0))
         values[~nodes.open] = np.inf
         least, more = quadratic.least(values)
         value = least + offset - _ROUNDING * len(values) * size

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpq_plugins._adapter import AbstractAdapter
@@ -18,6 +19,7 @@ from mpq_plugins._precision import Precision, menu
 from mpq_plugins._problem import build_problem, check_reachable
 from mpq_plugins._proxy import AbstractProxy
 from mpq_plugins._scores import Scores
+from mpq_plugins._selection import Measure, Selection, select_plan
 from mpq_plugins._solution import Solution
 from mpq_plugins._solve import solve
 from mpq_plugins._solver import AbstractSolver
@@ -36,6 +38,7 @@ class Allocation:
     bits: BitConfig
     scores: Scores
     solution: Solution
+    selection: Selection | None = None
 
     @property
     def space(self) -> Space:
@@ -58,12 +61,16 @@ def allocate(
     tie: Iterable[Sequence[str]] = (),
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    top_k: int = 1,
+    cache: str | Path | None = None,
 ) -> Allocation:
     """The best bit-width of every layer under `budgets`, by the losses of `proxy`.
 
     `example` is one input as the model takes it, `batches` what the proxy looks at (see `Batch.of`). `budgets` are
     `Budget`s or cost name -> limit, such as `{"size": "w4", "bops": "75G"}`. Plugins may be given by name. `choices` default
-    to what the adapter's target really stores and runs. See `build_space` for the rest.
+    to what the adapter's target really stores and runs. With `top_k` > 1 the best plans by the score are measured with
+    the true loss of the quantized network, and the best of those is kept. Measurements are kept under `cache`, so that an
+    interrupted run goes on where it stopped and another budget needs no new ones. See `build_space` for the rest.
 
     Raises `InfeasibleBudgetError` before anything is scored, and what `build_space`, the proxy and `solve` raise.
     """
@@ -78,10 +85,16 @@ def allocate(
         include=include,
         exclude=exclude,
     )
+    from mpq_plugins.sensitivity import keeping_measurements
+
     resolved = as_budgets(budgets)
     check_reachable(space, resolved)
     chosen = make("proxies", proxy) if isinstance(proxy, str) else proxy
-    return solve_scores(chosen.score(model, space, batches), resolved, solver=solver)
+    batches = list(batches) if top_k > 1 else batches
+    with keeping_measurements(cache):
+        scores = chosen.score(model, space, batches)
+        measure = true_loss(model, scores.space, batches, chosen) if top_k > 1 else None
+        return solve_scores(scores, resolved, solver=solver, top_k=top_k, measure=measure)
 
 
 def build_space(
@@ -125,12 +138,36 @@ def build_space(
     )
 
 
-def solve_scores(scores: Scores, budgets: Budgets, *, solver: AbstractSolver | str | None = None) -> Allocation:
-    """The best allocation for scores that exist already: no model, no data."""
+def true_loss(model: nn.Module, space: Space, batches: Iterable[Any], proxy: AbstractProxy) -> Measure:
+    """What measures plans over `space`: the loss of the quantized network, with the options of `proxy` where it has them."""
+    from mpq_plugins.sensitivity import Lab, Setup
+
+    setup: Setup = proxy.setup() if hasattr(proxy, "setup") else Setup()
+    return Lab(model, space, batches, setup).losses_at
+
+
+def solve_scores(
+    scores: Scores,
+    budgets: Budgets,
+    *,
+    solver: AbstractSolver | str | None = None,
+    top_k: int = 1,
+    measure: Measure | None = None,
+) -> Allocation:
+    """The best allocation for scores that exist already: no model, no data.
+
+    With `measure` (see `true_loss`) the best `top_k` plans are measured, and the best of those is kept.
+    """
+    if top_k < 1:
+        raise BudgetError(f"top_k is {top_k}, but at least one plan has to be kept. Give 1 to switch the selection off.")
     resolved = as_budgets(budgets)
     problem = build_problem(scores, resolved)
     method = make("solvers", solver) if isinstance(solver, str) else solver
-    solution = solve(problem, method)
+    solution = solve(problem, method, n_next=max(3, top_k - 1))
+    selection = None
+    if measure is not None and top_k > 1:
+        shortlist = replace(solution, next_best=solution.next_best[: top_k - 1])
+        solution, selection = select_plan(problem, scores.space, shortlist, measure)
     labels = [problem.choices[column] for column in problem.columns(solution.choice)]
     assignment = {
         name: Precision.parse(label) for unit, label in zip(scores.space.units, labels, strict=True) for name in unit.layers
@@ -139,10 +176,10 @@ def solve_scores(scores: Scores, budgets: Budgets, *, solver: AbstractSolver | s
     bits = BitConfig(
         layers=layers,
         fingerprint=scores.space.fingerprint,
-        origin=_origin(scores, resolved, solution),
+        origin=_origin(scores, resolved, solution) | ({} if selection is None else {"selection": selection.to_json()}),
         costs=costs_of(scores.space, layers, [budget.cost for budget in resolved]),
     )
-    return Allocation(bits, scores, solution)
+    return Allocation(bits, scores, solution, selection)
 
 
 def costs_of(space: Space, layers: Mapping[str, Precision], extra: Iterable[AbstractCost] = ()) -> dict[str, float]:

@@ -198,6 +198,19 @@ def _add_allocate(verbs: Any) -> None:
     parser.add_argument("--proxy-option", action="append", default=[], metavar="KEY=VALUE", help="option of the proxy")
     _add_space(parser)
     _add_budget(parser)
+    parser.add_argument(
+        "--top-k",
+        type=_count,
+        default=1,
+        metavar="K",
+        help="measure the true loss of the best K plans by the score, keep the best of those (1: do not)",
+    )
+    parser.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="keep measurements there: an interrupted run goes on, another budget is quick (default: the user's cache)",
+    )
+    parser.add_argument("--no-cache", action="store_true", help="keep no measurements")
     parser.add_argument("--out", default="bits.json", metavar="FILE", help="bit configuration to write (default bits.json)")
     parser.add_argument("--scores", metavar="FILE", help="also write the scores, for `mpq solve` at other budgets")
     parser.add_argument("--plot", metavar="FILE", help="also draw the allocation (.png, .svg, .pdf)")

@@ -48,6 +48,11 @@ def _write_whole(path: Path, write: Callable[[Path], object]) -> Path:
     return path
 
 
+def cache_folder() -> Path:
+    """Where things are kept that can be made again: `mpq-plugins` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mpq-plugins"
+
+
 def write_json(path: str | Path, document: Any) -> Path:
     """Write `document` as sorted, indented JSON: the same document gives the same bytes."""
     text = json.dumps(document, indent=2, sort_keys=True, allow_nan=False) + "\n"

@@ -6,19 +6,21 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from mpq_plugins._adapter import AbstractAdapter
-from mpq_plugins._allocate import Allocation, as_budgets, build_space, solve_scores
+from mpq_plugins._allocate import Allocation, as_budgets, build_space, solve_scores, true_loss
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._cost import Budget, format_amount
 from mpq_plugins._errors import BudgetError, DataError, ModelError, PluginError
 from mpq_plugins._plugins import KINDS, Kind, make, names
 from mpq_plugins._precision import menu
 from mpq_plugins._scores import Scores
+from mpq_plugins._selection import Measure
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,18 +54,25 @@ def layers(options: Namespace) -> int:
 
 def allocate(options: Namespace) -> int:
     """`mpq allocate`."""
+    from mpq_plugins._files import cache_folder
     from mpq_plugins._problem import check_reachable
+    from mpq_plugins.sensitivity import keeping_measurements
 
     model, example = _model(options)
     space = _space(options, model, example)
     budgets = _budgets(options.budget)
     check_reachable(space, budgets)
     proxy = make("proxies", options.proxy, _options(options.proxy_option))
-    batches = _take(_data(options), options.images) if options.data else []
-    scores = proxy.score(model, space, batches)
-    if options.scores:
-        scores.save(options.scores)
-    return _solve_and_report(options, scores, budgets)
+    if options.output is not None and hasattr(proxy, "output"):
+        proxy = replace(proxy, output=options.output)
+    batches = list(_take(_data(options), options.images)) if options.data else []
+    cache = None if options.no_cache else options.cache or cache_folder() / "measurements"
+    with keeping_measurements(cache):
+        scores = proxy.score(model, space, batches)
+        if options.scores:
+            scores.save(options.scores)
+        measure = true_loss(model, scores.space, batches, proxy) if options.top_k > 1 else None
+        return _solve_and_report(options, scores, budgets, measure)
 
 
 def solve(options: Namespace) -> int:
@@ -178,11 +187,12 @@ def demo(options: Namespace) -> int:
     return run_demo(Path(options.out), n_seeds=options.seeds, adapters=_words(options.adapters), as_json=options.json)
 
 
-def _solve_and_report(options: Namespace, scores: Scores, budgets: Sequence[Budget]) -> int:
+def _solve_and_report(options: Namespace, scores: Scores, budgets: Sequence[Budget], measure: Measure | None = None) -> int:
     from mpq_plugins.reports import allocation_table, plot_allocation, skipped_table
 
     solver = make("solvers", options.solver, _options(options.solver_option))
-    allocation = solve_scores(scores, budgets, solver=solver)
+    top_k = options.top_k if measure is not None else 1
+    allocation = solve_scores(scores, budgets, solver=solver, top_k=top_k, measure=measure)
     allocation.bits.save(options.out)
     if options.plot:
         plot_allocation(allocation, options.plot)
@@ -209,7 +219,13 @@ def _certificate(allocation: Allocation, budgets: Sequence[Budget]) -> list[str]
             f"{budget.cost.name}: {format_amount(used, budget.cost.unit)} of {format_amount(limit, budget.cost.unit)}, "
             f"{format_amount(unused, budget.cost.unit)} unused; 1 % more would save {saved:.3g} of the loss"
         )
-    if solution.next_best:
+    if allocation.selection is not None:
+        measured, kept = allocation.selection.measured, allocation.selection.kept
+        lines.append(
+            f"measured loss of the best {len(measured)} plans: {min(measured):.6g} to {max(measured):.6g}; kept number "
+            f"{kept + 1}, {allocation.selection.gain:.3g} below the first"
+        )
+    elif solution.next_best:
         runner_up = solution.next_best[0]
         lines.append(f"next-best plan: loss {runner_up.objective:.6g}")
     return lines

@@ -193,7 +193,7 @@ class _UserMeasure(AbstractMeasure):
         return value
 
     def losses(self, output: Tensor) -> Tensor:
-        with torch.no_grad():
+        with torch.set_grad_enabled(output.requires_grad):  # the loss may have parameters of its own
             return self._per_image(self._loss(output, self._batch)).double()
 
     def slopes(self, output: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, final
 
 import numpy as np
@@ -48,6 +50,7 @@ class Effects:
     `losses` is the loss with one unit at one choice less the base loss, `slopes` its first-order part and `curvature` the
     second-order terms, all around the float model (with units of a single choice at that choice). `pairs` is the loss with
     two units changed less the base loss and both single changes (CLADO's Omega), zero within a unit; None unless asked for.
+    `power` is the mean square of the base output; None where nobody looked.
     """
 
     base_loss: float
@@ -57,6 +60,7 @@ class Effects:
     pairs: np.ndarray | None  # [choice, choice]
     n_images: int
     facts: Mapping[str, Any]
+    power: float | None = None
 
 
 @final
@@ -66,9 +70,15 @@ class Lab:
     def __init__(self, model: nn.Module, space: Space, batches: Iterable[Any], setup: Setup) -> None:
         self.model, self.space, self.setup = model, space, setup
         self.batches = sensitivity_set(batches, setup.n_images)
-        self.engine = Engine.start(
-            model,
-            space,
+        self.start = np.concatenate([[0], np.cumsum([len(unit.choices) for unit in space.units])])
+
+    @cached_property
+    def engine(self) -> Engine:
+        """What runs the model; made when something has to be measured."""
+        setup = self.setup
+        return Engine.start(
+            self.model,
+            self.space,
             self.batches[0],
             output=setup.output,
             per_channel=setup.per_channel,
@@ -76,8 +86,6 @@ class Lab:
             replay=setup.replay,
             folding=setup.folding,
         )
-        self.start = np.concatenate([[0], np.cumsum([len(unit.choices) for unit in space.units])])
-        self._journal: Journal | None = None
 
     @property
     def n_images(self) -> int:
@@ -94,8 +102,26 @@ class Lab:
 
         Raises `DataError` when the output is not finite with some unit quantized.
         """
+        whole = "all-pairs" if pairs else "all-sums"
+        sums = self.journal.get(whole)
+        if sums is None:
+            sums = self._measure_all(pairs=pairs)
+            self.journal.put(whole, sums)
+        mean = {name: sums[name] / self.n_images for name in ("base", "losses", "slopes", "curvature", "pairs") if name in sums}
+        replayed, n_evaluations = (int(count) for count in sums["passes"])
+        facts = {
+            "n_images": self.n_images,
+            "passes": "replayed from a tape" if replayed else "plain forward passes",
+            "layer_evaluations": n_evaluations,
+        }
+        return Effects(
+            float(mean["base"]), mean["losses"], mean["slopes"], mean["curvature"], mean.get("pairs"), self.n_images, facts
+        )
+
+    def _measure_all(self, *, pairs: bool) -> dict[str, np.ndarray]:
+        """Sums over all images, piece by piece."""
         sums: dict[str, np.ndarray] = {}
-        pieces = list(self._pieces())
+        pieces = list(enumerate(self.pieces()))
         steps = [(piece, unit) for piece in range(len(pieces)) for unit in (*self.free, None)]
         run: _PieceRun | None = None
         for piece, unit in track(steps, "units through the model, pair by pair" if pairs else "units through the model"):
@@ -108,45 +134,34 @@ class Lab:
                 done = run.finish()
             if unit is None:
                 sums = {name: sums.get(name, 0) + array for name, array in done.items()}
-        n_images = self.n_images
-        means = {name: array / n_images for name, array in sums.items()}
-        return Effects(
-            float(means["base"]),
-            means["losses"],
-            means["slopes"],
-            means["curvature"],
-            means.get("pairs"),
-            n_images,
-            self._facts(),
-        )
+        return {**sums, "passes": np.asarray([self.engine.player is not None, self.engine.counter.run])}
 
-    def loss_at(self, choice: Sequence[int]) -> float:
-        """The mean loss with every unit quantized at its choice, on the whole sensitivity set."""
-        key = "at-" + "-".join(map(str, choice))
-        held = self.journal.get(key)
-        if held is None:
-            total = 0.0
-            for index, batch in self._pieces():
+    def losses_at(self, choices: Sequence[Sequence[int]]) -> list[float]:
+        """The mean loss over the sensitivity set with every unit quantized, for each list of one choice per unit."""
+        keys = [f"at-{hashlib.sha256(repr(list(map(int, choice))).encode()).hexdigest()[:20]}" for choice in choices]
+        missing = [at for at, key in enumerate(keys) if self.journal.get(key) is None]
+        if missing:
+            totals = np.zeros(len(missing))
+            for index, batch in track(list(self._pieces()), "plans through the model"):
                 at_base = self.measure(self.engine.run(batch), batch, index)
-                total += float(at_base.losses(self.engine.quantized(batch, choice)).sum())
-            held = {"loss": np.asarray(total / self.n_images)}
-            self.journal.put(key, held)
-        return float(held["loss"])
+                for row, at in enumerate(missing):
+                    totals[row] += float(at_base.losses(self.engine.quantized(batch, choices[at])).sum())
+            for row, at in enumerate(missing):
+                self.journal.put(keys[at], {"loss": np.asarray(totals[row] / self.n_images)})
+        return [float(held["loss"]) for held in map(self.journal.get, keys) if held is not None]
 
-    @property
+    @cached_property
     def journal(self) -> Journal:
         """Where measurements are kept."""
-        if self._journal is None:
-            self._journal = Journal(
-                {
-                    "model": digest_of_model(self.model),
-                    "data": digest_of_batches(self.batches),
-                    "batches": list(map(len, self.batches)),
-                    "space": self.space.to_json(),
-                    "setup": described(self.setup),
-                }
-            )
-        return self._journal
+        return Journal(
+            {
+                "model": digest_of_model(self.model),
+                "data": digest_of_batches(self.batches),
+                "batches": list(map(len, self.batches)),
+                "space": self.space.to_json(),
+                "setup": described(self.setup),
+            }
+        )
 
     def measure(self, run: AbstractRun, batch: Batch, index: int) -> AbstractMeasure:
         """The loss around the base output of a run."""
@@ -154,14 +169,9 @@ class Lab:
         generator = torch.Generator().manual_seed(setup.seed + index)
         return measure(setup.loss, run.output, batch, n_samples=setup.n_samples, generator=generator)
 
-    def _pieces(self) -> Iterator[tuple[int, Batch]]:
-        pieces = (piece for batch in self.batches for piece in self.engine.pieces(batch))
-        return enumerate(pieces)
-
-    def _facts(self) -> dict[str, Any]:
-        engine, counter = self.engine, self.engine.counter
-        how = "replayed from a tape" if engine.player is not None else f"plain forward passes ({engine.why_plain})"
-        return {"n_images": self.n_images, "passes": how, "layer_evaluations": counter.run}
+    def pieces(self) -> list[Batch]:
+        """The sensitivity set in pieces whose kept values fit into the memory."""
+        return [piece for batch in self.batches for piece in self.engine.pieces(batch)]
 
 
 @final
@@ -197,7 +207,7 @@ class _PieceRun:
             features[row] = arrays["features"]
             sums["losses"][row] = arrays["losses"] - base
             sums["slopes"][row] = arrays["slopes"]
-        sums |= {"base": np.asarray(base), "curvature": features @ features.T}
+        sums |= {"base": np.asarray(base), "power": np.asarray(self._power()), "curvature": features @ features.T}
         if self._pairs:
             sums["pairs"] = self._omega(sums["losses"], base)
         lab.journal.put(_piece_key(self.piece, self._pairs), sums)
@@ -208,6 +218,10 @@ class _PieceRun:
     def _at_base(self) -> float:
         run, at_base = self._started()
         return float(at_base.losses(run.output).sum())
+
+    def _power(self) -> float:
+        run, _ = self._started()
+        return float(run.output.flatten(1).double().square().mean(1).sum())
 
     def _singles(self, unit: int) -> dict[str, np.ndarray]:
         run, at_base = self._started()

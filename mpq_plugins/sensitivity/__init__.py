@@ -9,5 +9,8 @@ from mpq_plugins.sensitivity._effects import Setup as Setup
 from mpq_plugins.sensitivity._effects import described as described
 from mpq_plugins.sensitivity._effects import sensitivity_set as sensitivity_set
 from mpq_plugins.sensitivity._engine import Engine as Engine
+from mpq_plugins.sensitivity._gradients import CallGradient as CallGradient
+from mpq_plugins.sensitivity._gradients import backward as backward
 from mpq_plugins.sensitivity._gradients import first_order_effects as first_order_effects
 from mpq_plugins.sensitivity._journal import keeping_measurements as keeping_measurements
+from mpq_plugins.sensitivity._variants import Variants as Variants

@@ -97,6 +97,11 @@ class Lab:
         """Units with a decision to make: the others are at their choice throughout."""
         return [index for index, unit in enumerate(self.space.units) if self.space.is_free(unit)]
 
+    def choices_of(self, layer: str) -> list[tuple[int, int]]:
+        """The unit of a layer with each of its choices."""
+        unit = next(index for index, members in enumerate(self.space.units) if layer in members.layers)
+        return [(unit, choice) for choice in range(len(self.space.units[unit].choices))]
+
     def effects(self, *, pairs: bool = False) -> Effects:
         """Measure every choice of every unit, and with `pairs` every two of them. Takes up what the journal holds.
 
@@ -107,7 +112,7 @@ class Lab:
         if sums is None:
             sums = self._measure_all(pairs=pairs)
             self.journal.put(whole, sums)
-        mean = {name: sums[name] / self.n_images for name in ("base", "losses", "slopes", "curvature", "pairs") if name in sums}
+        mean = {name: sums[name] / self.n_images for name in sums if name != "passes"}
         replayed, n_evaluations = (int(count) for count in sums["passes"])
         facts = {
             "n_images": self.n_images,
@@ -115,7 +120,14 @@ class Lab:
             "layer_evaluations": n_evaluations,
         }
         return Effects(
-            float(mean["base"]), mean["losses"], mean["slopes"], mean["curvature"], mean.get("pairs"), self.n_images, facts
+            float(mean["base"]),
+            mean["losses"],
+            mean["slopes"],
+            mean["curvature"],
+            mean.get("pairs"),
+            self.n_images,
+            facts,
+            float(mean["power"]),
         )
 
     def _measure_all(self, *, pairs: bool) -> dict[str, np.ndarray]:
@@ -142,7 +154,7 @@ class Lab:
         missing = [at for at, key in enumerate(keys) if self.journal.get(key) is None]
         if missing:
             totals = np.zeros(len(missing))
-            for index, batch in track(list(self._pieces()), "plans through the model"):
+            for index, batch in track(list(enumerate(self.pieces())), "plans through the model"):
                 at_base = self.measure(self.engine.run(batch), batch, index)
                 for row, at in enumerate(missing):
                     totals[row] += float(at_base.losses(self.engine.quantized(batch, choices[at])).sum())

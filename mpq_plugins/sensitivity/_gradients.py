@@ -29,8 +29,7 @@ def first_order_effects(lab: Lab) -> Effects:
     """
     n_choices = int(lab.start[-1])
     sums = {"base": np.asarray(0.0), "slopes": np.zeros(n_choices), "curvature": np.zeros((n_choices, n_choices))}
-    pieces = [piece for batch in lab.batches for piece in lab.engine.pieces(batch)]
-    for index, batch in enumerate(track(pieces, "images forward and back")):
+    for index, batch in enumerate(track(lab.pieces(), "images forward and back")):
         key = f"piece{index:05d}-fisher"
         arrays = lab.journal.get(key)
         if arrays is None:
@@ -42,7 +41,38 @@ def first_order_effects(lab: Lab) -> Effects:
     return Effects(float(mean["base"]), mean["slopes"], mean["slopes"], mean["curvature"], None, lab.n_images, facts)
 
 
-def _of_piece(lab: Lab, batch: Batch, index: int) -> dict[str, np.ndarray]:
+@dataclass(frozen=True)
+class CallGradient:
+    """One call of a layer in a forward pass, and the derivative of every image's loss by its output."""
+
+    layer: str
+    function: Any
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    gradient: Tensor
+
+    def changed(self, lab: Lab, unit: int, choice: int) -> Tensor:
+        """What `unit` at `choice` adds to the output of this call of one of its layers."""
+        change = lab.engine.variants.changes(unit, [choice], merged=False)[self.layer]
+        changed = run_changed(self.function, self.args, self.kwargs, change)
+        own: Tensor = self.function(*self.args, **self.kwargs)
+        return changed - own
+
+
+@dataclass(frozen=True)
+class Backward:
+    """A forward and a backward pass of a piece of a batch; `base` is its summed loss."""
+
+    base: float
+    has_slope: bool
+    calls: Sequence[CallGradient]
+
+
+def backward(lab: Lab, batch: Batch, index: int) -> Backward:
+    """The calls of all free layers on piece `index`, with their gradients.
+
+    The derivative is that of the loss, or without labels that of a label drawn from the model's own distribution.
+    """
     model, engine = lab.model, lab.engine
     taps = _Taps(engine.owner, {name for unit in lab.free for name in lab.space.units[unit].layers})
     with evaluating(model), engine.owner, telling_failures(model), torch.enable_grad(), taps:
@@ -52,23 +82,28 @@ def _of_piece(lab: Lab, batch: Batch, index: int) -> dict[str, np.ndarray]:
     with torch.enable_grad():
         base, loss = at_base.losses(output), at_base.probe(output, generator)
         gradients = torch.autograd.grad(loss.sum(), [tap.offset for tap in taps.found], allow_unused=True)
+    calls = [
+        CallGradient(tap.layer, tap.function, tap.args, tap.kwargs, gradient)
+        for tap, gradient in zip(taps.found, gradients, strict=True)
+        if gradient is not None
+    ]
+    return Backward(float(base.detach().sum()), at_base.has_slope, calls)
+
+
+@torch.no_grad()
+def _of_piece(lab: Lab, batch: Batch, index: int) -> dict[str, np.ndarray]:
+    done = backward(lab, batch, index)
     v = np.zeros((len(batch), int(lab.start[-1])))
-    with torch.no_grad():
-        for tap, gradient in zip(taps.found, gradients, strict=True):
-            if gradient is not None:
-                _add_derivatives(lab, tap, gradient, v)
-    slopes = v.sum(0) if at_base.has_slope else np.zeros(v.shape[1])
-    return {"base": np.asarray(float(base.detach().sum())), "slopes": slopes, "curvature": v.T @ v}
+    for made in done.calls:
+        _add_derivatives(lab, made, v)
+    slopes = v.sum(0) if done.has_slope else np.zeros(v.shape[1])
+    return {"base": np.asarray(done.base), "slopes": slopes, "curvature": v.T @ v}
 
 
-def _add_derivatives(lab: Lab, tap: _Tap, gradient: Tensor, v: np.ndarray) -> None:
+def _add_derivatives(lab: Lab, made: CallGradient, v: np.ndarray) -> None:
     """Add to v [image, choice] what a layer's call contributes at every choice of its unit."""
-    unit = next(unit for unit in lab.free if tap.layer in lab.space.units[unit].layers)
-    own = tap.function(*tap.args, **tap.kwargs)
-    for choice in range(len(lab.space.units[unit].choices)):
-        change = lab.engine.variants.changes(unit, [choice], merged=False)[tap.layer]
-        moved = run_changed(tap.function, tap.args, tap.kwargs, change) - own
-        per_image = (moved * gradient).reshape(len(v), -1).sum(1, dtype=torch.float64)
+    for unit, choice in lab.choices_of(made.layer):
+        per_image = (made.changed(lab, unit, choice) * made.gradient).reshape(len(v), -1).sum(1, dtype=torch.float64)
         v[:, lab.start[unit] + choice] += per_image.cpu().numpy()
 
 

@@ -1,0 +1,41 @@
+"""KL divergence: how far the predicted distribution moves when one unit alone is quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, final
+
+from mpq_plugins._scores import Scores
+from mpq_plugins._space import Space
+from mpq_plugins.proxies._sensitivity import AbstractSensitivity, by_unit
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@final
+@dataclass(frozen=True)
+class KLDivergence(AbstractSensitivity):
+    """KL(softmax of the float output || softmax of the quantized one), one unit and choice at a time; no labels.
+
+    The `kl_div` score of NVIDIA ModelOpt's AutoQuantize. It is the cross-entropy increase to be expected if labels were drawn
+    from the float model's own predictions. Outputs [N, class], [N, class, ...] or [N, position, class]; positions of an image
+    are averaged. Activations are quantized with the weights where the space searches their bits.
+    """
+
+    name: ClassVar[str] = "kl-divergence"
+    loss: ClassVar[str] = "kl"
+    per_channel: bool = True
+    n_images: int = 256
+    seed: int = 0
+    output: str | int | Callable[..., Any] | None = None
+    memory_mb: int = 1024
+
+    def score(self, model: nn.Module, space: Space, batches: Iterable[Any] = ()) -> Scores:
+        """Mean divergences in nats from one sweep."""
+        from mpq_plugins.sensitivity import Lab
+
+        lab = Lab(model, space, batches, self.setup())
+        effects = lab.effects()
+        return Scores(space, by_unit(space, effects.losses), self.recipe(), effects.facts)

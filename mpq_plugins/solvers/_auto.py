@@ -20,7 +20,7 @@ from mpq_plugins.solvers._milp import MILP
 from mpq_plugins.solvers._quadratic import Quadratic, has_pairs, without_pairs
 
 _FEW_PLANS = 20_000
-_MOST_PRODUCTS = 12_000  # variables of a linearized program that is solved in seconds to minutes
+_FEW_PRODUCTS = 1_500  # up to there a linearized program that is not convex takes seconds
 
 
 @final
@@ -29,7 +29,7 @@ class Auto(AbstractSolver):
     """Picks by the form of the problem; `Solution.solver` says which one answered and why.
 
     Without pairwise losses: `Knapsack` for one limit or none, `MILP` for more, or where the dynamic program stays short of a
-    proof. With them: `Exhaustive` for few plans, `Linearized` for small problems that are not convex, else `BranchAndBound`.
+    proof. With them: `Exhaustive` for few plans, `Linearized` for few products that are not convex, else `BranchAndBound`.
     `pair_gap` is the relative gap asked for with pairwise losses.
     """
 
@@ -62,15 +62,12 @@ class Auto(AbstractSolver):
         n_plans = math.prod(int(size) for size in np.diff(problem.start))
         if n_plans <= _FEW_PLANS:
             return _because(Exhaustive().solve(problem), f"exhaustive ({n_plans:,} plans)")
-        if _is_convex(problem):
-            found = BranchAndBound(self.time_limit_s, self.pair_gap).solve(problem)
-            return _because(found, "branch-and-bound (pairwise losses are convex)")
         products = n_products(problem)
-        if products <= _MOST_PRODUCTS:
-            found = Linearized(self.time_limit_s, self.pair_gap).solve(problem)
-            return _because(found, f"linearized (pairwise losses are not convex, {products:,} products)")
-        found = BranchAndBound(self.time_limit_s, self.pair_gap).solve(problem)
-        return _because(found, f"branch-and-bound (not convex, and {products:,} products are too many to linearize)")
+        if products <= _FEW_PRODUCTS and not _is_convex(problem):
+            program = Linearized(self.time_limit_s, self.pair_gap).solve(problem)
+            return _because(program, f"linearized (not convex, {products:,} products of choices)")
+        tree = BranchAndBound(self.time_limit_s, self.pair_gap).solve(problem)
+        return _because(tree, f"branch-and-bound (pairwise losses, {products:,} products of choices)")
 
 
 def _is_convex(problem: Problem) -> bool:

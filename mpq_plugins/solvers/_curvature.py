@@ -100,9 +100,11 @@ class _Lifted:
 
 def _positive_part(matrix: np.ndarray) -> np.ndarray:
     values, vectors = np.linalg.eigh(matrix)
+    part: np.ndarray
     positive = values > 0
     if 2 * positive.sum() < len(values):
-        part: np.ndarray = (vectors[:, positive] * values[positive]) @ vectors[:, positive].T
+        part = (vectors[:, positive] * values[positive]) @ vectors[:, positive].T
         return part
     rest = vectors[:, ~positive]
-    return matrix - (rest * values[~positive]) @ rest.T
+    part = matrix - (rest * values[~positive]) @ rest.T
+    return part

@@ -51,10 +51,7 @@ class Pool:
 
     def moved_to(self, restricted: Quadratic, taken: np.ndarray) -> Plan:
         """The plan with the columns `taken` of a restriction of the quadratic problem, in any order."""
-        columns = restricted.columns[taken]
-        units = restricted.problem.unit_of[columns]
-        choice = columns - restricted.problem.start[units]
-        return Plan.of(self.quadratic, _taken(self.quadratic, tuple(choice[np.argsort(units)].tolist())))
+        return Plan.of(self.quadratic, self.quadratic.positions(restricted.choice(taken)))
 
     def _plan(self, key: bytes) -> Plan:
         return Plan.of(self.quadratic, np.frombuffer(key, dtype=np.int64))
@@ -118,15 +115,8 @@ def _starts(quadratic: Quadratic, time_limit_s: float) -> tuple[list[Plan], Stat
         return [], Status.infeasible
     starts = _priced_descents(quadratic)
     if linear.choice:
-        starts.append(Plan.of(quadratic, _taken(quadratic, linear.choice)))
+        starts.append(Plan.of(quadratic, quadratic.positions(linear.choice)))
     return starts, Status.no_answer
-
-
-def _taken(quadratic: Quadratic, choice: tuple[int, ...]) -> np.ndarray:  # [unit]
-    position = np.full(len(quadratic.problem.loss), -1)
-    position[quadratic.columns] = np.arange(len(quadratic.columns))
-    taken: np.ndarray = position[quadratic.problem.columns(choice)]
-    return taken
 
 
 def _priced_descents(quadratic: Quadratic) -> list[Plan]:

@@ -148,6 +148,10 @@ def _limits(quadratic: Quadratic, picks: list[Any]) -> list[Any]:
 
 
 def n_products(problem: Problem) -> int:
-    """How many pairs of choices a linearized program has variables for."""
+    """How many pairs of choices a linearized program has variables for: those of units that interact."""
+    if problem.pairwise is None:
+        return 0
+    starts = problem.start[:-1]
+    largest = np.maximum.reduceat(np.maximum.reduceat(np.abs(problem.pairwise), starts, axis=0), starts, axis=1)
     sizes = np.diff(problem.start)
-    return int((sizes.sum() ** 2 - (sizes**2).sum()) // 2)
+    return int(np.triu((largest > 0) * np.outer(sizes, sizes), 1).sum())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -132,10 +134,17 @@ class Quadratic:
         in_slot = np.minimum.reduceat(values, self.slot_start)
         in_option = np.add.reduceat(in_slot, self.option_start)
         ends = np.append(self.group_start, len(in_option))
-        options = [a + int(np.argmin(in_option[a:b])) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        options = [a + int(np.argmin(in_option[a:b])) for a, b in itertools.pairwise(ends.tolist())]
         slots = np.flatnonzero(np.isin(self.option_of_slot, options))
         stops = np.append(self.slot_start, len(values))
         return np.array([stops[slot] + int(np.argmin(values[stops[slot] : stops[slot + 1]])) for slot in slots])
+
+    def positions(self, choice: Sequence[int]) -> np.ndarray:  # [unit]
+        """Positions among the open columns of one choice index per unit, -1 where it is not open."""
+        position = np.full(len(self.problem.loss), -1)
+        position[self.columns] = np.arange(len(self.columns))
+        taken: np.ndarray = position[self.problem.columns(choice)]
+        return taken
 
     def choice(self, taken: np.ndarray) -> tuple[int, ...]:  # [unit]
         """Choice index of every unit, from positions [unit] or a mask [open] of the columns taken."""

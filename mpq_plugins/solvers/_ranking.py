@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+
 import numpy as np
 
 from mpq_plugins._problem import Problem
+from mpq_plugins._solution import Status
+from mpq_plugins.solvers._around import plans_around
 from mpq_plugins.solvers._blocks import Blocks
 from mpq_plugins.solvers._core import nearest_plans
 from mpq_plugins.solvers._dual import relax
 from mpq_plugins.solvers._improve import reachable_losses
+from mpq_plugins.solvers._iterated_search import Pool
 from mpq_plugins.solvers._milp import best_within
+from mpq_plugins.solvers._neighbourhood import Plan
 from mpq_plugins.solvers._program import Backend
+from mpq_plugins.solvers._quadratic import Quadratic
 from mpq_plugins.solvers._secants import Relaxation
 
 MOST_CHOICES = 4_000
 _MAX_STATES = 20_000
-_TIME_LIMIT_S = 10.0
+_TIME_LIMIT_S = 4.0  # for all of them
+_PAIRED = 200  # choices that changes are built from
 
 
 def next_plans(problem: Problem, choice: tuple[int, ...], count: int, *, backend: Backend = "auto") -> list[tuple[int, ...]]:
-    """The `count` plans of least loss other than the optimum `choice`, best first; fewer where a proof is out of reach.
+    """The `count` plans of least loss other than the optimum `choice`; fewer where a proof is out of reach.
 
-    Empty for more than `MOST_CHOICES` choices, where thousands of plans are as good as the best.
+    With several limits, what a few seconds do not prove is filled up with the best plans one or two changes away. Empty for
+    more than `MOST_CHOICES` choices, where thousands of plans are as good as the best.
     """
     if count <= 0 or len(problem.loss) > MOST_CHOICES:
         return []
@@ -30,7 +40,8 @@ def next_plans(problem: Problem, choice: tuple[int, ...], count: int, *, backend
     reachable = reachable_losses(blocks, np.asarray(choice))
     enough = float(reachable[count - 1]) if len(reachable) >= count else np.inf
     if len(problem.limits) > 1:
-        return _by_cuts(blocks, relaxation, choice, count, enough, backend)
+        proven = _by_cuts(blocks, relaxation, choice, count, enough, backend)
+        return [*proven, *_around(problem, relaxation, choice, {choice, *proven}, count - len(proven))]
     return _by_program(blocks, relaxation, choice, count, enough)
 
 
@@ -49,10 +60,9 @@ def _by_cuts(
     blocks: Blocks, relaxation: Relaxation, choice: tuple[int, ...], count: int, enough: float, backend: Backend
 ) -> list[tuple[int, ...]]:
     """One after the other, each by a program that the plans before are cut from."""
-    from mpq_plugins._solution import Status
-
     plans = [choice]
-    while len(plans) <= count:
+    deadline = time.perf_counter() + _TIME_LIMIT_S
+    while len(plans) <= count and time.perf_counter() < deadline:
         outcome = best_within(
             blocks, relaxation, enough, without=tuple(plans), backend=backend, time_limit_s=_TIME_LIMIT_S, gap=1e-9
         )
@@ -60,3 +70,21 @@ def _by_cuts(
             break
         plans.append(tuple(int(index) for index in outcome.choice))
     return plans[1:]
+
+
+def _around(
+    problem: Problem, relaxation: Relaxation, choice: tuple[int, ...], without: set[tuple[int, ...]], count: int
+) -> list[tuple[int, ...]]:
+    """The best plans one or two changes from `choice` and from the best of those."""
+    if count <= 0:
+        return []
+    n = len(problem.loss)
+    everything = Quadratic.of(replace(problem, pairwise=np.zeros((n, n))))
+    now = problem.columns(choice)
+    priced = problem.loss + sum(price * row.cost for price, row in zip(relaxation.prices, problem.limits, strict=True))
+    near = np.argsort(np.abs(priced - priced[now][problem.unit_of]), kind="stable")[: len(now) + _PAIRED]
+    few = everything.restricted(np.isin(everything.columns, np.concatenate([now, near])))
+    pool = Pool(few)
+    pool.add(Plan.of(few, few.positions(choice)))
+    plans = [few.choice(plan.taken) for plan in plans_around(pool)]
+    return [plan for plan in plans if plan not in without][:count]

@@ -212,12 +212,14 @@ def _certificate(allocation: Allocation, budgets: Sequence[Budget]) -> list[str]
     solution, space = allocation.solution, allocation.space
     lines = [f"{solution.solver}: {solution.status.value}; loss {solution.objective:.6g}, gap {solution.gap:.1e}"]
     rows = [budget for budget in budgets if budget.cost.reduce == "sum"]
-    for budget, used, unused, price in zip(rows, solution.usage, solution.unused, solution.shadow_prices, strict=True):
+    # A quadratic program that was not relaxed has no prices.
+    prices = solution.shadow_prices or (None,) * len(rows)
+    for budget, used, unused, price in zip(rows, solution.usage, solution.unused, prices, strict=True):
         limit = budget.resolve(space)
-        saved = price * 0.01 * limit
+        saved = "" if price is None else f"; 1 % more would save {price * 0.01 * limit:.3g} of the loss"
         lines.append(
             f"{budget.cost.name}: {format_amount(used, budget.cost.unit)} of {format_amount(limit, budget.cost.unit)}, "
-            f"{format_amount(unused, budget.cost.unit)} unused; 1 % more would save {saved:.3g} of the loss"
+            f"{format_amount(unused, budget.cost.unit)} unused{saved}"
         )
     if allocation.selection is not None:
         measured, kept = allocation.selection.measured, allocation.selection.kept

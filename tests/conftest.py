@@ -2,9 +2,17 @@
 
 import os
 
+import pytest
+
 # NNCF builds a C++ extension on first use, which can take longer than its default patience; and no telemetry from tests.
 os.environ.setdefault("CI", "true")
 os.environ.setdefault("NNCF_CI", "1")
 os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "0")
 # Networks here are tiny: a second thread costs more than it gives, on a busy machine many times more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path_factory):
+    """Keep what commands leave in the user's cache out of it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))

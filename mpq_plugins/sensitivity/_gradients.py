@@ -27,6 +27,17 @@ def first_order_effects(lab: Lab) -> Effects:
     in the directions of the quantization errors (as in MPQCO and in NVIDIA ModelOpt's gradient scores, with cross terms).
     Without labels the derivative is that of a label drawn from the model's own distribution, and slopes are zero.
     """
+    sums = lab.journal.get("all-fisher")
+    if sums is None:
+        sums = _measure_all(lab)
+        lab.journal.put("all-fisher", sums)
+    mean = {name: array / lab.n_images for name, array in sums.items()}
+    facts = {"n_images": lab.n_images, "passes": "one forward and one backward pass"}
+    return Effects(float(mean["base"]), mean["slopes"], mean["slopes"], mean["curvature"], None, lab.n_images, facts)
+
+
+def _measure_all(lab: Lab) -> dict[str, np.ndarray]:
+    """Sums over all images, piece by piece."""
     n_choices = int(lab.start[-1])
     sums = {"base": np.asarray(0.0), "slopes": np.zeros(n_choices), "curvature": np.zeros((n_choices, n_choices))}
     for index, batch in enumerate(track(lab.pieces(), "images forward and back")):
@@ -36,9 +47,7 @@ def first_order_effects(lab: Lab) -> Effects:
             arrays = _of_piece(lab, batch, index)
             lab.journal.put(key, arrays)
         sums = {name: sums[name] + arrays[name] for name in sums}
-    mean = {name: array / lab.n_images for name, array in sums.items()}
-    facts = {"n_images": lab.n_images, "passes": "one forward and one backward pass"}
-    return Effects(float(mean["base"]), mean["slopes"], mean["slopes"], mean["curvature"], None, lab.n_images, facts)
+    return sums
 
 
 @dataclass(frozen=True)

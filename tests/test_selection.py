@@ -1,0 +1,209 @@
+"""Top-k selection by measured loss, and measurements that outlive the process that made them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import mpq_plugins as mpq
+from mpq_plugins._cli import main
+from mpq_plugins._errors import BudgetError
+from mpq_plugins._solution import Status
+from mpq_plugins.digits import DigitsNet, digits
+from mpq_plugins.proxies import CLADO, Projection
+from mpq_plugins.sensitivity import Lab, Setup, keeping_measurements
+
+MODEL = "mpq_plugins.digits:DigitsNet"
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return DigitsNet(width=8).eval()
+
+
+@pytest.fixture
+def batches():
+    return digits(train=True, batch_size=32)[:2]
+
+
+def space_of(net, widths=(2, 4, 8)):
+    example = digits(train=True, batch_size=1)[0].inputs
+    return mpq.build_space(net, example, choices=mpq.menu(widths), pin={"layer1.*": "w8a8", "layer2.*": "w8a8"})
+
+
+def test_the_plan_of_least_measured_loss_is_kept(net):
+    """Of five plans the fourth measures best: it is kept, with the score's bound, and the gain is the difference."""
+    space = space_of(net)
+    scores = Projection().score(net, space)
+    first = mpq.solve_scores(scores, {"size": "w4"})
+    asked = []
+
+    def measure(plans):
+        asked.extend(plans)
+        return [5.0, 4.0, 3.0, 1.0, 2.0]
+
+    kept = mpq.solve_scores(scores, {"size": "w4"}, top_k=5, measure=measure)
+    assert len({tuple(plan) for plan in asked}) == 5
+    assert kept.selection.kept == 3
+    assert kept.selection.gain == pytest.approx(4.0)
+    chosen = {name: str(precision) for name, precision in space.assignment(asked[3]).items()}
+    assert {name: str(precision) for name, precision in kept.bits.layers.items()} == chosen
+    assert kept.solution.status is Status.feasible
+    assert kept.solution.bound == first.solution.bound
+    assert kept.solution.objective >= first.solution.objective
+    assert kept.bits.costs["size"] <= mpq.Budget(mpq.costs.WeightSize(), "w4").resolve(space)
+    assert kept.bits.origin["selection"]["measured"] == [5.0, 4.0, 3.0, 1.0, 2.0]
+
+
+def test_ties_go_to_the_score_and_one_plan_switches_the_selection_off(net):
+    """With equal measurements the score's own plan stays; with top_k = 1 nothing is measured."""
+    scores = Projection().score(net, space_of(net))
+    first = mpq.solve_scores(scores, {"size": "w4"})
+    tied = mpq.solve_scores(scores, {"size": "w4"}, top_k=4, measure=lambda plans: [1.0] * len(plans))
+    assert (tied.bits.layers, tied.selection.kept) == (first.bits.layers, 0)
+    assert mpq.solve_scores(scores, {"size": "w4"}, measure=lambda plans: 1 / 0).selection is None
+    with pytest.raises(BudgetError, match="top_k is 0"):
+        mpq.solve_scores(scores, {"size": "w4"}, top_k=0)
+
+
+def test_choices_dropped_by_a_peak_limit_do_not_shift_the_plans(net):
+    """With a limit on activation memory the measured plans are those of the bit configuration, in the space's own choices."""
+    space = mpq.build_space(net, digits(train=True, batch_size=1)[0].inputs, choices=mpq.menu((2, 4, 8), (2, 4, 8)))
+    scores = Projection().score(net, space)
+    asked = []
+
+    def measure(plans):
+        asked.extend(plans)
+        return [float(len(plans) - at) for at in range(len(plans))]
+
+    kept = mpq.solve_scores(scores, {"size": "w4", "activation_memory": "w8a4"}, top_k=3, measure=measure)
+    assert space.assignment(asked[-1]) == dict(kept.bits.layers)
+
+
+def test_measured_losses_are_those_of_a_quantized_copy(net, batches):
+    """The measured loss of a plan equals the cross-entropy of a copy whose weights hold the reference quantizer's values."""
+    import copy
+
+    from mpq_plugins._quantizer import mse_scale, quantize
+
+    space = space_of(net)
+    plan = [len(unit.choices) - 1 - index % len(unit.choices) for index, unit in enumerate(space.units)]
+    lab = Lab(net, space, batches, Setup())
+    twin = copy.deepcopy(net)
+    for name, precision in space.assignment(plan).items():
+        weight = dict(twin.named_modules())[name].weight.data
+        scale = mse_scale(weight, precision.weight)
+        weight.copy_(quantize(weight, scale, precision.weight) * scale)
+    with torch.no_grad():
+        losses = [torch.nn.functional.cross_entropy(twin(b.inputs), b.labels, reduction="sum") for b in batches]
+    assert lab.losses_at([plan])[0] == pytest.approx(float(sum(losses)) / 64, rel=1e-5)
+
+
+def test_selection_on_the_command_line(tmp_path, monkeypatch, capsys):
+    """`--top-k` prints what was measured and writes it into the bit configuration."""
+    monkeypatch.chdir(tmp_path)
+    words = ["allocate", "--model", MODEL, "--data", "digits", "--images", "64", "--bits", "2,4,8", "--budget", "size=w4"]
+    assert main([*words, "--proxy", "clado", "--top-k", "4", "--quiet"]) == 0
+    assert "measured loss of the best 4 plans" in capsys.readouterr().out
+    selection = json.loads((tmp_path / "bits.json").read_text())["origin"]["selection"]
+    assert selection["measured"][selection["kept"]] == min(selection["measured"])
+
+
+class Passes:
+    """Counts the forward passes of a network."""
+
+    def __init__(self, net):
+        self.count = 0
+        net.register_forward_hook(self._add)
+
+    def _add(self, *_):
+        self.count += 1
+
+
+@pytest.mark.parametrize("tier", ["gram", "exact", "fisher"])
+def test_kept_measurements_need_no_forward_pass(net, batches, tmp_path, tier):
+    """A second score of the same question reads the journal and gives the same numbers; other data are measured anew."""
+    space, proxy, passes = space_of(net, (2, 8)), CLADO(tier=tier, n_images=64), Passes(net)
+    with keeping_measurements(tmp_path):
+        first, n_first = proxy.score(net, space, batches), passes.count
+        second = proxy.score(net, space, batches)
+        assert passes.count == n_first > 0
+        proxy.score(net, space, batches[:1])
+        assert passes.count > n_first
+    assert second.loss == first.loss
+    assert np.array_equal(second.pairwise, first.pairwise)
+    assert second.facts == first.facts
+
+
+def test_other_weights_are_measured_anew(net, batches, tmp_path):
+    """The journal tells networks apart by their weights, not only by their layers."""
+    space, proxy = space_of(net, (2, 8)), CLADO(n_images=64)
+    with keeping_measurements(tmp_path):
+        first = proxy.score(net, space, batches)
+        with torch.no_grad():
+            net.fc.bias.add_(torch.arange(10.0))
+        assert proxy.score(net, space, batches).loss != first.loss
+
+
+def test_a_damaged_file_is_measured_again(net, batches, tmp_path):
+    """A measurement cut off on disk is not believed."""
+    space, proxy = space_of(net, (2, 8)), CLADO(n_images=64)
+    with keeping_measurements(tmp_path):
+        first = proxy.score(net, space, batches)
+        for path in tmp_path.rglob("*.safetensors"):
+            path.write_bytes(path.read_bytes()[:40])
+        assert proxy.score(net, space, batches).loss == first.loss
+
+
+KILLED = """
+import os, signal, sys, torch
+from mpq_plugins.digits import DigitsNet, digits
+from mpq_plugins.proxies import CLADO
+from mpq_plugins.sensitivity import keeping_measurements
+from mpq_plugins.sensitivity._journal import Journal
+import mpq_plugins as mpq
+
+torch.set_num_threads(1)
+kept, put = [], Journal.put
+
+def put_and_die(self, key, arrays):
+    put(self, key, arrays)
+    kept.append(key)
+    if len(kept) == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Journal.put = put_and_die
+torch.manual_seed(0)
+net = DigitsNet(width=8).eval()
+space = mpq.build_space(
+    net, digits(train=True, batch_size=1)[0].inputs, choices=mpq.menu((2, 4, 8)), pin={"layer1.*": "w8a8", "layer2.*": "w8a8"}
+)
+with keeping_measurements(sys.argv[1]):
+    CLADO(n_images=64).score(net, space, digits(train=True, batch_size=32)[:2])
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no kill -9 on this system")
+def test_a_killed_run_goes_on_where_it_stopped(net, batches, tmp_path):
+    """After `kill -9` within the second batch the same numbers come out, and measured units are not measured again."""
+    space, proxy = space_of(net), CLADO(n_images=64)
+    passes = Passes(net)
+    whole = proxy.score(net, space, batches)
+    n_whole, passes.count = passes.count, 0
+    n_free = sum(map(space.is_free, space.units))
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path), str(n_free + 1 + n_free // 2)], env=environment, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL
+    with keeping_measurements(tmp_path):
+        resumed = proxy.score(net, space, batches)
+    assert resumed.loss == whole.loss
+    assert np.array_equal(resumed.pairwise, whole.pairwise)
+    assert passes.count < 0.8 * n_whole

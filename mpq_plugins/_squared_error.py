@@ -63,7 +63,7 @@ class Rows:
     @cached_property
     def squares(self) -> Tensor:
         """Sum of the squares of the n least values of each row.  # [row, n], float64"""
-        return _sums_of_first(self.ascending.double().square_())
+        return _sums_of_first(self.ascending.to(torch.float64, copy=True).square_())
 
     @cached_property
     def n_nonzero(self) -> Tensor:

@@ -93,6 +93,14 @@ def test_any_axis_shape_and_dtype(axis):
                 torch.testing.assert_close(scale.select(axis, index).flatten(), alone.flatten())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bits_asked_for_together_are_those_asked_for_alone(dtype):
+    """What the search shares among bit-widths is not changed by any of them."""
+    weight = torch.randn(2, 500, dtype=dtype, generator=torch.Generator().manual_seed(3))
+    for bits, scale in mse_scales(weight, BITS).items():
+        torch.testing.assert_close(scale, mse_scale(weight, bits), rtol=0, atol=0)
+
+
 def test_one_scale_for_a_whole_tensor():
     """Without an axis, 200,000 weights share one scale, as good as any of 400 thresholds."""
     weight = torch.randn(50, 4000, generator=torch.Generator().manual_seed(2))

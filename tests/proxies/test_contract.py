@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import PROXIES
+from helpers import ORDERED, PROXIES
 from torch import nn
 
 from mpq_plugins import Scores, Space, find_layers, menu
@@ -58,7 +58,7 @@ def test_scores_are_finite_repeatable_and_savable(proxy, tmp_path):
     assert read.proxy == proxy.recipe()
 
 
-@every_proxy
+@pytest.mark.parametrize("proxy", ORDERED, ids=repr)
 def test_more_bits_never_lose_more(proxy):
     """A choice with at least as many weight and activation bits has no larger loss."""
     model = small_net()

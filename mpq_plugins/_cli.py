@@ -136,7 +136,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="torchvision:NAME, timm:NAME, file.py:BUILD or module:BUILD; options after '?': NAME?num_classes=10",
     )
     group.add_argument("--weights", metavar="FILE", help="state dict (.pt, .pth, .safetensors) loaded into the model")
-    group.add_argument("--data", metavar="SPEC", help="digits, imagefolder:DIR, file.py:LOADER or module:LOADER")
+    group.add_argument("--data", metavar="SPEC", help="digits, glyphs, imagefolder:DIR, file.py:LOADER or module:LOADER")
     group.add_argument("--input", metavar="SHAPE", help="input shape such as 1x3x224x224 (default: from the data)")
     group.add_argument("--batch-size", type=_count, default=32, metavar="N", help="images in a batch of built-in data (32)")
     group.add_argument("--images", type=_count, default=256, metavar="N", help="images to score and calibrate with (256)")

@@ -116,18 +116,24 @@ def _check_state(model: nn.Module, state: Mapping[str, Any], path: Path) -> None
 def load_data(spec: str, *, input_shape: tuple[int, ...] | None = None, batch_size: int = 32) -> Iterable[Any]:
     """Batches of the data that `spec` names, in a fixed order; can be iterated again.
 
-    `digits` (scikit-learn's handwritten digits, 1x8x8), `imagefolder:DIR` (torchvision's layout, one folder a class; resized
-    and centre-cropped to `input_shape` [batch, channels, height, width], ImageNet normalisation), or `file.py:loader` /
-    `package.module:loader`, a callable or an iterable of items that `Batch.of` reads.
+    `digits` (scikit-learn's handwritten digits, 1x8x8), `glyphs` (rendered letters, 1x32x32), `imagefolder:DIR` (torchvision's
+    layout, one folder a class; resized and centre-cropped to `input_shape` [batch, channels, height, width], ImageNet
+    normalisation), or `file.py:loader` / `package.module:loader`, a callable or an iterable of items that `Batch.of` reads.
     Raises `DataError` and `MissingExtraError`.
     """
     if spec == "digits":
         from mpq_plugins.digits import digits
 
         return digits(train=False, batch_size=batch_size)
+    if spec == "glyphs":
+        from mpq_plugins.glyphs import glyphs
+
+        return glyphs(train=False, batch_size=batch_size)
     source, colon, target = spec.rpartition(":") if not spec.startswith("imagefolder:") else spec.partition(":")
     if not colon:
-        raise DataError(f"{spec!r} names no data. Write digits, imagefolder:DIR, path/to/file.py:LOADER or module:LOADER.")
+        raise DataError(
+            f"{spec!r} names no data. Write digits, glyphs, imagefolder:DIR, path/to/file.py:LOADER or module:LOADER."
+        )
     if source == "imagefolder":
         return ImageFolder(Path(target), size=input_shape[-1] if input_shape else 224, batch_size=batch_size)
     return UserLoader(_attribute(source, target, DataError), spec)

@@ -21,9 +21,9 @@ class HessianTrace(AbstractSensitivity):
     """Tr(H) / n ||Q(w) - w||^2 with H the Hessian of the loss by a weight of length n, summed over the weights of a unit.
 
     HAWQ-V2 (Dong et al., arXiv 1911.03852, eq. 2.11), also the sensitivity of HAWQ-V3's integer program (Yao et al., arXiv
-    2011.10680) and of NNCF 2's HAWQ. Traces are Hutchinson estimates from two backward passes a probe (`hessian_traces` in
-    the sensitivity engine): at most `n_probes`, less when every trace is known to a relative standard error of `tolerance`.
-    A negative estimate, a saddle or noise, counts as zero curvature.
+    2011.10680) and of NNCF 2's HAWQ. Traces are Hutchinson estimates, a weight at a time (`hessian_traces` in the sensitivity
+    engine): from at most `n_probes`, less once a trace is known to a relative standard error of `tolerance`. A negative
+    estimate, a saddle or noise, counts as zero curvature.
 
     Without labels the loss is KL divergence from the float output, whose Hessian is the average over labels drawn from the
     model's own predictions. Activations do not count (`weight_losses` in `_sensitivity` says how ties are settled).
@@ -52,6 +52,6 @@ class HessianTrace(AbstractSensitivity):
         def error(layer: str, delta: Tensor) -> float:
             return max(0.0, traces.mean[space.layer(layer).weight_name]) * float(delta.double().square().sum())
 
-        facts = {"mean_trace": dict(traces.mean), "standard_error": dict(traces.error), "n_probes": traces.n_probes}
+        facts = {"mean_trace": dict(traces.mean), "standard_error": dict(traces.error), "n_probes": dict(traces.n_probes)}
         table = weight_losses(space, lab.engine.variants, error)
         return Scores(space, table, self.recipe(), {**facts, "n_images": lab.n_images})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -25,94 +27,91 @@ _ROUND = 8  # probes that share a forward and a backward pass
 
 @dataclass(frozen=True)
 class Traces:
-    """Mean trace of the Hessian block of every weight, and its standard error, by the weight's name."""
+    """Mean trace of the Hessian block of every weight, its standard error and its number of probes, by the weight's name."""
 
     mean: Mapping[str, float]
     error: Mapping[str, float]
-    n_probes: int
+    n_probes: Mapping[str, int]
 
 
 def hessian_traces(lab: Lab, *, n_probes: int, tolerance: float) -> Traces:
     """The trace of d2Loss / dw2 of every free weight divided by its length, for the mean loss of the sensitivity set.
 
-    v'Hv is averaged over probes v of random signs, drawn for all weights at once: what other weights add has mean zero.
-    Every piece of the set has probes of its own. At most `n_probes` are drawn, less when the standard error of every
-    trace falls to `tolerance` times its size.
+    v'Hv is averaged over probes v of random signs, for one weight at a time; every piece of the set has probes of its own.
+    At most `n_probes` are drawn for a weight, less when its standard error falls to `tolerance` times its trace.
     """
-    names = sorted({lab.space.layer(name).weight_name for unit in lab.free for name in lab.space.units[unit].layers})
-    samples = np.zeros((0, len(names)))  # [probe, weight]
+    samples: dict[str, list[float]] = {weight: [] for weight in _free_weights(lab)}
     for first in track(range(0, n_probes, _ROUND), "rounds of Hessian probes"):
-        probes = range(first, min(first + _ROUND, n_probes))
-        samples = np.concatenate([samples, _round(lab, names, probes)])
-        if _settled(samples, tolerance):
+        open_ = [weight for weight, found in samples.items() if not _settled(found, tolerance)]
+        if not open_:
             break
-    mean, error = samples.mean(0), _standard_error(samples)
-    return Traces(dict(zip(names, mean.tolist(), strict=True)), dict(zip(names, error.tolist(), strict=True)), len(samples))
+        for weight, found in _round(lab, open_, range(first, min(first + _ROUND, n_probes))).items():
+            samples[weight] += found.tolist()
+    return Traces(
+        {weight: float(np.mean(found)) for weight, found in samples.items()},
+        {weight: _standard_error(found) for weight, found in samples.items()},
+        {weight: len(found) for weight, found in samples.items()},
+    )
 
 
-def _settled(samples: np.ndarray, tolerance: float) -> bool:
-    return bool(np.all(_standard_error(samples) <= tolerance * np.abs(samples.mean(0))))
+def _free_weights(lab: Lab) -> dict[str, str]:
+    """The weights of free units, each with one layer that holds it."""
+    return {lab.space.layer(name).weight_name: name for unit in lab.free for name in lab.space.units[unit].layers}
 
 
-def _standard_error(samples: np.ndarray) -> np.ndarray:  # [weight]; zeros for a single probe
-    if len(samples) < 2:
-        return np.zeros(samples.shape[1])
-    error: np.ndarray = samples.std(0, ddof=1) / np.sqrt(len(samples))
-    return error
+def _settled(samples: Sequence[float], tolerance: float) -> bool:
+    return len(samples) > 1 and _standard_error(samples) <= tolerance * abs(float(np.mean(samples)))
 
 
-def _round(lab: Lab, names: Sequence[str], probes: range) -> np.ndarray:  # [probe, weight]
-    total = np.zeros((len(probes), len(names)))
+def _standard_error(samples: Sequence[float]) -> float:
+    return float(np.std(samples, ddof=1) / math.sqrt(len(samples))) if len(samples) > 1 else 0.0
+
+
+def _round(lab: Lab, weights: Sequence[str], probes: range) -> dict[str, np.ndarray]:
+    """v'Hv / length of each of the weights for each probe [probe], averaged over the sensitivity set."""
+    total = {weight: np.zeros(len(probes)) for weight in weights}
     for index, batch in enumerate(lab.pieces()):
         key = f"piece{index:05d}-hessian-{probes.start}-{probes.stop}"
-        arrays = lab.journal.get(key)
-        if arrays is None:
-            arrays = {"products": _of_piece(lab, names, batch, index, probes)}
+        arrays = lab.journal.get(key) or {}
+        missing = [weight for weight in weights if weight not in arrays]
+        if missing:
+            arrays |= _of_piece(lab, missing, batch, index, probes)
             lab.journal.put(key, arrays)
-        total += arrays["products"]
-    return total / lab.n_images
+        total = {weight: total[weight] + arrays[weight] / lab.n_images for weight in weights}
+    return total
 
 
-def _of_piece(lab: Lab, names: Sequence[str], batch: Batch, index: int, probes: range) -> np.ndarray:
-    """v'Hv / length for the summed loss of a piece, by probe and weight."""
+def _of_piece(lab: Lab, weights: Sequence[str], batch: Batch, index: int, probes: range) -> dict[str, np.ndarray]:
+    """The same, summed over the images of a piece."""
     model, engine = lab.model, lab.engine
-    layers = {lab.space.layer(name).weight_name: name for unit in lab.free for name in lab.space.units[unit].layers}
-    leaves = {weight: engine.variants.own(layers[weight]).requires_grad_(True) for weight in names}
+    leaves = {weight: engine.variants.own(_free_weights(lab)[weight]).requires_grad_(True) for weight in weights}
     by_layer = {layer.name: leaves[layer.weight_name] for layer in lab.space.layers if layer.weight_name in leaves}
-    # Only the plain form of attention can be differentiated twice.
-    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+    with sdpa_kernel(SDPBackend.MATH):  # the only form of attention that can be differentiated twice
         with evaluating(model), engine.owner, telling_failures(model), torch.enable_grad(), _Leaves(engine.owner, by_layer):
             output = select(call(model, batch.inputs), engine.output)
         generator = torch.Generator().manual_seed(lab.setup.seed + index)
         at_base = measure(lab.setup.loss, output.detach(), batch, n_samples=lab.setup.n_samples, generator=generator)
-        gradients = torch.autograd.grad(
-            at_base.losses(output).sum(), list(leaves.values()), create_graph=True, allow_unused=True
-        )
-        return np.stack([_products(list(leaves.values()), gradients, _generator(lab, index, probe)) for probe in probes])
+        with torch.enable_grad():
+            loss = at_base.losses(output).sum()
+            gradients = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, allow_unused=True)
+        return {
+            weight: np.asarray([_product(leaf, gradient, _generator(lab, weight, index, probe)) for probe in probes])
+            for (weight, leaf), gradient in zip(leaves.items(), gradients, strict=True)
+        }
 
 
-def _products(leaves: Sequence[Tensor], gradients: Sequence[Tensor | None], generator: torch.Generator) -> np.ndarray:
-    """v'Hv / length of every leaf, for one probe v."""
-    signs = [torch.randint(0, 2, leaf.shape, generator=generator).to(leaf).mul_(2).sub_(1) for leaf in leaves]
-    along = [
-        (gradient * sign).sum()
-        for gradient, sign in zip(gradients, signs, strict=True)
-        if gradient is not None and gradient.requires_grad
-    ]
-    if not along:
-        return np.zeros(len(leaves))
-    products = torch.autograd.grad(torch.stack(along).sum(), leaves, retain_graph=True, allow_unused=True)
-    return np.asarray(
-        [
-            0.0 if product is None else float((product * sign).sum(dtype=torch.float64)) / max(1, leaf.numel())
-            for leaf, product, sign in zip(leaves, products, signs, strict=True)
-        ]
-    )
+def _product(leaf: Tensor, gradient: Tensor | None, generator: torch.Generator) -> float:
+    """v'Hv / length for one probe v."""
+    if gradient is None or not gradient.requires_grad:  # a loss that is linear in the weight
+        return 0.0
+    signs = torch.randint(0, 2, leaf.shape, generator=generator).to(leaf).mul_(2).sub_(1)
+    [product] = torch.autograd.grad((gradient * signs).sum(), [leaf], retain_graph=True, allow_unused=True)
+    return 0.0 if product is None else float((product * signs).sum(dtype=torch.float64)) / max(1, leaf.numel())
 
 
-def _generator(lab: Lab, index: int, probe: int) -> torch.Generator:
-    seed = np.random.SeedSequence([lab.setup.seed, index, probe]).generate_state(1)[0]
-    return torch.Generator().manual_seed(int(seed))
+def _generator(lab: Lab, weight: str, index: int, probe: int) -> torch.Generator:
+    entropy = [lab.setup.seed, zlib.crc32(weight.encode()), index, probe]
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
 
 @final

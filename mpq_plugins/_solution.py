@@ -31,8 +31,11 @@ class Solution:
 
     `bound` is a proven lower bound of the loss, `gap` = (objective - bound) / max(|objective|, 1e-12) floored at 0.
     `usage` and `unused` have one number per limit, `shadow_prices` the loss saved per unit more of each limit (at the
-    LP relaxation, never negative). `next_best` are the best other plans, best first; empty where ranking them would cost
-    more than solving. `advice` says what to do about an answer that is not optimal. `choice` is empty when there is none;
+    linear relaxation, or with pairwise losses at the convex one; never negative; empty where none was solved). `next_best`
+    are other feasible plans, best first. For linear losses with one limit or none, and from `Exhaustive`, they are the exact
+    ranking, empty where that would cost more than solving; with several limits the first are, and the best plans one or two
+    changes away follow. With pairwise losses they are the best of the plans that the search met and of those one or two
+    changes from its best ones: a better one may be missing. `advice` says what to do about an answer that is not optimal. `choice` is empty when there is none;
     with `Status.over_budget` it is the plan that breaks a limit.
     """
 

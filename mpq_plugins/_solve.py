@@ -74,7 +74,7 @@ def unreachable(problem: Problem) -> str | None:
 
 @dataclass(frozen=True)
 class _Scaling:
-    """The problem as solvers see it: losses start at zero and spread over 1e4, limits are near 1e3.
+    """The problem as solvers see it: losses start at zero (unless there are pairs) and spread over 1e4, limits are near 1e3.
 
     Tiny losses under a solver's absolute tolerances give a wrong "optimal". Factors are powers of two, which round nothing.
     """
@@ -86,9 +86,10 @@ class _Scaling:
     @classmethod
     def of(cls, problem: Problem) -> _Scaling:
         least = np.minimum.reduceat(problem.loss, problem.start[:-1])
-        most = np.maximum.reduceat(problem.loss, problem.start[:-1])
-        spread = float(np.sum(most - least))
+        spread = float(np.sum(_ptp(problem.loss, problem.start[:-1])))
         if problem.pairwise is not None:
+            # Pairs may outweigh the linear losses, so that the gap is relative to both together.
+            least = np.zeros_like(least)
             spread += float(np.abs(problem.pairwise).max())
         factor = _power_of_two(_SPREAD / spread) if spread > 0 else 1.0
         limits = []
@@ -161,17 +162,26 @@ def _certified(problem: Problem, scaling: _Scaling, answer: Solution, solver: Ab
 
 def _is_closed(problem: Problem, scaling: _Scaling, solution: Solution) -> bool:
     """Whether the bound is close enough to call the plan optimal, in losses above the least of every unit or as they are."""
-    left = solution.objective - solution.bound + _rounding(problem, solution.choice)
-    return left <= _CLOSED * max(abs(solution.objective), abs(solution.objective - scaling.shift)) or left == 0
+    left = solution.objective - solution.bound
+    is_close = left <= _CLOSED * max(abs(solution.objective), abs(solution.objective - scaling.shift)) or left == 0
+    return is_close and (problem.pairwise is None or _is_told(problem, problem.pairwise, solution.choice))
 
 
-def _rounding(problem: Problem, choice: tuple[int, ...]) -> float:
-    """What the sum of pairwise losses may be off: where large terms cancel, no plan is provably the best."""
-    if problem.pairwise is None:
-        return 0.0
-    columns = problem.columns(choice)
-    terms = float(np.abs(problem.loss[columns]).sum() + np.abs(problem.pairwise[np.ix_(columns, columns)]).sum() / 2)
-    return float(np.finfo(float).eps) * problem.n_units * terms
+def _is_told(problem: Problem, pairwise: np.ndarray, choice: tuple[int, ...]) -> bool:
+    """Whether the rounding of the sums is small beside what choices change: where large terms cancel, nothing is proven."""
+    columns, starts = problem.columns(choice), problem.start[:-1]
+    terms = np.abs(problem.loss[columns]).sum() + np.abs(pairwise[np.ix_(columns, columns)]).sum() / 2
+    rounding = float(np.finfo(float).eps) * problem.n_units * float(terms)
+    between = np.where(problem.unit_of[:, None] == problem.unit_of, 0.0, pairwise)
+    most = np.maximum.reduceat(np.maximum.reduceat(between, starts, axis=0), starts, axis=1)
+    least = np.minimum.reduceat(np.minimum.reduceat(between, starts, axis=0), starts, axis=1)
+    at_stake = float(np.sum(_ptp(problem.loss + np.diag(pairwise) / 2, starts)) + np.sum(most - least) / 2)
+    return rounding <= _CLOSED * at_stake or at_stake == 0
+
+
+def _ptp(values: np.ndarray, starts: np.ndarray) -> np.ndarray:  # [unit]
+    spans: np.ndarray = np.maximum.reduceat(values, starts) - np.minimum.reduceat(values, starts)
+    return spans
 
 
 def _check_plan(problem: Problem, answer: Solution, named: str) -> None:

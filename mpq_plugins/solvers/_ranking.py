@@ -23,7 +23,7 @@ from mpq_plugins.solvers._secants import Relaxation
 
 MOST_CHOICES = 4_000
 _MAX_STATES = 20_000
-_TIME_LIMIT_S = 4.0  # for all of them
+_TIME_LIMIT_S = 2.0  # for all of them
 _PAIRED = 200  # choices that changes are built from
 
 

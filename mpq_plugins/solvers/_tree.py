@@ -23,6 +23,7 @@ _LOOKS = 8
 _STALLED = 0.1  # share of the way to the cut-off that a look must gain
 _PARENTS = 42  # split at a time: about 128 children
 _SHRUNK = 0.9
+_WITHIN = 0.99  # of the gap, so that it holds after rounding
 _PLAN_EVERY = 4  # batches between two local searches
 _MOST_BYTES = 5e8  # of open nodes; beyond, those nearest to their end go first
 _TIGHTENINGS = 400
@@ -50,7 +51,7 @@ class Tree:
     def cut_off(self) -> float:
         """Losses from here on are of no interest."""
         best = self.pool.best_loss
-        return best - self.gap * abs(best) if np.isfinite(best) else np.inf
+        return best - _WITHIN * self.gap * abs(best) if np.isfinite(best) else np.inf
 
     @property
     def bound(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
@@ -60,6 +61,7 @@ class Engine:
     memory_bytes: int
     counter: Counter
     channels_last: bool = False
+    stacking: bool = True
 
     @classmethod
     def start(
@@ -186,7 +188,7 @@ class _ReplayedRun(AbstractRun):
 
     def _n_stacked(self) -> int:
         """How many variants run in one pass."""
-        if not self._player.tape.stackable:
+        if not (self._engine.stacking and self._player.tape.stackable):
             return 1
         if self.output.device.type == "cuda":
             return _STACKED_ON_GPU
@@ -227,15 +229,20 @@ def _player(model: nn.Module, space: Space, owner: LayerOfCall, example: Batch, 
 
 
 def _checked(engine: Engine, example: Batch, *, channels_last: bool) -> Engine:
-    """The engine, if its replays are right; with channels last where the model can take them."""
-    try:
-        wanted = replace(engine, channels_last=channels_last)
-        _check(wanted, example)
-    except DataError:  # Some models reshape their images as only the usual memory format allows.
-        if not channels_last:
-            raise
-        return _checked(engine, example, channels_last=False)
-    return wanted
+    """The engine, replaying in the first way that is right: with channels last, where wanted, and with variants stacked.
+
+    Raises `CannotReplay` when no way is right. Some models reshape images as only the usual memory format allows; others
+    take the number of images from their input, which does not count the variants.
+    """
+    for last, stacking in itertools.product((True, False) if channels_last else (False,), (True, False)):
+        wanted = replace(engine, channels_last=last, stacking=stacking)
+        try:
+            _check(wanted, example)
+        except (DataError, CannotReplay) as error:
+            failure: Exception = error
+        else:
+            return wanted
+    raise failure
 
 
 def _check(engine: Engine, example: Batch) -> None:
@@ -244,7 +251,10 @@ def _check(engine: Engine, example: Batch) -> None:
     run = engine.run(one)
     inputs = engine._on_device(one)
     for unit, members in enumerate(engine.space.units):
-        [replayed, *_] = run.single(unit, range(len(members.choices)))
+        try:
+            [replayed, *_] = run.single(unit, range(len(members.choices)))
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise CannotReplay(f"a replay with {members.name} changed fails: {type(error).__name__}: {error}") from error
         with evaluating(engine.model), engine.owner:
             changes = {**engine._pinned(merged=False), **engine.variants.changes(unit, [0], merged=False)}
             plain = _plain(engine, inputs, changes)

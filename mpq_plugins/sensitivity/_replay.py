@@ -173,7 +173,9 @@ class _Pass(TorchFunctionMode):
     def _serve(self, index: int) -> Any:
         """The value of a call that does not run."""
         how, source = self._plan.served.get(index, ("as", index))
-        value = self._base[source] if how == "as" else self._in_turn(index, source)
+        if how == "turn":
+            return self._in_turn(index, source)
+        value = self._base[source]
         if self._tape.calls[index].grows:
             self._single.update((id(tensor), tensor) for tensor in tensors(value))
         return value
@@ -181,10 +183,18 @@ class _Pass(TorchFunctionMode):
     def _in_turn(self, index: int, source: int) -> Any:
         head = self._head[index]
         if head not in self._object:
-            self._object[head] = self._base[source].clone()
+            # For all variants at once: the model may go on with this object instead of what changes of it return.
+            self._object[head] = self._repeated(source)
         elif source == index:
-            self._object[head].copy_(self._base[source])
+            self._object[head].copy_(self._repeated(source))
         return self._object[head]
+
+    def _repeated(self, source: int) -> Tensor:
+        """A copy of a kept value, one for every variant when it has images."""
+        value: Tensor = self._base[source]
+        if self._n_variants == 1 or not self._tape.calls[source].grows:
+            return value.clone()
+        return value.repeat(self._n_variants, *[1] * (value.dim() - 1))
 
     def _run(self, index: int, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if index in self._player.folded:
@@ -238,7 +248,7 @@ class _Pass(TorchFunctionMode):
 def _form(value: Any) -> Any:
     """Something of the same shapes and types that takes no memory."""
     if isinstance(value, Tensor):
-        return torch.empty(1, dtype=value.dtype, device=value.device).expand(value.shape)
+        return torch.empty((), dtype=value.dtype, device=value.device).expand(value.shape)
     if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
         return type(value)(_form(item) for item in value)
     return value

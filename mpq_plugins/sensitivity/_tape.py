@@ -22,6 +22,13 @@ from mpq_plugins._flow import METADATA_NAMES, WEIGHTED, LayerOfCall, function_na
 from mpq_plugins._model import Output, batch_size, call, select, tensors
 
 _TENSOR_PROPERTIES = frozenset(("T", "mT", "H", "mH", "data", "real", "imag", "grad"))
+# Functions that give numbers to Python, and functions that take only the form of a tensor, not its values.
+_READING_NAMES = frozenset(
+    "item tolist numpy equal allclose is_nonzero __array__ __bool__ __complex__ __float__ __index__ __int__".split()
+)
+_FORM_NAMES = frozenset(
+    "new_empty new_full new_ones new_tensor new_zeros empty_like full_like ones_like rand_like randn_like zeros_like".split()
+)
 _FOLDABLE = frozenset((torch.conv1d, torch.conv2d, torch.conv3d, F.linear))
 
 
@@ -178,6 +185,7 @@ class _Recorder(TorchFunctionMode):
         self._maker: dict[int, int] = {}  # id of a tensor -> the last call that returned it
         self._version: dict[int, int] = {}  # id of a tensor -> its version when that call was done
         self._held: dict[int, Tensor] = {}
+        self._used: set[int] = set()  # ids of tensors that calls depending on layers have read
         with self:
             result = select(call(model, inputs), output)
         if id(result) not in self._maker:
@@ -194,7 +202,8 @@ class _Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         read = [*tensors(args), *tensors(kwargs)]
         self._check_unchanged(read)
-        sources = tuple(dict.fromkeys(self._maker[id(tensor)] for tensor in read if id(tensor) in self._maker))
+        values = [] if function_name(func) in _FORM_NAMES else read
+        sources = tuple(dict.fromkeys(self._maker[id(tensor)] for tensor in values if id(tensor) in self._maker))
         for tensor in read:
             if id(tensor) not in self._maker and id(tensor) not in self._leaves:
                 self.strangers[id(tensor)] = tensor
@@ -218,6 +227,8 @@ class _Recorder(TorchFunctionMode):
         reach = self._bit.get(layer or "", 0)
         for source in sources:
             reach |= self.calls[source].reach
+        if reach and function_name(function) in _READING_NAMES:
+            raise CannotReplay("its forward pass takes numbers from activations, on which its course may depend")
         returned = list(tensors(value))
         follows, mutates = None, False
         if isinstance(value, Tensor) and id(value) in versions:
@@ -226,6 +237,10 @@ class _Recorder(TorchFunctionMode):
                 raise CannotReplay("it changes its input or its parameters in place")
             if follows is not None and len(self.calls[follows].rows) != 1:
                 raise CannotReplay("it passes on one of several returned tensors as the very same object")
+        if reach:
+            self._used.update(versions)
+        else:
+            self._accept_changes()
         for tensor in returned:
             self._maker[id(tensor)], self._version[id(tensor)] = index, tensor._version
             self._held[id(tensor)] = tensor
@@ -242,6 +257,12 @@ class _Recorder(TorchFunctionMode):
                 norm=self._norm(function, args, kwargs),
             )
         )
+
+    def _accept_changes(self) -> None:
+        """Let a call that depends on no layer change others like it, such as a mask filled by index, before their use."""
+        for key, tensor in self._held.items():
+            if self._version[key] != tensor._version and key not in self._used:
+                self._version[key] = tensor._version
 
     def _check_unchanged(self, found: Any) -> None:
         for tensor in found:

@@ -1,0 +1,130 @@
+"""Judges of the sensitivity engine: quantized copies of a model, run whole, and double loops over them."""
+
+import copy
+import functools
+import itertools
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+
+from mpq_plugins._model import call, select
+from mpq_plugins._quantizer import mse_range, mse_scale
+
+
+class NaiveLoop:
+    """Whole forward passes of deep copies of `model`, in which some units of `space` are quantized.
+
+    Activations are quantized too where the space has several activation bits, with the ranges of `batches[0]`.
+    """
+
+    def __init__(self, model, space, batches, *, per_channel=True, output=None):
+        self.model = copy.deepcopy(model).eval()
+        self.space, self.batches, self.per_channel, self.output = space, batches, per_channel, output
+        self.n_forwards = 0
+        self.options = [(unit, choice) for unit, own in enumerate(space.units) for choice in range(len(own.choices))]
+        self._pinned = [(unit, 0) for unit, own in enumerate(space.units) if len(own.choices) == 1]
+        self._inputs = self._layer_inputs() if space.searches_activations else {}
+
+    def logits(self, *changes, inputs=None):
+        """Outputs with every (unit, choice) of `changes` quantized, and the units with one choice; on all batches."""
+        changed = self._copy((*self._pinned, *changes))
+        batches = [inputs for inputs, _ in self.batches] if inputs is None else [inputs]
+        self.n_forwards += len(batches)
+        with torch.no_grad():
+            return torch.cat([select(call(changed, inputs), self.output) for inputs in batches])
+
+    def losses(self, criterion):
+        """Changes of a criterion of the outputs: one unit changed [option], and Omega [option, option]."""
+        base = criterion(self.logits())
+        single = np.array([criterion(self.logits(option)) - base for option in self.options])
+        omega = np.zeros((len(single), len(single)))
+        for (i, one), (j, other) in itertools.combinations(enumerate(self.options), 2):
+            free = all(len(self.space.units[unit].choices) > 1 for unit, _ in (one, other))
+            if one[0] != other[0] and free:
+                omega[i, j] = omega[j, i] = criterion(self.logits(one, other)) - base - single[i] - single[j]
+        return single, omega
+
+    @functools.cache  # noqa: B019 -- judges live as long as their test
+    def weight(self, layer, bits):
+        """The quantized weight of a layer, from its definition."""
+        facts = self.space.layer(layer)
+        axis = (1 if facts.kind.startswith("ConvTranspose") else 0) if self.per_channel else None
+        weight = _weight_of(self.model, facts)
+        scale = mse_scale(weight, bits, channel_axis=axis)
+        return torch.clamp(torch.round(weight / scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale
+
+    @functools.cache  # noqa: B019
+    def activation(self, layer, bits):
+        """A function that quantizes what a layer reads."""
+        values = self._inputs[layer]
+        signed = bool(values.min() < 0)
+        scale = mse_range(values, [bits], signed=signed)[bits].item()
+        low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+        return lambda x: torch.clamp(torch.round(x / scale), low, high) * scale
+
+    def _copy(self, changes):
+        changed = copy.deepcopy(self.model)
+        for unit, choice in changes:
+            precision = self.space.units[unit].choices[choice]
+            for layer in self.space.units[unit].layers:
+                _set_weight(changed, self.space.layer(layer), self.weight(layer, precision.weight))
+                if self._inputs:
+                    quantizer = self.activation(layer, precision.activation)
+                    changed.get_submodule(layer).register_forward_pre_hook(lambda _, args, q=quantizer: (q(args[0]),))
+        return changed
+
+    def _layer_inputs(self):
+        found, probe = {}, copy.deepcopy(self.model)
+        for layer in self.space.layers:
+            probe.get_submodule(layer.name).register_forward_pre_hook(
+                lambda _, args, name=layer.name: found.__setitem__(name, args[0])
+            )
+        with torch.no_grad():
+            call(probe, self.batches[0][0])
+        return found
+
+
+def cross_entropy(batches):
+    """The mean cross-entropy of outputs [N, class] on the labels of batches."""
+    labels = torch.cat([labels for _, labels in batches])
+    return lambda logits: F.cross_entropy(logits.double(), labels).item()
+
+
+def kl_from(base):
+    """The mean KL divergence of outputs [N, class] from `base`."""
+    p = base.double().softmax(1)
+    return lambda logits: (p * (p.log() - logits.double().log_softmax(1))).sum(1).mean().item()
+
+
+def _weight_of(model, facts):
+    module = model.get_submodule(facts.name) if not facts.functional else None
+    weight = model.get_parameter(facts.weight_name) if module is None else module.weight
+    return weight.detach()
+
+
+def _set_weight(model, facts, value):
+    if facts.functional:
+        model.get_parameter(facts.weight_name).data.copy_(value)
+        return
+    module = model.get_submodule(facts.name)
+    if parametrize.is_parametrized(module):
+        module.weight = value  # through the parametrization's inverse
+    else:
+        module.weight.data.copy_(value)
+
+
+def with_statistics(model, images):
+    """`model` in evaluation mode, its batch normalisations with the statistics of a batch and uneven scales."""
+    generator = torch.Generator().manual_seed(0)
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.momentum = None  # the average of what it sees
+        if norm.affine:
+            norm.weight.data.copy_(0.5 + torch.rand(norm.weight.shape, generator=generator))
+            norm.bias.data.copy_(0.3 * torch.randn(norm.bias.shape, generator=generator))
+    with torch.no_grad():
+        call(model.train(), images)
+    return model.eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
@@ -12,7 +12,7 @@ from mpq_plugins._errors import PluginError
 from mpq_plugins._proxy import AbstractProxy
 from mpq_plugins._scores import Scores
 from mpq_plugins._space import Space
-from mpq_plugins.proxies._sensitivity import by_unit
+from mpq_plugins.proxies._sensitivity import AbstractSensitivity, by_unit
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 @final
 @dataclass(frozen=True)
-class RankEnsemble(AbstractProxy):
+class RankEnsemble(AbstractSensitivity):
     """The mean rank that several proxies give a choice among all choices of all free units; equal losses share a rank.
 
-    `members` names them, joined by commas or as a tuple; `n_images` and `seed` are handed to those that have them, all
+    `members` names them, joined by commas or as a tuple. The other options are handed to the members that have them, all
     else is at its default. Ranks run from 1, the least loss, so that scores of any scale count alike. What is lost is the
     size of a loss: a plan's summed ranks put two small harms on a par with one large one.
     Raises `PluginError` for members that score pairs of choices or another space, which have no ranks here.
@@ -31,8 +31,11 @@ class RankEnsemble(AbstractProxy):
 
     name: ClassVar[str] = "rank-ensemble"
     members: str | tuple[str, ...] = "fisher,kl-divergence,weight-error"
+    per_channel: bool = True
     n_images: int = 256
     seed: int = 0
+    output: str | int | Callable[..., Any] | None = None
+    memory_mb: int = 1024
 
     def __post_init__(self) -> None:
         if not isinstance(self.members, str):
@@ -72,8 +75,8 @@ class RankEnsemble(AbstractProxy):
         from mpq_plugins._plugins import make
 
         known = {field.name for field in fields(make("proxies", name))}
-        shared = {"n_images": self.n_images, "seed": self.seed}
-        member: AbstractProxy = make("proxies", name, {key: value for key, value in shared.items() if key in known})
+        shared = {field.name: getattr(self, field.name) for field in fields(self) if field.name in known}
+        member: AbstractProxy = make("proxies", name, shared)
         return member
 
 

@@ -345,6 +345,15 @@ def test_the_ensemble_by_hand(net, monkeypatch):
     assert scores.facts["members"]["a"] == [9.0, 1.0, 5.0, 7.0, 3.0]
 
 
+def test_members_get_the_options_that_they_have(net):
+    """Images, quantizer and output of the ensemble are those of its members."""
+    space = space_of(net)
+    options = {"n_images": 3, "per_channel": False, "output": lambda logits: logits[:, :2]}
+    scores = RankEnsemble(members="output-error,weight-error", **options).score(net, space, [images()])
+    alone = [OutputError(**options).score(net, space, [images()]), WeightError(per_channel=False).score(net, space)]
+    assert list(scores.facts["members"].values()) == [np.concatenate(member.loss).tolist() for member in alone]
+
+
 def test_members_are_a_tuple_or_text():
     """Both ways to name the members make the same proxy."""
     assert RankEnsemble(members=("fisher", "weight-error")) == RankEnsemble(members="fisher,weight-error")

@@ -35,8 +35,8 @@ class Solution:
     are other feasible plans, best first. For linear losses with one limit or none, and from `Exhaustive`, they are the exact
     ranking, empty where that would cost more than solving; with several limits the first are, and the best plans one or two
     changes away follow. With pairwise losses they are the best of the plans that the search met and of those one or two
-    changes from its best ones: a better one may be missing. `advice` says what to do about an answer that is not optimal. `choice` is empty when there is none;
-    with `Status.over_budget` it is the plan that breaks a limit.
+    changes from its best ones: a better one may be missing. `advice` says what to do about an answer that is not optimal.
+    `choice` is empty when there is none; with `Status.over_budget` it is the plan that breaks a limit.
     """
 
     status: Status

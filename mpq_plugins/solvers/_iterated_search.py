@@ -27,6 +27,7 @@ class Pool:
 
     def add(self, plan: Plan) -> None:
         """Remember a feasible plan."""
+        plan = Plan.of(self.quadratic, plan.taken)  # sums that many moves have rounded are taken anew
         if plan.is_feasible:
             self.loss_of[plan.taken.tobytes()] = plan.loss
             if len(self.loss_of) > 2 * _MOST_KEPT:

@@ -36,9 +36,13 @@ class Plan:
 
     def moved(self, new: np.ndarray) -> Plan:
         """The plan with the columns `new`, one for each of some units, in place of what those units take."""
-        taken = self.taken.copy()
-        taken[self.quadratic.unit_of[new]] = new
-        return Plan.of(self.quadratic, taken)
+        quadratic, taken = self.quadratic, self.taken.copy()
+        units = quadratic.unit_of[new]
+        old = taken[units]
+        taken[units] = new
+        field = self.field + quadratic.pairs[new].sum(axis=0) - quadratic.pairs[old].sum(axis=0)
+        used = self.used + quadratic.cost[:, new].sum(axis=1) - quadratic.cost[:, old].sum(axis=1)
+        return Plan(quadratic, taken, field, used, self.loss + _added(self, old, new))
 
     def gains(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # [open], [limit, open], [open]
         """What taking each column instead of its unit's adds to the loss and to the costs, and whether its label is kept."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mpq_plugins.solvers._branching import children, within_limits
-from mpq_plugins.solvers._convex import Convex, Simplices, convex
+from mpq_plugins.solvers._convex import Simplices, convex
 from mpq_plugins.solvers._curvature import best_blocks
 from mpq_plugins.solvers._iterated_search import Pool, descend, repair
 from mpq_plugins.solvers._quadratic import Quadratic
@@ -27,7 +27,7 @@ _WITHIN = 0.99  # of the gap, so that it holds after rounding
 _PLAN_EVERY = 4  # batches between two local searches
 _MOST_BYTES = 5e8  # of open nodes; beyond, those nearest to their end go first
 _TIGHTENINGS = 400
-_SECONDS_PER_CUBE = 6e-10  # of one step of tightening
+_NODES_PER_CUBE = 40.0  # measured: a node takes some n^2, tightening some n^3
 
 
 @dataclass
@@ -65,13 +65,12 @@ class Tree:
 
     def run(self) -> None:
         """Search until closed or out of time."""
-        started = time.perf_counter()
         relaxed = self.root()
         tightened = relaxed.form.was_lacking
         for batch in itertools.count():
             if self.is_closed or time.perf_counter() > self.deadline:
                 break
-            if not tightened and time.perf_counter() - started > _seconds_to_tighten(relaxed.quadratic):
+            if not tightened and self.nodes > _nodes_to_tighten(relaxed.quadratic):
                 relaxed, tightened = self._tightened(relaxed), True
             else:
                 self._split(relaxed)
@@ -80,44 +79,44 @@ class Tree:
 
     def root(self) -> Relaxed:
         """Bound the whole problem, and set up for the choices that a better plan can have."""
-        form = convex(self.quadratic, Simplices.of(self.quadratic))
-        relaxed = self._closed_in(self.quadratic, form)
+        simplices = Simplices.of(self.quadratic)
+        form = convex(self.quadratic, simplices)
+        relaxed = self._closed_in(Relaxed.of(self.quadratic, form, simplices, _STEP))
         return self._tightened(relaxed) if form.was_lacking and not self.is_closed else relaxed
 
     def open_choices(self, relaxed: Relaxed) -> Quadratic:
         """The choices that a better plan can have, after `root`."""
         return relaxed.quadratic.restricted(self._heap[0][2].open[:, 0]) if self._heap else relaxed.quadratic
 
-    def _closed_in(self, quadratic: Quadratic, form: Convex) -> Relaxed:
-        """Bound all plans among the columns of `quadratic`; close columns, and set up again while many close."""
+    def _closed_in(self, relaxed: Relaxed) -> Relaxed:
+        """Bound all plans among the open choices; close choices, and set up again while many close."""
         while True:
             self._heap.clear()
-            relaxed = Relaxed.of(quadratic, form, Simplices.of(quadratic), _STEP)
             self._explore(relaxed, relaxed.start(), np.array([self._floor]), looks=_ROOT_LOOKS)
             if not self._heap:
                 return relaxed
             self._floor, _, nodes = self._heap[0]
             self.prices = relaxed.bounds(nodes).prices[:, 0]
             self._round(relaxed, nodes)
-            left = quadratic.restricted(nodes.open[:, 0])
-            if len(left.columns) > _SHRUNK * len(quadratic.columns) or time.perf_counter() > self.deadline:
+            left = relaxed.quadratic.restricted(nodes.open[:, 0])
+            if len(left.columns) > _SHRUNK * len(relaxed.quadratic.columns) or time.perf_counter() > self.deadline:
                 return relaxed
-            form = form.restricted(np.isin(quadratic.columns, left.columns))
-            quadratic = left
+            form = relaxed.form.restricted(np.isin(relaxed.quadratic.columns, left.columns))
+            relaxed = Relaxed.of(left, form, Simplices.of(left), _STEP)
 
     def _tightened(self, relaxed: Relaxed) -> Relaxed:
         """Start again with the curvature spread so that the bound is higher, if it is."""
         quadratic, before = relaxed.quadratic, (self._heap, self._floor, self.bound)
+        simplices = Simplices.of(quadratic)
         linear = quadratic.problem.loss[quadratic.columns] + self.prices @ quadratic.cost
         half = (time.perf_counter() + self.deadline) / 2
         blocks = best_blocks(quadratic, linear, iterations=_TIGHTENINGS, deadline=half)
-        form = convex(quadratic, Simplices.of(quadratic), blocks)
-        start = Relaxed.of(quadratic, form, Simplices.of(quadratic), _STEP)
+        tighter = Relaxed.of(quadratic, convex(quadratic, simplices, blocks), simplices, _STEP)
         self._heap, self._floor = [], -np.inf
-        self._explore(start, start.start(), np.array([-np.inf]), looks=_ROOT_LOOKS)
+        self._explore(tighter, tighter.start(), np.array([-np.inf]), looks=_ROOT_LOOKS)
         is_higher = self.bound > before[1]
         self._heap, self._floor = before[0], max(before[1], before[2])
-        return self._closed_in(quadratic, form) if is_higher else relaxed
+        return self._closed_in(tighter) if is_higher else relaxed
 
     def _split(self, relaxed: Relaxed) -> None:
         """Split the open nodes of least bound."""
@@ -171,5 +170,7 @@ class Tree:
             self.pool.add(descend(repaired))
 
 
-def _seconds_to_tighten(quadratic: Quadratic) -> float:
-    return _TIGHTENINGS * _SECONDS_PER_CUBE * float(len(quadratic.columns) - quadratic.problem.n_units) ** 3
+def _nodes_to_tighten(quadratic: Quadratic) -> float:
+    """How many nodes take as long as tightening: counted, not timed, so that equal problems are searched equally."""
+    n_columns = len(quadratic.columns)
+    return _NODES_PER_CUBE * float(n_columns - quadratic.problem.n_units) ** 3 / n_columns**2

@@ -29,7 +29,7 @@ class Pool:
         """Remember a feasible plan."""
         plan = Plan.of(self.quadratic, plan.taken)  # sums that many moves have rounded are taken anew
         if plan.is_feasible:
-            self.loss_of[plan.taken.tobytes()] = plan.loss
+            self.loss_of[plan.taken.astype(np.int64).tobytes()] = plan.loss
             if len(self.loss_of) > 2 * _MOST_KEPT:
                 best = sorted(self.loss_of.items(), key=lambda item: item[1])[:_MOST_KEPT]
                 self.loss_of = dict(best)

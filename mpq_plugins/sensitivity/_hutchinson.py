@@ -34,18 +34,19 @@ class Traces:
     n_probes: Mapping[str, int]
 
 
-def hessian_traces(lab: Lab, *, n_probes: int, tolerance: float) -> Traces:
+def hessian_traces(lab: Lab, *, n_probes: int, tolerance: float, together: bool = False) -> Traces:
     """The trace of d2Loss / dw2 of every free weight divided by its length, for the mean loss of the sensitivity set.
 
-    v'Hv is averaged over probes v of random signs, for one weight at a time; every piece of the set has probes of its own.
-    At most `n_probes` are drawn for a weight, less when its standard error falls to `tolerance` times its trace.
+    v'Hv is averaged over probes v of random signs; every piece of the set has probes of its own. At most `n_probes` are drawn
+    for a weight, less when its standard error falls to `tolerance` times its trace. A probe is for one weight, or with
+    `together` for all of them: a single backward pass then, and the products of different weights add noise of mean zero.
     """
     samples: dict[str, list[float]] = {weight: [] for weight in _free_weights(lab)}
     for first in track(range(0, n_probes, _ROUND), "rounds of Hessian probes"):
         open_ = [weight for weight, found in samples.items() if not _settled(found, tolerance)]
         if not open_:
             break
-        for weight, found in _round(lab, open_, range(first, min(first + _ROUND, n_probes))).items():
+        for weight, found in _round(lab, open_, range(first, min(first + _ROUND, n_probes)), together).items():
             samples[weight] += found.tolist()
     return Traces(
         {weight: float(np.mean(found)) for weight, found in samples.items()},
@@ -67,21 +68,23 @@ def _standard_error(samples: Sequence[float]) -> float:
     return float(np.std(samples, ddof=1) / math.sqrt(len(samples))) if len(samples) > 1 else 0.0
 
 
-def _round(lab: Lab, weights: Sequence[str], probes: range) -> dict[str, np.ndarray]:
+def _round(lab: Lab, weights: Sequence[str], probes: range, together: bool) -> dict[str, np.ndarray]:
     """v'Hv / length of each of the weights for each probe [probe], averaged over the sensitivity set."""
     total = {weight: np.zeros(len(probes)) for weight in weights}
     for index, batch in enumerate(lab.pieces()):
-        key = f"piece{index:05d}-hessian-{probes.start}-{probes.stop}"
+        key = f"piece{index:05d}-hessian{'-together' if together else ''}-{probes.start}-{probes.stop}"
         arrays = lab.journal.get(key) or {}
         missing = [weight for weight in weights if weight not in arrays]
         if missing:
-            arrays |= _of_piece(lab, missing, batch, index, probes)
+            arrays |= _of_piece(lab, missing, batch, index, probes, together)
             lab.journal.put(key, arrays)
         total = {weight: total[weight] + arrays[weight] / lab.n_images for weight in weights}
     return total
 
 
-def _of_piece(lab: Lab, weights: Sequence[str], batch: Batch, index: int, probes: range) -> dict[str, np.ndarray]:
+def _of_piece(
+    lab: Lab, weights: Sequence[str], batch: Batch, index: int, probes: range, together: bool
+) -> dict[str, np.ndarray]:
     """The same, summed over the images of a piece."""
     model, engine = lab.model, lab.engine
     leaves = {weight: engine.variants.own(_free_weights(lab)[weight]).requires_grad_(True) for weight in weights}
@@ -93,20 +96,37 @@ def _of_piece(lab: Lab, weights: Sequence[str], batch: Batch, index: int, probes
         at_base = measure(lab.setup.loss, output.detach(), batch, n_samples=lab.setup.n_samples, generator=generator)
         with torch.enable_grad():
             loss = at_base.losses(output).sum()
-            gradients = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, allow_unused=True)
-        return {
-            weight: np.asarray([_product(leaf, gradient, _generator(lab, weight, index, probe)) for probe in probes])
-            for (weight, leaf), gradient in zip(leaves.items(), gradients, strict=True)
-        }
+            found = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, allow_unused=True)
+        gradients = dict(zip(leaves, found, strict=True))
+        products = {weight: np.zeros(len(probes)) for weight in weights}
+        for group in [list(weights)] if together else [[weight] for weight in weights]:
+            for row, probe in enumerate(probes):
+                signs = {weight: _signs(lab, leaves[weight], weight, index, probe) for weight in group}
+                for weight, product in _products(leaves, gradients, signs).items():
+                    products[weight][row] = product
+    return products
 
 
-def _product(leaf: Tensor, gradient: Tensor | None, generator: torch.Generator) -> float:
-    """v'Hv / length for one probe v."""
-    if gradient is None or not gradient.requires_grad:  # a loss that is linear in the weight
-        return 0.0
-    signs = torch.randint(0, 2, leaf.shape, generator=generator).to(leaf).mul_(2).sub_(1)
-    [product] = torch.autograd.grad((gradient * signs).sum(), [leaf], retain_graph=True, allow_unused=True)
-    return 0.0 if product is None else float((product * signs).sum(dtype=torch.float64)) / max(1, leaf.numel())
+def _products(
+    leaves: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None], signs: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """v'Hv / length of the weights that have signs, for the probe of those signs."""
+    found = {weight: gradients[weight] for weight in signs}
+    # A loss that is linear in a weight has a gradient that depends on nothing.
+    along = [(slope * signs[weight]).sum() for weight, slope in found.items() if slope is not None and slope.requires_grad]
+    if not along:
+        return dict.fromkeys(signs, 0.0)
+    wanted = [leaves[weight] for weight in signs]
+    products = torch.autograd.grad(torch.stack(along).sum(), wanted, retain_graph=True, allow_unused=True)
+    return {
+        weight: 0.0 if product is None else float((product * sign).sum(dtype=torch.float64)) / max(1, sign.numel())
+        for (weight, sign), product in zip(signs.items(), products, strict=True)
+    }
+
+
+def _signs(lab: Lab, leaf: Tensor, weight: str, index: int, probe: int) -> Tensor:
+    generator = _generator(lab, weight, index, probe)
+    return torch.randint(0, 2, leaf.shape, generator=generator).to(leaf).mul_(2).sub_(1)
 
 
 def _generator(lab: Lab, weight: str, index: int, probe: int) -> torch.Generator:

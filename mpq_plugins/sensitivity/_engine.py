@@ -113,8 +113,8 @@ class Engine:
         inputs = self._on_device(batch)
         with evaluating(self.model), self.owner, telling_failures(self.model):
             if self.player is None:
-                return _PlainRun(self, inputs, self._pinned(merged=False))
-            pinned = self._pinned(merged=True)
+                return _PlainRun(self, inputs, self.pinned(merged=False))
+            pinned = self.pinned(merged=True)
             return _ReplayedRun(self, inputs, pinned, self.player.base(inputs, pinned))
 
     def _on_device(self, batch: Batch) -> Any:
@@ -123,7 +123,8 @@ class Engine:
             return inputs.contiguous(memory_format=torch.channels_last)
         return inputs
 
-    def _pinned(self, *, merged: bool) -> Changes:
+    def pinned(self, *, merged: bool) -> Changes:
+        """The changes of the units that have only one choice."""
         changes: dict[str, Sequence[Change]] = {}
         for unit, members in enumerate(self.space.units):
             if len(members.choices) == 1:
@@ -253,10 +254,12 @@ def _check(engine: Engine, example: Batch) -> None:
     for unit, members in enumerate(engine.space.units):
         try:
             [replayed, *_] = run.single(unit, range(len(members.choices)))
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        except (MPQError, CannotReplay):
+            raise
+        except Exception as error:
             raise CannotReplay(f"a replay with {members.name} changed fails: {type(error).__name__}: {error}") from error
         with evaluating(engine.model), engine.owner:
-            changes = {**engine._pinned(merged=False), **engine.variants.changes(unit, [0], merged=False)}
+            changes = {**engine.pinned(merged=False), **engine.variants.changes(unit, [0], merged=False)}
             plain = _plain(engine, inputs, changes)
         if replayed.shape != plain.shape or not _agree(replayed, plain):
             raise CannotReplay(f"a replay with {members.name} changed differs from a plain pass")

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from mpq_plugins._flow import WEIGHTED
+from mpq_plugins._errors import ModelError
+from mpq_plugins._flow import WEIGHTED, input_argument
 from mpq_plugins._model import Batch, call, evaluating, select
 from mpq_plugins._progress import track
-from mpq_plugins.sensitivity._change import run_changed
+from mpq_plugins.sensitivity._change import Change, Changes, run_changed
 from mpq_plugins.sensitivity._criteria import measure
 from mpq_plugins.sensitivity._effects import Effects, Lab
 from mpq_plugins.sensitivity._engine import telling_failures
@@ -83,14 +84,15 @@ def backward(lab: Lab, batch: Batch, index: int) -> Backward:
     The derivative is that of the loss, or without labels that of a label drawn from the model's own distribution.
     """
     model, engine = lab.model, lab.engine
-    taps = _Taps(engine.owner, {name for unit in lab.free for name in lab.space.units[unit].layers})
+    layers = {name for unit in lab.free for name in lab.space.units[unit].layers}
+    taps = _Taps(engine.owner, layers, engine.pinned(merged=False))
     with evaluating(model), engine.owner, telling_failures(model), torch.enable_grad(), taps:
         output = select(call(model, batch.inputs), engine.output)
     generator = torch.Generator().manual_seed(lab.setup.seed + index)
     at_base = measure(lab.setup.loss, output.detach(), batch, n_samples=lab.setup.n_samples, generator=generator)
     with torch.enable_grad():
         base, loss = at_base.losses(output), at_base.probe(output, generator)
-        gradients = torch.autograd.grad(loss.sum(), [tap.offset for tap in taps.found], allow_unused=True)
+        gradients = taps.gradients(loss)
     calls = [
         CallGradient(tap.layer, tap.function, tap.args, tap.kwargs, gradient)
         for tap, gradient in zip(taps.found, gradients, strict=True)
@@ -129,20 +131,44 @@ class _Tap:
 
 @final
 class _Taps(TorchFunctionMode):
-    def __init__(self, owner: Any, layers: set[str]) -> None:
+    def __init__(self, owner: Any, layers: set[str], pinned: Changes) -> None:
         super().__init__()
         self.found: list[_Tap] = []
-        self._owner, self._layers = owner, layers
+        self._owner, self._layers, self._pinned = owner, layers, pinned
+        self._versions: list[int] = []  # of the activation that each call has read
+
+    def gradients(self, loss: Tensor) -> Sequence[Tensor | None]:
+        """Of the sum of losses [N] by the output of every call. Raises `ModelError` when activations were written over."""
+        for tap, version in zip(self.found, self._versions, strict=True):
+            if input_argument(tap.args, tap.kwargs)._version != version:
+                raise ModelError(
+                    f"the model changes the activation that {tap.layer} has read in place, so its first-order effects "
+                    "cannot be computed. Make that operation return a new tensor, or take a score that runs forward only."
+                )
+        return torch.autograd.grad(loss.sum(), [tap.offset for tap in self.found], allow_unused=True) if self.found else ()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        layer: str = (self._owner.name(args, kwargs) if func in WEIGHTED else None) or ""
+        if layer in self._pinned:
+            return _at_its_only_choice(func, args, kwargs, self._pinned[layer])
         output = func(*args, **kwargs)
-        layer = self._owner.name(args, kwargs) if func in WEIGHTED else None
         if layer not in self._layers:
             return output
         offset = torch.zeros_like(output, requires_grad=True)
         args = [value.detach() if isinstance(value, Tensor) else value for value in args]
-        self.found.append(_Tap(str(layer), func, args, kwargs, offset))
+        self._versions.append(input_argument(args, kwargs)._version)
+        self.found.append(_Tap(layer, func, args, kwargs, offset))
         return output + offset
+
+
+def _at_its_only_choice(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], changes: Sequence[Change]) -> Tensor:
+    """The call of a pinned layer; gradients go straight through the rounding of what it reads."""
+    [change] = changes
+    values: Tensor = input_argument(args, kwargs)
+    if change.activation is not None:
+        values = values + (change.activation(values.detach()) - values.detach())
+    rest = args[1:] if args else ()
+    return run_changed(func, (values, *rest), {k: v for k, v in kwargs.items() if k != "input"}, [Change(change.weight)])

@@ -199,9 +199,13 @@ class _Pass(TorchFunctionMode):
     def _run(self, index: int, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if index in self._player.folded:
             return input_argument(args, kwargs)
-        layer = self._tape.calls[index].layer or ""
+        value = self._compute(index, func, args, kwargs)
         if func in WEIGHTED:
-            self._player.counter.run += self._n_images(args, kwargs)
+            self._player.counter.run += len(value)
+        return value
+
+    def _compute(self, index: int, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        layer = self._tape.calls[index].layer or ""
         if layer in self._changes:
             return self._run_changed(index, func, args, kwargs, self._changes[layer])
         if self._n_variants > 1:
@@ -221,9 +225,6 @@ class _Pass(TorchFunctionMode):
 
     def _bias(self, index: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         return self._player.bias(index, args[2] if len(args) > 2 else kwargs.get("bias"))
-
-    def _n_images(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-        return int(input_argument(args, kwargs).shape[0])
 
     def _stacked(self, values: Any) -> Any:
         """`values` with every tensor of one variant repeated for all of them."""

@@ -8,7 +8,7 @@ from naive_loops import NaiveLoop, with_statistics
 from torch import nn
 
 from mpq_plugins import Batch, Space, find_layers, menu
-from mpq_plugins._errors import DataError, PluginError
+from mpq_plugins._errors import DataError, ModelError, PluginError
 from mpq_plugins.proxies import CLADO
 from mpq_plugins.sensitivity import Lab, Setup, first_order_effects
 
@@ -37,8 +37,9 @@ def labels(n=N_IMAGES):
     return torch.arange(n) % N_CLASSES
 
 
-def space_of(model, choices=menu((2, 3), (8,)), example=None):
-    return Space.build(find_layers(model, images(1) if example is None else example), choices)
+def space_of(model, choices=None, *, example=None, **options):
+    inventory = find_layers(model, images(1) if example is None else example)
+    return Space.build(inventory, choices or menu((2, 3), (8,)), **options)
 
 
 def logit_changes(model, space, inputs):
@@ -128,7 +129,7 @@ def derivatives(model, space, losses_of):
 def test_fisher_is_the_gradient_of_every_image_times_the_change():
     """Mean and second moment of per-image directional derivatives, with tied units, by one backward pass per image."""
     model = small_net()
-    space = Space.build(find_layers(model, images(1)), menu((2, 3), (8,)), tie=[("0", "3")])
+    space = space_of(model, tie=[("0", "3")])
     v = derivatives(model, space, lambda logits, n: F.cross_entropy(logits, labels()[n : n + 1]))
     scores = CLADO(tier="fisher").score(model, space, [(images(), labels())])
     np.testing.assert_allclose(np.concatenate(scores.loss), v.mean(0), rtol=1e-8)
@@ -183,6 +184,56 @@ def test_fisher_with_activations_takes_the_change_at_each_layers_output():
     scores = CLADO(tier="fisher").score(model, space, [(images(), labels())])
     np.testing.assert_allclose(np.concatenate(scores.loss), v.mean(0), rtol=1e-7, atol=1e-13)
     np.testing.assert_allclose(scores.pairwise, v.T @ v / N_IMAGES, rtol=1e-7, atol=1e-13)
+
+
+@pytest.mark.parametrize("activations", [(8,), (4, 8)])
+def test_pinned_layers_are_quantized_when_others_are_measured(activations):
+    """Base loss and scores are those of a model with the pinned layer's weight, and what it reads, quantized by hand."""
+    model = small_net()
+    free = {"0": menu((2, 3), activations), "6": menu((2, 3), activations)}
+    pinned = Space.build(find_layers(model, images(1)), {**free, "3": menu((2,), activations[:1])})
+    by_hand = NaiveLoop(model, pinned, [(images(), labels())])
+    quantized = small_net()
+    quantized[3].weight.data = by_hand.weight("3", 2)
+    if len(activations) > 1:
+        quantizer = by_hand.activation("3", activations[0])
+        # Gradients pass as if nothing were rounded.
+        quantized[3].register_forward_pre_hook(lambda _, args: (args[0] + (quantizer(args[0]) - args[0]).detach(),))
+    alone = Space.build(find_layers(quantized, images(1), include=["0", "6"]), free)
+    for tier in ("fisher", "gram", "exact"):
+        expected = CLADO(tier=tier).score(quantized, alone, [(images(), labels())])
+        found = CLADO(tier=tier).score(model, pinned, [(images(), labels())])
+        kept = [index for index, (unit, _) in enumerate(by_hand.options) if unit != 1]
+        assert found.facts["base_loss"] == pytest.approx(expected.facts["base_loss"], rel=1e-9)
+        if len(activations) == 1:  # else ranges were found behind the quantized layer
+            np.testing.assert_allclose(found.loss[0] + found.loss[2], np.concatenate(expected.loss), rtol=1e-7, atol=1e-12)
+            np.testing.assert_allclose(found.pairwise[np.ix_(kept, kept)], expected.pairwise, rtol=1e-4, atol=1e-7)
+
+
+class Overwriting(nn.Module):
+    """Changes what a layer has read, in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, N_CLASSES, 3)
+
+    def forward(self, x):
+        x = x.relu()
+        y = self.a(x)
+        x += y
+        return self.b(x).mean((2, 3))
+
+
+def test_activations_written_over_are_refused_by_the_backward_pass():
+    """What a layer has read is needed after the pass; the scores that run forward only measure the model."""
+    torch.manual_seed(0)
+    model = Overwriting().double()
+    with pytest.raises(ModelError, match="the activation that a has read in place"):
+        CLADO(tier="fisher").score(model, space_of(model), [(images(), labels())])
+    naive = NaiveLoop(model, space_of(model), [(images(), labels())])
+    losses = [F.cross_entropy(naive.logits(option), labels()).item() for option in naive.options]
+    effects = Lab(model, space_of(model), [(images(), labels())], Setup()).effects()
+    np.testing.assert_allclose(effects.losses + effects.base_loss, losses, rtol=1e-9)
 
 
 class Sequences(nn.Module):

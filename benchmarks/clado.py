@@ -35,7 +35,7 @@ from mpq_plugins.sensitivity import Lab, keeping_measurements
 from mpq_plugins.small_nets import BasicBlock, ConvNorm, SmallNet
 from mpq_plugins.training import reestimate_batch_norm
 
-RIVALS = ("ompq", "csmpq", "hessian-trace", "fisher", "output-error", "kl", "weight-error", "rank-ensemble")
+RIVALS = ("ompq", "csmpq", "hessian-trace", "fisher", "output-error", "kl-divergence", "weight-error", "rank-ensemble")
 CONTROLS = ("uniform", "constant", "projection")
 DIGITS_BUDGETS = tuple({"size": f"w{width}"} for width in (2.5, 3, 3.5, 4))
 GLYPH_BUDGETS = tuple({"size": f"w{width}"} for width in (2.5, 3, 4))
@@ -93,8 +93,8 @@ def scores_of(net, space, calibration, n_images, n_random, exact):
         "gram, KL": CLADO(loss="kl", n_images=n_images),
         "gram, sampled": CLADO(n_samples=4, n_images=n_images),
         "diagonal": CLADO(cross=False, n_images=n_images),
-        "fisher": CLADO(tier="fisher", n_images=n_images),
-        "fisher, diagonal": CLADO(tier="fisher", cross=False, n_images=n_images),
+        "one backward": CLADO(tier="fisher", n_images=n_images),
+        "one backward, diagonal": CLADO(tier="fisher", cross=False, n_images=n_images),
     }
     if exact:
         clado["exact"] = CLADO(tier="exact", n_images=n_images)
@@ -174,7 +174,7 @@ def run_case(label, case, options, rows, top):
             loss, plain, repaired = judge(allocation.bits)
             solution = allocation.solution
             rows.append((cell, name, loss, plain, repaired, solution.gap, solution.seconds))
-        for name in ("gram", "fisher", "diagonal", "exact", "constant"):
+        for name in ("gram", "one backward", "diagonal", "exact", "constant"):
             if name in scored:
                 chosen = mpq.solve_scores(scored[name], budget, top_k=options.top_k, measure=judge.lab.losses_at)
                 _, plain, repaired = judge(chosen.bits)
@@ -195,9 +195,9 @@ def print_tables(rows, top, options):
         loss, plain, repaired = (statistics.mean(value[at] for value in values) for at in range(3))
         print(f"| {family} | {loss:.4f} | {plain:.4f} | {repaired:.4f} | {max(value[3] for value in values):.2f} |")
     print("\nwins / ties / losses by true loss, row against column\n")
-    judged = [name for name in ("gram", "fisher", "exact", "measured + gram", "gram, KL") if name in families]
+    judged = [name for name in ("gram", "one backward", "exact", "measured + gram", "gram, KL") if name in families]
     against = [
-        name for name in ("exact", "diagonal", "gram", "fisher", "constant", "projection", "uniform") if name in families
+        name for name in ("exact", "diagonal", "gram", "one backward", "constant", "projection", "uniform") if name in families
     ]
     print("| | " + " | ".join(against) + " |\n|" + "---|" * (len(against) + 1))
     for name in judged:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
+import numpy as np
+
 from mpq_plugins._scores import Scores
 from mpq_plugins._space import Space
 from mpq_plugins.proxies._sensitivity import AbstractSensitivity, by_unit
@@ -38,4 +40,5 @@ class KLDivergence(AbstractSensitivity):
 
         lab = Lab(model, space, batches, self.setup())
         effects = lab.effects()
-        return Scores(space, by_unit(space, effects.losses), self.recipe(), effects.facts)
+        # Rounding alone makes a divergence negative.
+        return Scores(space, by_unit(space, np.maximum(effects.losses, 0.0)), self.recipe(), effects.facts)

@@ -26,7 +26,8 @@ class HessianTrace(AbstractSensitivity):
     there are weights, and noisier. A negative estimate, a saddle or noise, counts as zero curvature.
 
     Without labels the loss is KL divergence from the float output, whose Hessian is the average over labels drawn from the
-    model's own predictions. The model is in float, pinned units too. Activations do not count (`weight_losses` in `_sensitivity` says how ties are settled).
+    model's own predictions. The model is in float, pinned units too. Activations do not count (`weight_losses` in
+    `_sensitivity` says how ties are settled).
     """
 
     name: ClassVar[str] = "hessian-trace"

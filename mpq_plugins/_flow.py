@@ -41,9 +41,7 @@ _ADD_NAMES = frozenset(("add", "add_", "__add__", "__iadd__", "__radd__"))
 _GATE_NAMES = frozenset(("sigmoid", "hardsigmoid"))
 _PRODUCT_NAMES = frozenset(("mul", "mul_", "__mul__", "__imul__", "__rmul__", "multiply"))
 # Reading a shape or a flag is not a use of the values.
-METADATA_NAMES = frozenset(
-    "size dim numel __get__ __len__ stride is_contiguous requires_grad_ data_ptr storage_offset".split()
-)
+METADATA_NAMES = frozenset("size dim numel __get__ __len__ stride is_contiguous requires_grad_ data_ptr storage_offset".split())
 
 
 def function_name(function: Callable[..., Any]) -> str:

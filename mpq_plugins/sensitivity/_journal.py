@@ -43,10 +43,10 @@ class Journal:
         self._folder: Path | None = None
         self._memory: dict[str, dict[str, np.ndarray]] = {}
         if root is not None:
-            text = json.dumps(identity, sort_keys=True)
+            text = json.dumps({"format": FORMAT, **identity}, sort_keys=True)
             self._folder = root / hashlib.sha256(text.encode()).hexdigest()[:20]
             if not (self._folder / "identity.json").exists():
-                write_json(self._folder / "identity.json", {"format": FORMAT, **json.loads(text)})
+                write_json(self._folder / "identity.json", json.loads(text))
 
     def get(self, key: str) -> dict[str, np.ndarray] | None:
         """The arrays under `key`, or None when they were not measured yet (or their file does not read)."""

@@ -36,10 +36,15 @@ class NaiveLoop:
         with torch.no_grad():
             return torch.cat([select(call(changed, inputs), self.output) for inputs in batches])
 
+    def single_losses(self, criterion):
+        """Changes of a criterion of the outputs with one unit changed [option]."""
+        base = criterion(self.logits())
+        return np.array([criterion(self.logits(option)) - base for option in self.options])
+
     def losses(self, criterion):
         """Changes of a criterion of the outputs: one unit changed [option], and Omega [option, option]."""
         base = criterion(self.logits())
-        single = np.array([criterion(self.logits(option)) - base for option in self.options])
+        single = self.single_losses(criterion)
         omega = np.zeros((len(single), len(single)))
         for (i, one), (j, other) in itertools.combinations(enumerate(self.options), 2):
             free = all(len(self.space.units[unit].choices) > 1 for unit, _ in (one, other))
@@ -66,7 +71,7 @@ class NaiveLoop:
         return lambda x: torch.clamp(torch.round(x / scale), low, high) * scale
 
     def _copy(self, changes):
-        changed = copy.deepcopy(self.model)
+        changed = _copy_of(self.model)
         for unit, choice in changes:
             precision = self.space.units[unit].choices[choice]
             for layer in self.space.units[unit].layers:
@@ -105,15 +110,19 @@ def _weight_of(model, facts):
     return weight.detach()
 
 
+def _copy_of(model):
+    """A copy of the modules, and of the tensors too where setting a weight would write into them."""
+    if any(parametrize.is_parametrized(module) for module in model.modules()):
+        return copy.deepcopy(model)
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
 def _set_weight(model, facts, value):
-    if facts.functional:
-        model.get_parameter(facts.weight_name).data.copy_(value)
-        return
-    module = model.get_submodule(facts.name)
-    if parametrize.is_parametrized(module):
-        module.weight = value  # through the parametrization's inverse
-    else:
-        module.weight.data.copy_(value)
+    path = facts.weight_name if facts.functional else f"{facts.name}.weight"
+    owner, _, leaf = path.rpartition(".")
+    module = model.get_submodule(owner)
+    # A parametrized weight is set through the parametrization's inverse.
+    setattr(module, leaf, value if parametrize.is_parametrized(module) else nn.Parameter(value))
 
 
 def with_statistics(model, images):

@@ -112,10 +112,11 @@ class Engine:
         """
         inputs = self._on_device(batch)
         with evaluating(self.model), self.owner, telling_failures(self.model):
-            if self.player is None:
-                return _PlainRun(self, inputs, self.pinned(merged=False))
-            pinned = self.pinned(merged=True)
-            return _ReplayedRun(self, inputs, pinned, self.player.base(inputs, pinned))
+            if self.player is not None:
+                with contextlib.suppress(CannotReplay):  # the course of some models changes with the number of images
+                    values = self.player.base(inputs, self.changes(self.pinned, merged=True))
+                    return _ReplayedRun(self, inputs, self.pinned, values)
+            return _PlainRun(self, inputs, self.pinned)
 
     def _on_device(self, batch: Batch) -> Any:
         inputs = to_device(batch.inputs, device_of(self.model))
@@ -123,19 +124,21 @@ class Engine:
             return inputs.contiguous(memory_format=torch.channels_last)
         return inputs
 
-    def pinned(self, *, merged: bool) -> Changes:
-        """The changes of the units that have only one choice."""
-        changes: dict[str, Sequence[Change]] = {}
-        for unit, members in enumerate(self.space.units):
-            if len(members.choices) == 1:
-                changes.update(self.variants.changes(unit, [0], merged=merged))
-        return changes
+    @property
+    def pinned(self) -> Mapping[int, int]:
+        """The units that have only one choice, at that."""
+        return {unit: 0 for unit, members in enumerate(self.space.units) if len(members.choices) == 1}
+
+    def changes(self, choices: Mapping[int, int], *, merged: bool) -> Changes:
+        """What some units at their choices make of their layers; `merged` with their batch normalisations."""
+        found: dict[str, Sequence[Change]] = {}
+        for unit, choice in choices.items():
+            found.update(self.variants.changes(unit, [choice], merged=merged))
+        return found
 
     def quantized(self, batch: Batch, choice: Sequence[int]) -> Tensor:
         """The output with every unit quantized at its choice."""
-        changes: dict[str, Sequence[Change]] = {}
-        for unit, index in enumerate(choice):
-            changes.update(self.variants.changes(unit, [index], merged=False))
+        changes = self.changes(dict(enumerate(choice)), merged=False)
         inputs = self._on_device(batch)
         with evaluating(self.model), self.owner, telling_failures(self.model):
             return _plain(self, inputs, changes)
@@ -143,49 +146,52 @@ class Engine:
 
 @final
 class _PlainRun(AbstractRun):
-    """Whole forward passes, for models that cannot be replayed."""
+    """Whole forward passes, for models that cannot be replayed; `fixed` holds the choices of units throughout."""
 
-    def __init__(self, engine: Engine, inputs: Any, fixed: Changes) -> None:
+    def __init__(self, engine: Engine, inputs: Any, fixed: Mapping[int, int]) -> None:
         self._engine, self._inputs, self._fixed = engine, inputs, fixed
-        self.output = _plain(engine, inputs, fixed)
+        self.output = self._at(fixed)
 
     def single(self, unit: int, choices: Sequence[int]) -> Iterator[Tensor]:
-        with evaluating(self._engine.model), self._engine.owner:
-            for choice in choices:
-                changes = {**self._fixed, **self._engine.variants.changes(unit, [choice], merged=False)}
-                yield _plain(self._engine, self._inputs, changes)
+        for choice in choices:
+            yield self._at({**self._fixed, unit: choice})
 
     def under(self, unit: int, choice: int) -> AbstractRun:
+        return _PlainRun(self._engine, self._inputs, {**self._fixed, unit: choice})
+
+    def _at(self, choices: Mapping[int, int]) -> Tensor:
         with evaluating(self._engine.model), self._engine.owner:
-            changes = {**self._fixed, **self._engine.variants.changes(unit, [choice], merged=False)}
-            return _PlainRun(self._engine, self._inputs, changes)
+            return _plain(self._engine, self._inputs, self._engine.changes(choices, merged=False))
 
 
 @final
 class _ReplayedRun(AbstractRun):
     """Passes that run only what depends on the changed unit."""
 
-    def __init__(self, engine: Engine, inputs: Any, fixed: Changes, values: Values) -> None:
+    def __init__(self, engine: Engine, inputs: Any, fixed: Mapping[int, int], values: Values) -> None:
         assert engine.player is not None
         self._engine, self._player, self._inputs, self._fixed, self._values = engine, engine.player, inputs, fixed, values
         self.output = values.output
 
     def single(self, unit: int, choices: Sequence[int]) -> Iterator[Tensor]:
-        roots = self._engine.space.units[unit].layers
         n_stacked = self._n_stacked()
         for start in range(0, len(choices), n_stacked):
             some = choices[start : start + n_stacked]
-            changes = {**self._fixed, **self._engine.variants.changes(unit, some, merged=True)}
-            with evaluating(self._engine.model), self._engine.owner:
-                stacked = self._player.replay(self._values, self._inputs, roots, changes).output
-            yield from stacked.chunk(len(some))
+            yield from self._replay(unit, some).output.chunk(len(some))
 
     def under(self, unit: int, choice: int) -> AbstractRun:
-        roots = self._engine.space.units[unit].layers
-        changes = {**self._fixed, **self._engine.variants.changes(unit, [choice], merged=True)}
-        with evaluating(self._engine.model), self._engine.owner:
-            values = self._player.replay(self._values, self._inputs, roots, changes, keep=True)
-        return _ReplayedRun(self._engine, self._inputs, changes, values)
+        values = self._replay(unit, [choice], keep=True)
+        return _ReplayedRun(self._engine, self._inputs, {**self._fixed, unit: choice}, values)
+
+    def _replay(self, unit: int, choices: Sequence[int], *, keep: bool = False) -> Values:
+        engine = self._engine
+        changes = {
+            **engine.changes(self._fixed, merged=True),
+            **engine.variants.changes(unit, choices, merged=True),
+        }
+        roots = engine.space.units[unit].layers
+        with evaluating(engine.model), engine.owner:
+            return self._player.replay(self._values, self._inputs, roots, changes, keep=keep)
 
     def _n_stacked(self) -> int:
         """How many variants run in one pass."""
@@ -259,8 +265,7 @@ def _check(engine: Engine, example: Batch) -> None:
         except Exception as error:
             raise CannotReplay(f"a replay with {members.name} changed fails: {type(error).__name__}: {error}") from error
         with evaluating(engine.model), engine.owner:
-            changes = {**engine.pinned(merged=False), **engine.variants.changes(unit, [0], merged=False)}
-            plain = _plain(engine, inputs, changes)
+            plain = _plain(engine, inputs, engine.changes({**engine.pinned, unit: 0}, merged=False))
         if replayed.shape != plain.shape or not _agree(replayed, plain):
             raise CannotReplay(f"a replay with {members.name} changed differs from a plain pass")
 

@@ -85,7 +85,7 @@ def backward(lab: Lab, batch: Batch, index: int) -> Backward:
     """
     model, engine = lab.model, lab.engine
     layers = {name for unit in lab.free for name in lab.space.units[unit].layers}
-    taps = _Taps(engine.owner, layers, engine.pinned(merged=False))
+    taps = _Taps(engine.owner, layers, engine.changes(engine.pinned, merged=False))
     with evaluating(model), engine.owner, telling_failures(model), torch.enable_grad(), taps:
         output = select(call(model, batch.inputs), engine.output)
     generator = torch.Generator().manual_seed(lab.setup.seed + index)

@@ -273,3 +273,24 @@ def test_every_unit_and_every_pair_equals_whole_passes(build, inputs, replays, f
                 for choice, output in enumerate(under.single(other, (0, 1))):
                     torch.testing.assert_close(output, naive.logits((unit, 0), (other, choice)), rtol=0, atol=1e-9)
     torch.testing.assert_close(run.output, naive.logits(), rtol=0, atol=1e-9)  # no pass wrote over what it was served
+
+
+class BySize(nn.Module):
+    """Takes another path for many images."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.b(self.a(x)) if len(x) > 2 else self.b(self.a(x).relu())
+
+
+def test_a_path_that_depends_on_the_number_of_images_is_run_plainly():
+    """What was recorded with one and two images does not hold for three, which are not replayed."""
+    model, space = made(BySize, ROWS)
+    engine = Engine.start(model, space, Batch(ROWS))
+    assert engine.player is not None
+    naive = NaiveLoop(model, space, [(ROWS, None)])
+    run = engine.run(Batch(ROWS))
+    torch.testing.assert_close(torch.stack(list(run.single(0, (0, 1)))), torch.stack([naive.logits((0, c)) for c in (0, 1)]))

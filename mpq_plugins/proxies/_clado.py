@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 import numpy as np
 
-from mpq_plugins._proxy import AbstractProxy
 from mpq_plugins._scores import Scores
 from mpq_plugins._space import Space
+from mpq_plugins.proxies._sensitivity import AbstractSensitivity, by_unit
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from mpq_plugins.sensitivity import Effects, Setup
+    from mpq_plugins.sensitivity import Effects
 
 
 @final
 @dataclass(frozen=True)
-class CLADO(AbstractProxy):
+class CLADO(AbstractSensitivity):
     """Cross-layer dependency (Deng et al., "Mixed-Precision Quantization with Cross-Layer Dependencies", arXiv 2307.05657).
 
     The loss of a plan is x'Mx / 2 with the sensitivity of every choice on the diagonal of M and the interaction of every two
@@ -50,24 +49,6 @@ class CLADO(AbstractProxy):
     output: str | int | Callable[..., Any] | None = None
     memory_mb: int = 1024
 
-    @property
-    def needs_labels(self) -> bool:
-        """Only cross-entropy by name."""
-        return self.loss == "cross_entropy"
-
-    def recipe(self) -> dict[str, Any]:
-        """Name and options, functions by their names."""
-        from mpq_plugins.sensitivity import described
-
-        return {"name": self.name, **described(self)}
-
-    def setup(self) -> Setup:
-        """The options that say how effects are measured."""
-        from mpq_plugins.sensitivity import Setup
-
-        own = {field.name for field in fields(Setup)}
-        return Setup(**{field.name: getattr(self, field.name) for field in fields(self) if field.name in own})
-
     def score(self, model: nn.Module, space: Space, batches: Iterable[Any] = ()) -> Scores:
         """Sensitivities as losses and interactions as the pairwise term; `facts` holds the measured single losses."""
         from mpq_plugins.sensitivity import Lab, first_order_effects
@@ -76,9 +57,8 @@ class CLADO(AbstractProxy):
         pairs = self.tier == "exact" and self.cross
         effects = first_order_effects(lab) if self.tier == "fisher" else lab.effects(pairs=pairs)
         linear, matrix = self._program(effects)
-        loss = tuple(tuple(linear[a:b].tolist()) for a, b in pairwise(lab.start))
         facts = {"base_loss": effects.base_loss, "measured": effects.losses.tolist(), **effects.facts}
-        return Scores(space, loss, self.recipe(), facts, matrix)
+        return Scores(space, by_unit(space, linear), self.recipe(), facts, matrix)
 
     def _program(self, effects: Effects) -> tuple[np.ndarray, np.ndarray | None]:
         """Linear losses [choice] and the matrix [choice, choice] of the quadratic program."""

@@ -178,10 +178,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every module's own mode and the random state come back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     devices = [device_of(model)] if device_of(model).type == "cuda" else []
-    model.eval()
+    if any(training for _, training in modes):  # setting attributes of all modules takes longer than running small ones
+        model.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
             yield
     finally:
         for module, training in modes:
-            module.training = training
+            if module.training is not training:
+                module.training = training

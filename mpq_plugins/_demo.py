@@ -29,7 +29,7 @@ from mpq_plugins.reports import (
 )
 
 BUDGETS = {"size = uniform w3": {"size": "w3"}, "size = uniform w2.5": {"size": "w2.5"}}
-PROXIES = ("ompq", "csmpq")
+PROXIES = ("ompq", "csmpq", "clado")
 # What OpenVINO's compact storage holds and Brevitas can do as well, so that one configuration serves both.
 MENU = menu((2, 3, 4, 6, 8), (8,))
 SUFFIX = {"nncf": ".xml", "brevitas": ".onnx"}

@@ -40,6 +40,13 @@ class Scores:
             if not np.all(np.isfinite(losses)):
                 raise FormatError(f"the loss of {unit.name} is not finite: {list(losses)}. Score again on finite data.")
 
+    def alone(self) -> tuple[tuple[float, ...], ...]:  # [unit][choice]
+        """The loss of every choice with no other unit's interaction: `loss` and half the diagonal of `pairwise`."""
+        if self.pairwise is None:
+            return self.loss
+        half = iter((0.5 * np.diag(self.pairwise)).tolist())
+        return tuple(tuple(loss + next(half) for loss in row) for row in self.loss)
+
     def save(self, path: str | Path) -> Path:
         """Write the scores as JSON."""
         pairwise = None if self.pairwise is None else self.pairwise.tolist()

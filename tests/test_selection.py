@@ -109,10 +109,24 @@ def test_selection_on_the_command_line(tmp_path, monkeypatch, capsys):
     """`--top-k` prints what was measured and writes it into the bit configuration."""
     monkeypatch.chdir(tmp_path)
     words = ["allocate", "--model", MODEL, "--data", "digits", "--images", "64", "--bits", "2,4,8", "--budget", "size=w4"]
-    assert main([*words, "--proxy", "clado", "--top-k", "4", "--quiet"]) == 0
+    assert main([*words, "--proxy", "clado", "--top-k", "4", "--plot", "bits.svg", "--quiet"]) == 0
     assert "measured loss of the best 4 plans" in capsys.readouterr().out
     selection = json.loads((tmp_path / "bits.json").read_text())["origin"]["selection"]
     assert selection["measured"][selection["kept"]] == min(selection["measured"])
+    # Bits, sizes, losses and interactions, two of them with a colour bar.
+    assert 'id="axes_6"' in (tmp_path / "bits.svg").read_text()
+
+
+def test_the_loss_of_a_choice_alone_has_half_the_diagonal(net):
+    """Linear loss 1 and 2, pairwise diagonal 4 and 6: alone they lose 3 and 5."""
+    space = space_of(net, (2, 8))
+    n_choices = sum(len(unit.choices) for unit in space.units)
+    first = next(index for index, unit in enumerate(space.units) if space.is_free(unit))
+    loss = tuple((1.0, 2.0) if index == first else (0.0,) * len(unit.choices) for index, unit in enumerate(space.units))
+    pairwise = np.zeros((n_choices, n_choices))
+    at = sum(len(unit.choices) for unit in space.units[:first])
+    pairwise[at, at], pairwise[at + 1, at + 1] = 4.0, 6.0
+    assert mpq.Scores(space, loss, {}, pairwise=pairwise).alone()[first] == (3.0, 5.0)
 
 
 class Passes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,18 @@ from mpq_plugins.reports._compare import Comparison
 
 
 def plot_allocation(allocation: Allocation, path: str | Path) -> Path:
-    """Bits along the depth of the network above the size of each layer, and the loss of every choice as a heat map."""
-    figure, (top, bottom) = _figure(2, height=8, width=max(7.0, 0.32 * len(allocation.space.layers)))
-    _draw_bits(top, allocation)
-    _draw_losses(figure, bottom, allocation)
+    """Bits along the depth of the network above the size of each layer, and the loss of every choice as a heat map.
+
+    Where the score has pairwise losses, a third panel shows how units interact at their narrowest choices.
+    """
+    width = max(7.0, 0.32 * len(allocation.space.layers))
+    if allocation.scores.pairwise is None:
+        figure, axes = _figure(2, height=8, width=width)
+    else:
+        figure, axes = _figure(3, height=8 + width, width=width, ratios=(4, 4, width))
+        _draw_interactions(figure, axes[2], allocation, allocation.scores.pairwise)
+    _draw_bits(axes[0], allocation)
+    _draw_losses(figure, axes[1], allocation)
     return _save(figure, path)
 
 
@@ -73,7 +82,7 @@ def _draw_losses(figure: Any, axis: Any, allocation: Allocation) -> None:
     space = allocation.space
     menu = sorted({choice for unit in space.units for choice in unit.choices})
     table = np.full((len(menu), len(space.units)), np.nan)
-    for column, (unit, losses) in enumerate(zip(space.units, allocation.scores.loss, strict=True)):
+    for column, (unit, losses) in enumerate(zip(space.units, allocation.scores.alone(), strict=True)):
         if not space.is_free(unit):
             continue
         for choice, loss in zip(unit.choices, losses, strict=True):
@@ -88,14 +97,32 @@ def _draw_losses(figure: Any, axis: Any, allocation: Allocation) -> None:
     figure.colorbar(image, ax=axis, fraction=0.02, pad=0.01)
 
 
+def _draw_interactions(figure: Any, axis: Any, allocation: Allocation, pairwise: np.ndarray) -> None:
+    space = allocation.space
+    start = np.cumsum([0, *(len(unit.choices) for unit in space.units)])
+    free = [index for index, unit in enumerate(space.units) if space.is_free(unit)]
+    narrowest = [start[index] + space.units[index].choices.index(min(space.units[index].choices)) for index in free]
+    shown = pairwise[np.ix_(narrowest, narrowest)].copy()
+    np.fill_diagonal(shown, np.nan)
+    most = float(np.nanmax(np.abs(shown))) if len(free) > 1 else 1.0
+    image = axis.imshow(shown, cmap="RdBu_r", vmin=-(most or 1.0), vmax=most or 1.0)
+    names = [space.units[index].layers[0] for index in free]
+    axis.set_xticks(range(len(free)), names, rotation=90, fontsize=7)
+    axis.set_yticks(range(len(free)), names, fontsize=7)
+    axis.set_title(
+        "interaction of units at their narrowest choices: red adds to the loss, blue cancels", loc="left", fontsize=10
+    )
+    figure.colorbar(image, ax=axis, fraction=0.03, pad=0.01)
+
+
 def _choices(allocation: Allocation) -> list[int]:
     return [unit.choices.index(allocation.bits[unit.layers[0]]) for unit in allocation.space.units]
 
 
-def _figure(n_rows: int, *, height: float, width: float) -> tuple[Any, Any]:
+def _figure(n_rows: int, *, height: float, width: float, ratios: Sequence[float] | None = None) -> tuple[Any, Any]:
     require("matplotlib", "plots").use("Agg")
     pyplot = require("matplotlib.pyplot", "plots")
-    figure, axes = pyplot.subplots(n_rows, 1, figsize=(width, height), layout="constrained")
+    figure, axes = pyplot.subplots(n_rows, 1, figsize=(width, height), layout="constrained", height_ratios=ratios)
     return figure, axes
 
 

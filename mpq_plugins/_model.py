@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpq_plugins._errors import DataError, ModelError
+from mpq_plugins._errors import DataError, ModelError, MPQError
 
 Output = str | int | Callable[[Any], Tensor] | None
 
@@ -171,6 +171,20 @@ def _choices(result: Any) -> str:
     if isinstance(result, Sequence):
         return f"indices 0 to {len(result) - 1}"
     return f"a {type(result).__name__}"
+
+
+@contextlib.contextmanager
+def telling_failures(model: nn.Module) -> Iterator[None]:
+    """Tell a failing forward pass as a `DataError`."""
+    try:
+        yield
+    except MPQError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"the forward pass of {type(model).__name__} failed on a batch: {type(error).__name__}: {error}. "
+            "Batches must hold what the example held: the same kind of inputs, images of a size the model takes."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mpq_plugins._errors import DataError, ModelError, MPQError
+from mpq_plugins._errors import DataError, ModelError
 from mpq_plugins._flow import FeatureWatch
 from mpq_plugins._layers import Layer
-from mpq_plugins._model import Batch, batches_of, call, evaluating
+from mpq_plugins._model import Batch, batches_of, call, evaluating, telling_failures
 from mpq_plugins._progress import track
 from mpq_plugins._space import Space
 
@@ -72,16 +72,8 @@ def _observe_batch(model: nn.Module, space: Space, batch: Batch, statistic: Abst
             statistic.take(unit_of[name], layers[name], _per_image(feature, len(batch), name))
 
     watch = FeatureWatch(model, [layers[name] for name in unit_of], hand_over)
-    try:
-        with evaluating(model), watch:
-            call(model, batch.inputs)
-    except MPQError:
-        raise
-    except Exception as error:
-        raise DataError(
-            f"the forward pass of {type(model).__name__} failed on a batch: {type(error).__name__}: {error}. "
-            "Batches must hold what the example held: the same kind of inputs, images of a size the model takes."
-        ) from error
+    with telling_failures(model), evaluating(model), watch:
+        call(model, batch.inputs)
     return seen
 
 

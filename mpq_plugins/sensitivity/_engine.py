@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from mpq_plugins._errors import DataError, MPQError
 from mpq_plugins._flow import WEIGHTED, LayerOfCall, input_argument
-from mpq_plugins._model import Batch, Output, batch_size, call, device_of, evaluating, select, to_device
+from mpq_plugins._model import Batch, Output, batch_size, call, device_of, evaluating, select, telling_failures, to_device
 from mpq_plugins._space import Space
 from mpq_plugins.sensitivity._calibrate import activation_steps
 from mpq_plugins.sensitivity._change import Change, Changes, run_changed
@@ -260,7 +260,7 @@ def _check(engine: Engine, example: Batch) -> None:
     for unit, members in enumerate(engine.space.units):
         try:
             [replayed, *_] = run.single(unit, range(len(members.choices)))
-        except (MPQError, CannotReplay):
+        except MPQError:
             raise
         except Exception as error:
             raise CannotReplay(f"a replay with {members.name} changed fails: {type(error).__name__}: {error}") from error
@@ -274,17 +274,3 @@ def _agree(one: Tensor, other: Tensor) -> bool:
     bad = one.isfinite() != other.isfinite()
     apart = (one - other).abs().nan_to_num(0.0, 0.0, 0.0).max()
     return not bool(bad.any()) and bool(apart <= _AGREES * other.nan_to_num(0.0, 0.0, 0.0).std(correction=0) + 1e-6)
-
-
-@contextlib.contextmanager
-def telling_failures(model: nn.Module) -> Iterator[None]:
-    """Tell a failing forward pass as a `DataError`."""
-    try:
-        yield
-    except (MPQError, CannotReplay):
-        raise
-    except Exception as error:
-        raise DataError(
-            f"the forward pass of {type(model).__name__} failed on a batch: {type(error).__name__}: {error}. "
-            "Batches must hold what the example held: the same kind of inputs, images of a size the model takes."
-        ) from error

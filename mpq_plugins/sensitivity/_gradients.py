@@ -13,12 +13,11 @@ from torch.overrides import TorchFunctionMode
 
 from mpq_plugins._errors import ModelError
 from mpq_plugins._flow import WEIGHTED, input_argument
-from mpq_plugins._model import Batch, call, evaluating, select
+from mpq_plugins._model import Batch, call, evaluating, select, telling_failures
 from mpq_plugins._progress import track
 from mpq_plugins.sensitivity._change import Change, Changes, run_changed
 from mpq_plugins.sensitivity._criteria import measure
 from mpq_plugins.sensitivity._effects import Effects, Lab
-from mpq_plugins.sensitivity._engine import telling_failures
 
 
 def first_order_effects(lab: Lab) -> Effects:

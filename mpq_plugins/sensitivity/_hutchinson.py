@@ -15,12 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from mpq_plugins._flow import WEIGHTED, LayerOfCall
-from mpq_plugins._model import Batch, call, evaluating, select
+from mpq_plugins._model import Batch, call, evaluating, select, telling_failures
 from mpq_plugins._progress import track
 from mpq_plugins.sensitivity._change import Change, run_changed
 from mpq_plugins.sensitivity._criteria import measure
 from mpq_plugins.sensitivity._effects import Lab
-from mpq_plugins.sensitivity._engine import telling_failures
 
 _ROUND = 8  # probes that share a forward and a backward pass
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from mpq_plugins._errors import MPQError
 from mpq_plugins._flow import METADATA_NAMES, WEIGHTED, LayerOfCall, function_name
 from mpq_plugins._model import Output, batch_size, call, select, tensors
 
@@ -32,7 +33,7 @@ _FORM_NAMES = frozenset(
 _FOLDABLE = frozenset((torch.conv1d, torch.conv2d, torch.conv3d, F.linear))
 
 
-class CannotReplay(Exception):
+class CannotReplay(MPQError):
     """The model does something that a tape cannot play again; plain forward passes still work. Says what."""
 
 

@@ -53,7 +53,19 @@ class Batch:
         """Its images from `start` up to `stop`; what does not have one row per image is kept whole."""
         if start <= 0 and stop >= len(self):
             return self
-        return Batch(_rows(self.inputs, len(self), start, stop), None if self.labels is None else self.labels[start:stop])
+
+        def rows(value: Tensor) -> Tensor:
+            return value[start:stop]
+
+        return Batch(_of_rows(self.inputs, len(self), rows), None if self.labels is None else rows(self.labels))
+
+    def doubled(self) -> Batch:
+        """Its images and then the same again; what does not have one row per image is kept as it is."""
+
+        def twice(value: Tensor) -> Tensor:
+            return torch.cat([value, value])
+
+        return Batch(_of_rows(self.inputs, len(self), twice), None if self.labels is None else twice(self.labels))
 
 
 def batches_of(loader: Iterable[Any]) -> Iterator[Batch]:
@@ -90,13 +102,14 @@ def batch_size(inputs: Any) -> int:
     raise ModelError("the example holds no tensor. Give a tensor, a tuple of tensors or a dict of tensors.")
 
 
-def _rows(value: Any, length: int, start: int, stop: int) -> Any:
+def _of_rows(value: Any, length: int, change: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with every tensor of `length` rows changed."""
     if isinstance(value, Tensor):
-        return value[start:stop] if value.dim() and value.shape[0] == length else value
+        return change(value) if value.dim() and value.shape[0] == length else value
     if isinstance(value, Mapping):
-        return {key: _rows(item, length, start, stop) for key, item in value.items()}
+        return {key: _of_rows(item, length, change) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return tuple(_rows(item, length, start, stop) for item in value)
+        return tuple(_of_rows(item, length, change) for item in value)
     return value
 
 

@@ -229,7 +229,9 @@ def _plain(engine: Engine, inputs: Any, changes: Changes) -> Tensor:
 def _player(model: nn.Module, space: Space, owner: LayerOfCall, example: Batch, output: Output, folding: bool) -> Player:
     """A player for the model. Raises `CannotReplay`."""
     device = device_of(model)
-    one, two = (to_device(example.part(0, n_images).inputs, device) for n_images in (1, 2))
+    # Two numbers of images tell what grows with them; a single image can stand twice.
+    pair = example.part(0, 2) if len(example) > 1 else example.doubled()
+    one, two = (to_device(images.inputs, device) for images in (example.part(0, 1), pair))
     with evaluating(model), owner, telling_failures(model):
         tape = record(model, owner, [layer.name for layer in space.layers], one, two, output)
     return Player(model, owner, tape, output=output, folding=folding)

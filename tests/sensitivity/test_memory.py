@@ -87,12 +87,12 @@ def test_the_number_of_images_is_kept():
     same(lab.effects(pairs=True), Lab(model, space, cut, Setup()).effects(pairs=True))
 
 
-@pytest.mark.parametrize("n_images", [1, 3])
-def test_stacked_variants_are_single_ones(n_images):
-    """All choices in one pass, whatever their order, give what they give one by one."""
+@pytest.mark.parametrize(("n_images", "n_example"), [(1, 4), (3, 4), (1, 1)])
+def test_stacked_variants_are_single_ones(n_images, n_example):
+    """All choices in one pass, whatever their order, give what they give one by one; an example of one image will do."""
     model, space = made(n_choices=7)
     batch = Batch(*batches(n_images)[0])
-    engine = Engine.start(model, space, Batch(*batches(4)[0]))
+    engine = Engine.start(model, space, Batch(*batches(n_example)[0]))
     assert engine.stacking
     assert engine.player is not None
     assert engine.player.tape.stackable

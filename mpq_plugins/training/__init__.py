@@ -1,3 +1,18 @@
 """Repairing and training quantized modules."""
 
 from mpq_plugins.training._batch_norm import reestimate_batch_norm as reestimate_batch_norm
+from mpq_plugins.training._duq import DuQ as DuQ
+from mpq_plugins.training._duq import duq as duq
+from mpq_plugins.training._freezing import Freezing as Freezing
+from mpq_plugins.training._instability import Instability as Instability
+from mpq_plugins.training._instability import output_shift as output_shift
+from mpq_plugins.training._negative_padding import HARDSWISH_OFFSET as HARDSWISH_OFFSET
+from mpq_plugins.training._negative_padding import Shifted as Shifted
+from mpq_plugins.training._negative_padding import folded_offset as folded_offset
+from mpq_plugins.training._negative_padding import negatively_padded as negatively_padded
+from mpq_plugins.training._negative_padding import with_offset_in_bias as with_offset_in_bias
+from mpq_plugins.training._parameter_groups import parameter_groups as parameter_groups
+from mpq_plugins.training._profit import Profit as Profit
+from mpq_plugins.training._schedule import ProfitSchedule as ProfitSchedule
+from mpq_plugins.training._schedule import Stage as Stage
+from mpq_plugins.training._schedule import stage_at as stage_at

@@ -6,7 +6,7 @@ import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mpq_plugins._adapter import AbstractAdapter
 from mpq_plugins._bits import BitConfig
@@ -27,6 +27,8 @@ from mpq_plugins._space import Menus, Space, first_and_last, is_cnn_classifier
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from mpq_plugins._model import Output
 
 Budgets = Sequence[Budget] | Mapping[str, float | str]
 
@@ -61,6 +63,7 @@ def allocate(
     tie: Iterable[Sequence[str]] = (),
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    output: Output = None,
     top_k: int = 1,
     cache: str | Path | None = None,
 ) -> Allocation:
@@ -68,9 +71,10 @@ def allocate(
 
     `example` is one input as the model takes it, `batches` what the proxy looks at (see `Batch.of`). `budgets` are
     `Budget`s or cost name -> limit, such as `{"size": "w4", "bops": "75G"}`. Plugins may be given by name. `choices` default
-    to what the adapter's target really stores and runs. With `top_k` > 1 the best plans by the score are measured with
-    the true loss of the quantized network, and the best of those is kept. Measurements are kept under `cache`, so that an
-    interrupted run goes on where it stopped and another budget needs no new ones. See `build_space` for the rest.
+    to what the adapter's target really stores and runs. `output` says which of the model's outputs counts. With
+    `top_k` > 1 the best plans by the score are measured with the true loss of the quantized network, and the best of those
+    is kept. Measurements are kept under `cache`, so that an interrupted run goes on where it stopped and another budget
+    needs no new ones. See `build_space` for the rest.
 
     Raises `InfeasibleBudgetError` before anything is scored, and what `build_space`, the proxy and `solve` raise.
     """
@@ -89,11 +93,11 @@ def allocate(
 
     resolved = as_budgets(budgets)
     check_reachable(space, resolved)
-    chosen = make("proxies", proxy) if isinstance(proxy, str) else proxy
+    chosen = with_output(make("proxies", proxy) if isinstance(proxy, str) else proxy, output)
     batches = list(batches) if top_k > 1 else batches
     with keeping_measurements(cache):
         scores = chosen.score(model, space, batches)
-        measure = true_loss(model, scores.space, batches, chosen) if top_k > 1 else None
+        measure = true_loss(model, scores.space, batches, chosen, output=output) if top_k > 1 else None
         return solve_scores(scores, resolved, solver=solver, top_k=top_k, measure=measure)
 
 
@@ -138,12 +142,24 @@ def build_space(
     )
 
 
-def true_loss(model: nn.Module, space: Space, batches: Iterable[Any], proxy: AbstractProxy) -> Measure:
-    """What measures plans over `space`: the loss of the quantized network, with the options of `proxy` where it has them."""
+def with_output(proxy: AbstractProxy, output: Output) -> AbstractProxy:
+    """The proxy looking at `output`, if it looks at outputs; None changes nothing."""
+    if output is None or not hasattr(proxy, "output"):
+        return proxy
+    return cast(AbstractProxy, replace(cast(Any, proxy), output=output))
+
+
+def true_loss(
+    model: nn.Module, space: Space, batches: Iterable[Any], proxy: AbstractProxy, *, output: Output = None
+) -> Measure:
+    """What measures plans over `space`: the loss of the quantized network, with the options of `proxy` where it has them.
+
+    `output` counts where `proxy` names none.
+    """
     from mpq_plugins.sensitivity import Lab, Setup
 
     setup: Setup = proxy.setup() if hasattr(proxy, "setup") else Setup()
-    return Lab(model, space, batches, setup).losses_at
+    return Lab(model, space, batches, setup if setup.output is not None else replace(setup, output=output)).losses_at
 
 
 def solve_scores(

@@ -6,14 +6,13 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from mpq_plugins._adapter import AbstractAdapter
-from mpq_plugins._allocate import Allocation, as_budgets, build_space, solve_scores, true_loss
+from mpq_plugins._allocate import Allocation, as_budgets, build_space, solve_scores, true_loss, with_output
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._cost import Budget, format_amount
 from mpq_plugins._errors import BudgetError, DataError, ModelError, PluginError
@@ -54,7 +53,6 @@ def layers(options: Namespace) -> int:
 
 def allocate(options: Namespace) -> int:
     """`mpq allocate`."""
-    from mpq_plugins._files import cache_folder
     from mpq_plugins._problem import check_reachable
     from mpq_plugins.sensitivity import keeping_measurements
 
@@ -62,16 +60,14 @@ def allocate(options: Namespace) -> int:
     space = _space(options, model, example)
     budgets = _budgets(options.budget)
     check_reachable(space, budgets)
-    proxy = make("proxies", options.proxy, _options(options.proxy_option))
-    if options.output is not None and hasattr(proxy, "output"):
-        proxy = replace(proxy, output=options.output)
+    proxy = with_output(make("proxies", options.proxy, _options(options.proxy_option)), options.output)
     batches = list(_take(_data(options), options.images)) if options.data else []
-    cache = None if options.no_cache else options.cache or cache_folder() / "measurements"
-    with keeping_measurements(cache):
+    with keeping_measurements(_cache(options)):
         scores = proxy.score(model, space, batches)
         if options.scores:
             scores.save(options.scores)
-        measure = true_loss(model, scores.space, batches, proxy) if options.top_k > 1 else None
+        selects = options.top_k > 1
+        measure = true_loss(model, scores.space, batches, proxy, output=options.output) if selects else None
         return _solve_and_report(options, scores, budgets, measure)
 
 
@@ -208,9 +204,26 @@ def _solve_and_report(options: Namespace, scores: Scores, budgets: Sequence[Budg
     return _OK
 
 
+def _cache(options: Namespace) -> Path | None:
+    """Where measurements are kept: the folder asked for, or the user's cache where that can be written."""
+    from mpq_plugins._files import cache_folder
+
+    if options.no_cache or options.cache:
+        return None if options.no_cache else Path(options.cache)
+    folder = cache_folder() / "measurements"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"note: no measurements are kept, {folder} cannot be made: {error.strerror}. See --cache.", file=sys.stderr)
+        return None
+    return folder
+
+
 def _certificate(allocation: Allocation, budgets: Sequence[Budget]) -> list[str]:
     solution, space = allocation.solution, allocation.space
-    lines = [f"{solution.solver}: {solution.status.value}; loss {solution.objective:.6g}, gap {solution.gap:.1e}"]
+    was_replaced = allocation.selection is not None and allocation.selection.kept > 0
+    told = solution.advice if was_replaced else solution.status.value
+    lines = [f"{solution.solver}: {told}; loss {solution.objective:.6g}, gap {solution.gap:.1e}"]
     rows = [budget for budget in budgets if budget.cost.reduce == "sum"]
     # A quadratic program that was not relaxed has no prices.
     prices = solution.shadow_prices or (None,) * len(rows)

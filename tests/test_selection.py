@@ -12,11 +12,12 @@ import torch
 
 import mpq_plugins as mpq
 from mpq_plugins._cli import main
-from mpq_plugins._errors import BudgetError
+from mpq_plugins._errors import BudgetError, DataError, PluginError
 from mpq_plugins._solution import Status
 from mpq_plugins.digits import DigitsNet, digits
 from mpq_plugins.proxies import CLADO, Projection
 from mpq_plugins.sensitivity import Lab, Setup, keeping_measurements
+from mpq_plugins.sensitivity._journal import digest_of_model
 
 MODEL = "mpq_plugins.digits:DigitsNet"
 
@@ -221,3 +222,84 @@ def test_a_killed_run_goes_on_where_it_stopped(net, batches, tmp_path):
     assert resumed.loss == whole.loss
     assert np.array_equal(resumed.pairwise, whole.pairwise)
     assert passes.count < 0.8 * n_whole
+
+
+def scaled_loss(factor):
+    def loss(output, batch):
+        return factor * torch.nn.functional.cross_entropy(output, batch.labels, reduction="none")
+
+    return loss
+
+
+def base_loss_of(net, space, batches, **options):
+    return Lab(net, space, batches, Setup(**options)).effects().base_loss
+
+
+def test_functions_of_one_name_are_told_apart(net, batches, tmp_path):
+    """Losses made by one function, and outputs chosen by two lambdas, are not taken for one another in a kept folder."""
+    space = space_of(net)
+    with keeping_measurements(tmp_path):
+        once = base_loss_of(net, space, batches, loss=scaled_loss(1.0))
+        assert base_loss_of(net, space, batches, loss=scaled_loss(3.0)) == pytest.approx(3 * once)
+        own = base_loss_of(net, space, batches, output=lambda out: out)
+        assert base_loss_of(net, space, batches, output=lambda out: 0 * out) != pytest.approx(own)
+
+
+class Activated(torch.nn.Module):
+    def __init__(self, activation):
+        super().__init__()
+        self.net, self.activation = DigitsNet(width=8), activation
+
+    def forward(self, images):
+        return self.activation(self.net(images))
+
+
+def test_models_of_equal_weights_are_told_apart(batches):
+    """Equal weights under another activation function make another model; the same model built again is the same."""
+    torch.manual_seed(0)
+    relu = Activated(torch.nn.ReLU())
+    gelu, again = Activated(torch.nn.GELU()), Activated(torch.nn.ReLU())
+    gelu.load_state_dict(relu.state_dict())
+    again.load_state_dict(relu.state_dict())
+    assert digest_of_model(relu) == digest_of_model(again)
+    assert digest_of_model(relu) != digest_of_model(gelu)
+
+
+def test_plans_that_break_the_model_are_told(net, batches):
+    """A loss that is not finite at a quantized plan is an error that names the way out, not a plan that compares as least."""
+    lab = Lab(net, space_of(net), batches, Setup(loss=lambda output, batch: output.sum(1) * float("nan")))
+    with pytest.raises(DataError, match="1 of 1 quantized plans is not finite"):
+        lab.losses_at([[0] * len(lab.space.units)])
+
+
+@pytest.mark.parametrize("option", ["n_samples", "memory_mb"])
+def test_negative_options_are_refused(option):
+    """Options that count or bound something are refused below zero, by name and value."""
+    with pytest.raises(PluginError, match=f"{option} is -1"):
+        CLADO(**{option: -1}).setup()
+
+
+def test_plans_of_any_score_are_measured_on_the_named_output(batches, monkeypatch, tmp_path, capsys):
+    """A model that returns a dict is measured at the output that the command line names, though the score looks at none."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\nfrom mpq_plugins.digits import DigitsNet\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.net = DigitsNet(width=8)\n"
+        "    def forward(self, x):\n        return {'logits': self.net(x), 'mean': x.mean()}\n"
+    )
+    verb = ["allocate", "--model", "net.py:Net", "--data", "digits", "--images", "8", "--budget", "size=w4", "--no-cache"]
+    assert main([*verb, "--proxy", "uniform", "--output", "logits", "--top-k", "3", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["selection"]["measured"]) == 3
+
+
+def test_a_cache_that_cannot_be_written(net, batches, tmp_path, monkeypatch, capsys):
+    """A folder asked for must take measurements; the user's cache, which nobody asked for, is done without."""
+    (tmp_path / "file").touch()
+    verb = ["allocate", "--model", MODEL, "--data", "digits", "--images", "8", "--proxy", "fisher", "--budget", "size=w4"]
+    verb += ["--out", str(tmp_path / "bits.json")]
+    assert main([*verb, "--cache", str(tmp_path / "file")]) == 2
+    assert "--no-cache" in capsys.readouterr().err
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert main(verb) == 0
+    assert "no measurements are kept" in capsys.readouterr().err

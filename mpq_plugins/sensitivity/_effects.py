@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, final
 
@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mpq_plugins._errors import DataError
+from mpq_plugins._errors import DataError, PluginError
 from mpq_plugins._model import Batch, Output, batches_of
 from mpq_plugins._progress import track
 from mpq_plugins._space import Space
 from mpq_plugins.sensitivity._criteria import AbstractMeasure, Loss, UserLoss, measure
 from mpq_plugins.sensitivity._engine import AbstractRun, Engine
-from mpq_plugins.sensitivity._journal import Journal, digest_of_batches, digest_of_model
+from mpq_plugins.sensitivity._journal import Journal, digest_of_batches, digest_of_model, text_of_function
 
 
 @final
@@ -28,7 +28,7 @@ class Setup:
 
     `loss` is read by `measure` in `_criteria`; `output` selects the tensor that counts. Weights are quantized per output
     channel or per tensor; activations too, where the space lets units choose their bits. `memory_mb` bounds what is kept.
-    `replay` and `folding` switch the two accelerations of the engine off, to compare.
+    `replay` and `folding` switch the two accelerations of the engine off, to compare. Raises `PluginError`.
     """
 
     loss: Loss = "auto"
@@ -40,6 +40,11 @@ class Setup:
     memory_mb: int = 1024
     replay: bool = True
     folding: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("n_samples", "memory_mb"):
+            if getattr(self, name) < 0:
+                raise PluginError(f"{name} is {getattr(self, name)}, but cannot be negative. Leave it at its default.")
 
 
 @final
@@ -149,7 +154,10 @@ class Lab:
         return {**sums, "passes": np.asarray([self.engine.player is not None, self.engine.counter.run])}
 
     def losses_at(self, choices: Sequence[Sequence[int]]) -> list[float]:
-        """The mean loss over the sensitivity set with every unit quantized, for each list of one choice per unit."""
+        """The mean loss over the sensitivity set with every unit quantized, for each list of one choice per unit.
+
+        Raises `DataError` when a loss is not finite.
+        """
         keys = [f"at-{hashlib.sha256(repr(list(map(int, choice))).encode()).hexdigest()[:20]}" for choice in choices]
         missing = [at for at, key in enumerate(keys) if self.journal.get(key) is None]
         if missing:
@@ -158,6 +166,11 @@ class Lab:
                 at_base = self.measure(self.engine.run(batch), batch, index)
                 for row, at in enumerate(missing):
                     totals[row] += float(at_base.losses(self.engine.quantized(batch, choices[at])).sum())
+            if not np.isfinite(totals).all():
+                raise DataError(
+                    f"the loss of {int((~np.isfinite(totals)).sum())} of {len(totals)} quantized plans is not finite. Run the "
+                    "model in float32, or do without measuring plans (top_k=1)."
+                )
             for row, at in enumerate(missing):
                 self.journal.put(keys[at], {"loss": np.asarray(totals[row] / self.n_images)})
         return [float(held["loss"]) for held in map(self.journal.get, keys) if held is not None]
@@ -172,6 +185,7 @@ class Lab:
                 "batches": list(map(len, self.batches)),
                 "space": self.space.to_json(),
                 "setup": described(self.setup),
+                "functions": [text_of_function(value) for value in (self.setup.loss, self.setup.output) if callable(value)],
             }
         )
 
@@ -310,7 +324,8 @@ def sensitivity_set(batches: Iterable[Any], n_images: int) -> list[Batch]:
 
 def described(options: Any) -> dict[str, Any]:
     """The fields of a dataclass as plain JSON values: functions by their names."""
-    return {name: value if _is_plain(value) else _function_name(value) for name, value in asdict(options).items()}
+    values = {field.name: getattr(options, field.name) for field in fields(options)}
+    return {name: value if _is_plain(value) else _function_name(value) for name, value in values.items()}
 
 
 def _is_plain(value: Any) -> bool:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import inspect
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, final
@@ -14,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mpq_plugins._errors import WriteError
 from mpq_plugins._files import write_json, write_whole
 from mpq_plugins._model import Batch, tensors
 
@@ -35,7 +39,7 @@ def keeping_measurements(folder: str | Path | None) -> Iterator[None]:
 class Journal:
     """Named arrays of one piece of work, each in a file that is whole or absent.
 
-    `identity` says what was measured, on what and how; work of another identity has another folder.
+    `identity` says what was measured, on what and how; work of another identity has another folder. Raises `WriteError`.
     """
 
     def __init__(self, identity: Mapping[str, Any]) -> None:
@@ -46,7 +50,7 @@ class Journal:
             text = json.dumps({"format": FORMAT, **identity}, sort_keys=True)
             self._folder = root / hashlib.sha256(text.encode()).hexdigest()[:20]
             if not (self._folder / "identity.json").exists():
-                write_json(self._folder / "identity.json", json.loads(text))
+                _begin(self._folder / "identity.json", json.loads(text))
 
     def get(self, key: str) -> dict[str, np.ndarray] | None:
         """The arrays under `key`, or None when they were not measured yet (or their file does not read)."""
@@ -84,21 +88,62 @@ class Journal:
 
 
 def digest_of_model(model: nn.Module) -> str:
-    """Digest of all parameters and buffers."""
-    state = [(name, value) for name, value in model.state_dict().items() if isinstance(value, Tensor)]
-    return _digest((name.encode(), value) for name, value in state)
+    """Digest of the modules and how their classes are written, and of all parameters and buffers."""
+    kinds = {type(module) for module in model.modules()}
+    # torch's own classes are told by what they print; a user's may have been edited since.
+    written = sorted(text_of_source(kind) for kind in kinds if not kind.__module__.startswith("torch."))
+    state = {**dict(model.named_buffers()), **model.state_dict()}  # the former has the buffers that are not saved
+    held = [(name.encode(), value) for name, value in state.items() if isinstance(value, Tensor)]
+    return _digest(held, "\n".join([_without_addresses(repr(model)), *written]))
 
 
 def digest_of_batches(batches: Iterable[Batch]) -> str:
     """Digest of all inputs and labels."""
-    found = [
-        (str(index).encode(), tensor) for index, batch in enumerate(batches) for tensor in tensors((batch.inputs, batch.labels))
+    parts = [
+        (f"{index} {part}".encode(), value)
+        for index, batch in enumerate(batches)
+        for part, value in (("inputs", batch.inputs), ("labels", batch.labels))
     ]
-    return _digest(found)
+    return _digest((name, tensor) for name, value in parts for tensor in tensors(value))
 
 
-def _digest(items: Iterable[tuple[bytes, Tensor]]) -> str:
-    digest = hashlib.sha256()
+def text_of_function(function: Callable[..., Any]) -> str:
+    """How a function is written and what is bound to it. Functions that it calls are not followed."""
+    if isinstance(function, functools.partial):
+        bound: Any = (function.args, sorted(function.keywords.items()))
+        return f"{text_of_function(function.func)}\n{_without_addresses(repr(bound))}"
+    if not inspect.isroutine(function):
+        return f"{text_of_source(type(function))}\n{_without_addresses(repr(function))}"
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    bound = (cells, *(getattr(function, name, None) for name in ("__self__", "__defaults__", "__kwdefaults__")))
+    return f"{text_of_source(function)}\n{_without_addresses(repr(bound))}"
+
+
+def text_of_source(written: Any) -> str:
+    """The source of a class or function; its name where there is none to read."""
+    try:
+        return inspect.getsource(written)
+    except (OSError, TypeError):
+        return f"{written.__module__}.{written.__qualname__}"
+
+
+def _without_addresses(text: str) -> str:
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
+
+
+def _begin(identity: Path, document: Any) -> None:
+    try:
+        write_json(identity, document)
+    except WriteError as error:
+        reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else None
+        raise WriteError(
+            f"measurements cannot be kept under {identity.parent.parent}: {reason or error}. Choose a folder that you may "
+            "write to (--cache on the command line), or keep none (--no-cache)."
+        ) from error
+
+
+def _digest(items: Iterable[tuple[bytes, Tensor]], text: str = "") -> str:
+    digest = hashlib.sha256(text.encode())
     for name, tensor in items:
         digest.update(name + str((tensor.dtype, tuple(tensor.shape))).encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

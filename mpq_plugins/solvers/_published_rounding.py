@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
@@ -63,9 +64,17 @@ def _check_form(problem: Problem) -> None:
     if len(problem.limits) != 1 or problem.pairwise is not None or problem.is_linked:
         raise SolverError(
             "the published form has one limit, no pairwise losses and no shared activation bits; this problem has "
-            f"{len(problem.limits)} limits{', pairwise losses' if problem.pairwise is not None else ''}"
-            f"{', shared activation bits' if problem.is_linked else ''}. Use Auto()."
+            f"{', '.join(_unfit(problem))}. Use Auto()."
         )
+
+
+def _unfit(problem: Problem) -> Iterator[str]:
+    if len(problem.limits) != 1:
+        yield f"{len(problem.limits)} limits"
+    if problem.pairwise is not None:
+        yield "pairwise losses"
+    if problem.is_linked:
+        yield "shared activation bits"
 
 
 def _bits(problem: Problem) -> np.ndarray:  # [choice of all units]

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mpq_plugins._verify import Verification
 
 _OK, _FAILED = 0, 1
+_MUCH = 0.1  # share of a budget whose disuse is worth a note
 
 
 def layers(options: Namespace) -> int:
@@ -198,7 +199,7 @@ def _solve_and_report(options: Namespace, scores: Scores, budgets: Sequence[Budg
     console = _console()
     console.print(allocation_table(allocation))
     _print_optional(console, skipped_table(allocation.space.skipped))
-    for line in _certificate(allocation, budgets):
+    for line in _certificate(allocation, budgets, top_k):
         console.print(line, highlight=False)
     console.print(f"wrote {options.out}")
     return _OK
@@ -219,12 +220,17 @@ def _cache(options: Namespace) -> Path | None:
     return folder
 
 
-def _certificate(allocation: Allocation, budgets: Sequence[Budget]) -> list[str]:
+def _certificate(allocation: Allocation, budgets: Sequence[Budget], top_k: int) -> list[str]:
     solution, space = allocation.solution, allocation.space
     was_replaced = allocation.selection is not None and allocation.selection.kept > 0
     told = solution.advice if was_replaced else solution.status.value
     lines = [f"{solution.solver}: {told}; loss {solution.objective:.6g}, gap {solution.gap:.1e}"]
     rows = [budget for budget in budgets if budget.cost.reduce == "sum"]
+    if _wants_less(allocation, rows):
+        lines.append(
+            "note: much of every budget is unused, since by this score wider choices would not lower the loss. "
+            "Few images can say so by chance: use more, or --proxy-option loss=kl where the score has it"
+        )
     # A quadratic program that was not relaxed has no prices.
     prices = solution.shadow_prices or (None,) * len(rows)
     for budget, used, unused, price in zip(rows, solution.usage, solution.unused, prices, strict=True):
@@ -240,10 +246,21 @@ def _certificate(allocation: Allocation, budgets: Sequence[Budget]) -> list[str]
             f"measured loss of the best {len(measured)} plans: {min(measured):.6g} to {max(measured):.6g}; kept number "
             f"{kept + 1}, {allocation.selection.gain:.3g} below the first"
         )
+        if len(measured) < top_k:
+            lines.append(f"note: {top_k} plans were asked for, and the solver lists {len(measured)}")
     elif solution.next_best:
         runner_up = solution.next_best[0]
         lines.append(f"next-best plan: loss {runner_up.objective:.6g}")
     return lines
+
+
+def _wants_less(allocation: Allocation, rows: Sequence[Budget]) -> bool:
+    """Whether no budget binds although some unit could be wider."""
+    solution, space = allocation.solution, allocation.space
+    could_widen = any(allocation.bits[unit.layers[0]] != max(unit.choices) for unit in space.units)
+    left = zip(rows, solution.unused, solution.shadow_prices, strict=False)
+    loose = [price == 0 and unused > _MUCH * budget.resolve(space) for budget, unused, price in left]
+    return could_widen and bool(loose) and all(loose)
 
 
 def _report_verification(options: Namespace, report: Verification) -> int:

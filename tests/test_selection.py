@@ -118,6 +118,18 @@ def test_selection_on_the_command_line(tmp_path, monkeypatch, capsys):
     assert 'id="axes_6"' in (tmp_path / "bits.svg").read_text()
 
 
+def test_an_unused_budget_is_told(tmp_path, monkeypatch, capsys):
+    """A score that likes narrow weights leaves the budget unused, which is told; one that spends it is not talked to."""
+    monkeypatch.chdir(tmp_path)
+    net = DigitsNet().eval()
+    space = space_of(net)
+    for sign, told in ((1.0, True), (-1.0, False)):
+        loss = tuple(tuple(sign * choice.weight for choice in unit.choices) for unit in space.units)
+        mpq.Scores(space, loss, {"name": "by hand"}).save("scores.json")
+        assert main(["solve", "scores.json", "--budget", "size=w4", "--quiet"]) == 0
+        assert ("much of every budget is unused" in capsys.readouterr().out) is told
+
+
 def test_the_loss_of_a_choice_alone_has_half_the_diagonal(net):
     """Linear loss 1 and 2, pairwise diagonal 4 and 6: alone they lose 3 and 5."""
     space = space_of(net, (2, 8))

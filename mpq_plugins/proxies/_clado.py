@@ -57,7 +57,9 @@ class CLADO(AbstractSensitivity):
         pairs = self.tier == "exact" and self.cross
         effects = first_order_effects(lab) if self.tier == "fisher" else lab.effects(pairs=pairs)
         linear, matrix = self._program(effects)
-        facts = {"base_loss": effects.base_loss, "measured": effects.losses.tolist(), **effects.facts}
+        facts = {"base_loss": effects.base_loss, **effects.facts}
+        if self.tier != "fisher":
+            facts["measured"] = effects.losses.tolist()
         return Scores(space, by_unit(space, linear), self.recipe(), facts, matrix)
 
     def _program(self, effects: Effects) -> tuple[np.ndarray, np.ndarray | None]:

@@ -255,21 +255,25 @@ def _checked(engine: Engine, example: Batch, *, channels_last: bool) -> Engine:
 
 
 def _check(engine: Engine, example: Batch) -> None:
-    """Compare a replay of every unit with a plain pass, on one image. Raises `CannotReplay` where they differ."""
+    """Compare replays of every unit at its first and last choice with plain passes, on one image.
+
+    Raises `CannotReplay` where they differ.
+    """
     one = example.part(0, 1)
     run = engine.run(one)
     inputs = engine._on_device(one)
     for unit, members in enumerate(engine.space.units):
         try:
-            [replayed, *_] = run.single(unit, range(len(members.choices)))
+            replays = list(run.single(unit, range(len(members.choices))))
         except MPQError:
             raise
         except Exception as error:
             raise CannotReplay(f"a replay with {members.name} changed fails: {type(error).__name__}: {error}") from error
-        with evaluating(engine.model), engine.owner:
-            plain = _plain(engine, inputs, engine.changes({**engine.pinned, unit: 0}, merged=False))
-        if replayed.shape != plain.shape or not _agree(replayed, plain):
-            raise CannotReplay(f"a replay with {members.name} changed differs from a plain pass")
+        for choice in {0, len(members.choices) - 1}:
+            with evaluating(engine.model), engine.owner:
+                plain = _plain(engine, inputs, engine.changes({**engine.pinned, unit: choice}, merged=False))
+            if replays[choice].shape != plain.shape or not _agree(replays[choice], plain):
+                raise CannotReplay(f"a replay with {members.name} at {members.choices[choice]} differs from a plain pass")
 
 
 def _agree(one: Tensor, other: Tensor) -> bool:

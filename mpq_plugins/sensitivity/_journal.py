@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, final
 
@@ -47,7 +48,7 @@ class Journal:
         self._folder: Path | None = None
         self._memory: dict[str, dict[str, np.ndarray]] = {}
         if root is not None:
-            text = json.dumps({"format": FORMAT, **identity}, sort_keys=True)
+            text = json.dumps({"format": FORMAT, "version": version("mpq-plugins"), **identity}, sort_keys=True)
             self._folder = root / hashlib.sha256(text.encode()).hexdigest()[:20]
             if not (self._folder / "identity.json").exists():
                 _begin(self._folder / "identity.json", json.loads(text))
@@ -114,9 +115,16 @@ def text_of_function(function: Callable[..., Any]) -> str:
         return f"{text_of_function(function.func)}\n{_without_addresses(repr(bound))}"
     if not inspect.isroutine(function):
         return f"{text_of_source(type(function))}\n{_without_addresses(repr(function))}"
-    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    cells = [_content(cell) for cell in getattr(function, "__closure__", None) or ()]
     bound = (cells, *(getattr(function, name, None) for name in ("__self__", "__defaults__", "__kwdefaults__")))
     return f"{text_of_source(function)}\n{_without_addresses(repr(bound))}"
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # Not filled yet.
+        return None
 
 
 def text_of_source(written: Any) -> str:

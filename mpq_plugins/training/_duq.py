@@ -29,8 +29,8 @@ def duq(x: Tensor, a: Tensor, c: Tensor, *, bits: int, signed: bool) -> Tensor:
     """c round(q clip(x / a, -1, 1)) / q, or with clip(relu(x) / a, 0, 1) when unsigned; `a` and `c` are scalars > 0.
 
     Rounds half to even, straight through: the derivatives are c / a by x and -c x / a^2 by a inside the clip, 0 outside, and
-    round(q clip(x / a)) / q by c (DuQ, PROFIT, Park and Yoo 2020, section 4). The ends of the clip count as inside, except
-    x = 0 when unsigned, as autograd has it for clamp and relu. Keeps x alone for the backward pass.
+    round(q clip(x / a)) / q by c (DuQ, PROFIT, Park and Yoo 2020, section 4). The ends of the clip count as
+    outside, as in `hardtanh`; `clamp` differs between versions of torch. Keeps x alone for the backward pass.
     """
     result: Tensor = _Duq.apply(x, a, c, n_levels(bits, signed=signed), signed)
     return result
@@ -51,7 +51,7 @@ class _Duq(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x, a, c = ctx.saved_tensors
-        inside = (x.abs() <= a) if ctx.signed else (x > 0) & (x <= a)
+        inside = (x.abs() < a) if ctx.signed else (x > 0) & (x < a)
         passing = torch.where(inside, gradient, 0)
         by_a = -(c / a.square()) * (passing * x).sum()
         by_c = (gradient * _codes(x, a, ctx.q, ctx.signed)).sum() / ctx.q

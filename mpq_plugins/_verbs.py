@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from mpq_plugins._adapter import AbstractAdapter
-from mpq_plugins._allocate import Allocation, as_budgets, build_space, solve_scores, true_loss, with_output
+from mpq_plugins._allocate import as_budgets, build_space, solve_scores, true_loss, with_output
 from mpq_plugins._bits import BitConfig
-from mpq_plugins._cost import Budget, format_amount
+from mpq_plugins._cost import Budget
 from mpq_plugins._errors import BudgetError, DataError, ModelError, PluginError
 from mpq_plugins._plugins import KINDS, Kind, make, names
 from mpq_plugins._precision import menu
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from mpq_plugins._verify import Verification
 
 _OK, _FAILED = 0, 1
-_MUCH = 0.1  # share of a budget whose disuse is worth a note
 
 
 def layers(options: Namespace) -> int:
@@ -185,7 +184,7 @@ def demo(options: Namespace) -> int:
 
 
 def _solve_and_report(options: Namespace, scores: Scores, budgets: Sequence[Budget], measure: Measure | None = None) -> int:
-    from mpq_plugins.reports import allocation_table, plot_allocation, skipped_table
+    from mpq_plugins.reports import allocation_table, certificate_lines, plot_allocation, skipped_table
 
     solver = make("solvers", options.solver, _options(options.solver_option))
     top_k = options.top_k if measure is not None else 1
@@ -199,7 +198,7 @@ def _solve_and_report(options: Namespace, scores: Scores, budgets: Sequence[Budg
     console = _console()
     console.print(allocation_table(allocation))
     _print_optional(console, skipped_table(allocation.space.skipped))
-    for line in _certificate(allocation, budgets, top_k):
+    for line in certificate_lines(allocation, budgets, top_k=top_k):
         console.print(line, highlight=False)
     console.print(f"wrote {options.out}")
     return _OK
@@ -218,49 +217,6 @@ def _cache(options: Namespace) -> Path | None:
         print(f"note: no measurements are kept, {folder} cannot be made: {error.strerror}. See --cache.", file=sys.stderr)
         return None
     return folder
-
-
-def _certificate(allocation: Allocation, budgets: Sequence[Budget], top_k: int) -> list[str]:
-    solution, space = allocation.solution, allocation.space
-    was_replaced = allocation.selection is not None and allocation.selection.kept > 0
-    told = solution.advice if was_replaced else solution.status.value
-    lines = [f"{solution.solver}: {told}; loss {solution.objective:.6g}, gap {solution.gap:.1e}"]
-    rows = [budget for budget in budgets if budget.cost.reduce == "sum"]
-    if _wants_less(allocation, rows):
-        lines.append(
-            "note: much of every budget is unused, since by this score wider choices would not lower the loss. "
-            "Few images can say so by chance: use more, or --proxy-option loss=kl where the score has it"
-        )
-    # A quadratic program that was not relaxed has no prices.
-    prices = solution.shadow_prices or (None,) * len(rows)
-    for budget, used, unused, price in zip(rows, solution.usage, solution.unused, prices, strict=True):
-        limit = budget.resolve(space)
-        saved = "" if price is None else f"; 1 % more would save {price * 0.01 * limit:.3g} of the loss"
-        lines.append(
-            f"{budget.cost.name}: {format_amount(used, budget.cost.unit)} of {format_amount(limit, budget.cost.unit)}, "
-            f"{format_amount(unused, budget.cost.unit)} unused{saved}"
-        )
-    if allocation.selection is not None:
-        measured, kept = allocation.selection.measured, allocation.selection.kept
-        lines.append(
-            f"measured loss of the best {len(measured)} plans: {min(measured):.6g} to {max(measured):.6g}; kept number "
-            f"{kept + 1}, {allocation.selection.gain:.3g} below the first"
-        )
-        if len(measured) < top_k:
-            lines.append(f"note: {top_k} plans were asked for, and the solver lists {len(measured)}")
-    elif solution.next_best:
-        runner_up = solution.next_best[0]
-        lines.append(f"next-best plan: loss {runner_up.objective:.6g}")
-    return lines
-
-
-def _wants_less(allocation: Allocation, rows: Sequence[Budget]) -> bool:
-    """Whether no budget binds although some unit could be wider."""
-    solution, space = allocation.solution, allocation.space
-    could_widen = any(allocation.bits[unit.layers[0]] != max(unit.choices) for unit in space.units)
-    left = zip(rows, solution.unused, solution.shadow_prices, strict=False)
-    loose = [price == 0 and unused > _MUCH * budget.resolve(space) for budget, unused, price in left]
-    return could_widen and bool(loose) and all(loose)
 
 
 def _report_verification(options: Namespace, report: Verification) -> int:

@@ -1,5 +1,6 @@
 """What people look at: tables and plots."""
 
+from mpq_plugins.reports._certificate import certificate_lines as certificate_lines
 from mpq_plugins.reports._compare import CONTROLS as CONTROLS
 from mpq_plugins.reports._compare import Comparison as Comparison
 from mpq_plugins.reports._compare import compare as compare

@@ -42,12 +42,15 @@ with warnings.catch_warnings():
             ScalingPerOutputType,
             StatsOp,
         )
+        from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInjector
         from brevitas.quant.scaled_int import (
             Int8ActPerTensorFloat,
             Int8WeightPerChannelFloat,
             Int8WeightPerChannelFloatMSE,
+            Int8WeightPerTensorFloat,
             Uint8ActPerTensorFloat,
         )
+        from brevitas.quant.solver import ActQuantSolver as ActQuantSolver
         from brevitas.quant.solver import WeightQuantSolver
     finally:
         logging.disable(_level)
@@ -95,6 +98,22 @@ def activation_quantizer(bits: int, *, signed: bool) -> Any:
     """The quantizer class of an activation; its bit-width is part of the state dict."""
     base = Int8ActPerTensorFloat if signed else Uint8ActPerTensorFloat
     return base.let(bit_width=int(bits), bit_width_impl_type="stateful_const")
+
+
+def use_fixed_weight_quantizer(layer: Any, bits: int, threshold: Tensor) -> None:
+    """Quantize the weight of a layer per tensor, the largest code at `threshold`; learned from there on."""
+    quantizer = Int8WeightPerTensorFloat.let(
+        bit_width=int(bits), bit_width_impl_type="stateful_const", scaling_impl_type="parameter", scaling_init=float(threshold)
+    )
+    layer.weight_quant = WeightQuantProxyFromInjector(layer, quantizer)
+
+
+def use_fixed_input_quantizer(layer: Any, bits: int, threshold: Tensor, *, signed: bool) -> None:
+    """Quantize the input of a layer, the largest code at `threshold`, symmetric when signed; learned from there on."""
+    quantizer = activation_quantizer(bits, signed=signed)
+    layer.input_quant = ActQuantProxyFromInjector(
+        layer, quantizer.let(narrow_range=signed, scaling_impl_type="parameter", scaling_init=float(threshold))
+    )
 
 
 def is_quantized_layer(module: nn.Module) -> bool:

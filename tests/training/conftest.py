@@ -138,6 +138,12 @@ def case() -> Callable[[str, str], Case]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _nncf_ready(images):
+    """Run NNCF once while the cache is the user's own: in a test's, it would compile its extension again."""
+    _case("mobile", "nncf").module(images)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)

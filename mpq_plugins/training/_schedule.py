@@ -137,7 +137,8 @@ class ProfitSchedule:
 def apportion(lengths: Sequence[int], total: int) -> list[int]:
     """Whole numbers of at least 1 that sum to `total`, in proportion to `lengths`, by the method of largest remainders.
 
-    Those whose share is below 1 get 1, the others share the rest; of equal remainders the earlier is rounded up.
+    Those whose share is below 1 get 1, the others share the rest; of equal remainders the later is rounded up, because late
+    stages train at the bits that stay.
     """
     least: set[int] = set()
     while True:
@@ -150,7 +151,7 @@ def apportion(lengths: Sequence[int], total: int) -> list[int]:
             break
         least |= below
     shares = {index: int(quota) for index, quota in quotas.items()}
-    by_remainder = sorted(quotas, key=lambda index: (shares[index] - quotas[index], index))
+    by_remainder = sorted(quotas, key=lambda index: (shares[index] - quotas[index], -index))
     for index in by_remainder[: rest - sum(shares.values())]:
         shares[index] += 1
     return [shares.get(index, 1) for index in range(len(lengths))]

@@ -15,7 +15,7 @@ LAYERS = {
     "grouped, strided": lambda: nn.Conv2d(6, 4, 3, stride=2, padding=1, groups=2),
     "dilated": lambda: nn.Conv2d(6, 4, 3, padding=2, dilation=2),
     "uneven": lambda: nn.Conv2d(6, 4, (1, 4), padding=(0, 3)),
-    "same": lambda: nn.Conv2d(6, 4, 4, padding="same", dilation=(1, 2)),
+    "same": lambda: nn.Conv2d(6, 4, 4, padding="same", dilation=2),
     "valid": lambda: nn.Conv2d(6, 4, 3, padding="valid"),
     "pointwise": lambda: nn.Conv2d(6, 4, 1),
 }

@@ -31,7 +31,7 @@ def _float_net():
 
 @pytest.fixture
 def net(images):
-    """A net whose layers Brevitas quantizes by DuQ, calibrated; the last two inputs are signed and unsigned."""
+    """A net whose layers Brevitas quantizes by DuQ, calibrated; the middle one reads unsigned values."""
     module, example = _float_net().eval(), images
     bits = BitConfig(BITS, find_layers(module, example).fingerprint)
     signed = {"0": True, "3": False, "7": True}

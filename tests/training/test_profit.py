@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from mpq_plugins._errors import FormatError, ModelError
-from mpq_plugins.training import Profit, ProfitSchedule
+from mpq_plugins.training import Profit, ProfitSchedule, parameter_groups
 
 # Two epochs to settle and to settle again, one for every other stage.
 SCHEDULE = ProfitSchedule(widths=(), float_epochs=0, settle_epochs=1, train_epochs=1, sample_epochs=2)
@@ -21,8 +21,6 @@ def _stages(case):
 
 def _run(module, profit, images, labels, *, first=(0, 0), optimizer=None, stop=None, on_epoch=lambda: None):
     """A plain loop with one optimizer for all stages; stops before (stage, epoch) `stop`; returns the optimizer."""
-    from mpq_plugins.training import parameter_groups
-
     optimizer = optimizer or torch.optim.SGD(parameter_groups(module, learning_rate=0.01, weight_decay=1e-3), momentum=0.9)
     for index in range(first[0], len(profit.stages)):
         stage = profit.on_stage(index, module)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
@@ -213,8 +215,10 @@ def _cache(options: Namespace) -> Path | None:
     folder = cache_folder() / "measurements"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, "no permission to write there")
     except OSError as error:
-        print(f"note: no measurements are kept, {folder} cannot be made: {error.strerror}. See --cache.", file=sys.stderr)
+        print(f"note: no measurements are kept in {folder}: {error.strerror}. See --cache.", file=sys.stderr)
         return None
     return folder
 

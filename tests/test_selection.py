@@ -312,6 +312,6 @@ def test_a_cache_that_cannot_be_written(net, batches, tmp_path, monkeypatch, cap
     verb += ["--out", str(tmp_path / "bits.json")]
     assert main([*verb, "--cache", str(tmp_path / "file")]) == 2
     assert "--no-cache" in capsys.readouterr().err
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("mpq_plugins._files.cache_folder", lambda: tmp_path / "file" / "mpq-plugins")
     assert main(verb) == 0
     assert "no measurements are kept" in capsys.readouterr().err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import nn
 
 from mpq_plugins._errors import FormatError, ModelError
 from mpq_plugins._evaluate import labels_of
+from mpq_plugins._files import cache_folder as user_cache
 from mpq_plugins._files import write_whole
 from mpq_plugins._model import Batch
 from mpq_plugins._progress import track
@@ -84,13 +84,9 @@ def train_or_restore(
 
 def cached_path(kind: str, seed: int = 0, *, recipe: Recipe | None = None, cache_folder: str | Path | None = None) -> Path:
     """Where `trained_glyph_net` keeps the weights."""
-    folder = Path(cache_folder) if cache_folder is not None else _user_cache() / "mpq-plugins"
+    folder = Path(cache_folder) if cache_folder is not None else user_cache()
     digest = hashlib.sha256(repr(recipe or Recipe()).encode()).hexdigest()[:12]
     return folder / f"glyphs-{kind}-seed{seed}-{digest}.pt"
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def _untrained(kind: str, seed: int) -> SmallNet:

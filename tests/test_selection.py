@@ -233,6 +233,9 @@ def test_a_killed_run_goes_on_where_it_stopped(net, batches, tmp_path):
         resumed = proxy.score(net, space, batches)
     assert resumed.loss == whole.loss
     assert np.array_equal(resumed.pairwise, whole.pairwise)
+    # The base pass of the batch that was cut off ran twice.
+    more = resumed.facts["layer_evaluations"] - whole.facts["layer_evaluations"]
+    assert 0 < more <= 32 * len(space.layers)
     assert passes.count < 0.8 * n_whole
 
 

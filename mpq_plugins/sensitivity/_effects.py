@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, final
@@ -117,12 +117,11 @@ class Lab:
         if sums is None:
             sums = self._measure_all(pairs=pairs)
             self.journal.put(whole, sums)
-        mean = {name: sums[name] / self.n_images for name in sums if name != "passes"}
-        replayed, n_evaluations = (int(count) for count in sums["passes"])
+        mean = {name: sums[name] / self.n_images for name in sums}
         facts = {
             "n_images": self.n_images,
-            "passes": "replayed from a tape" if replayed else "plain forward passes",
-            "layer_evaluations": n_evaluations,
+            "passes": "replayed from a tape" if int(sums["replayed"]) else "plain forward passes",
+            "layer_evaluations": int(sums["evaluations"]),
         }
         return Effects(
             float(mean["base"]),
@@ -151,7 +150,7 @@ class Lab:
                 done = run.finish()
             if unit is None:
                 sums = {name: sums.get(name, 0) + array for name, array in done.items()}
-        return {**sums, "passes": np.asarray([self.engine.player is not None, self.engine.counter.run])}
+        return {**sums, "replayed": np.asarray(int(self.engine.player is not None))}
 
     def losses_at(self, choices: Sequence[Sequence[int]]) -> list[float]:
         """The mean loss over the sensitivity set with every unit quantized, for each list of one choice per unit.
@@ -213,20 +212,26 @@ class _PieceRun:
     def measure(self, unit: int) -> None:
         """Measure one unit unless the journal has it."""
         journal, key = self._lab.journal, self._key(unit)
-        arrays = journal.get(key)
-        if arrays is None:
-            arrays = self._singles(unit)
-            journal.put(key, arrays)
+        if journal.get(key) is None:
+            journal.put(key, self._counted(self._singles, unit))
         if self._pairs and journal.get(key + "-pairs") is None:
-            journal.put(key + "-pairs", {"joint": self._joint(unit)})
+            journal.put(key + "-pairs", self._counted(self._joint, unit))
+
+    def _counted(self, measure: Callable[[int], dict[str, np.ndarray]], unit: int) -> dict[str, np.ndarray]:
+        """What `measure` gives, with the layer evaluations that it took."""
+        counter = self._lab.engine.counter
+        before = counter.run
+        arrays = measure(unit)
+        return {**arrays, "evaluations": np.asarray(counter.run - before)}
 
     def finish(self) -> dict[str, np.ndarray]:
         """The sums over the piece's images, kept in place of the units' own arrays."""
         lab, n_choices = self._lab, int(self._lab.start[-1])
-        found = {unit: lab.journal.get(self._key(unit)) or self._singles(unit) for unit in lab.free}
+        found = {unit: self._taken_up(unit, self._singles) for unit in lab.free}
         n_features = max((arrays["features"].shape[1] for arrays in found.values()), default=0)
         features = np.zeros((n_choices, n_features))
         sums = {"losses": np.zeros(n_choices), "slopes": np.zeros(n_choices)}
+        sums["evaluations"] = np.asarray(sum(int(arrays["evaluations"]) for arrays in found.values()))
         base = self._at_base()
         for unit, arrays in found.items():
             row = slice(lab.start[unit], lab.start[unit + 1])
@@ -235,11 +240,17 @@ class _PieceRun:
             sums["slopes"][row] = arrays["slopes"]
         sums |= {"base": np.asarray(base), "power": np.asarray(self._power()), "curvature": features @ features.T}
         if self._pairs:
-            sums["pairs"] = self._omega(sums["losses"], base)
+            joint = {unit: self._taken_up(unit, self._joint, "-pairs") for unit in lab.free}
+            sums["pairs"] = self._omega(joint, sums["losses"], base)
+            sums["evaluations"] = sums["evaluations"] + sum(int(arrays["evaluations"]) for arrays in joint.values())
         lab.journal.put(_piece_key(self.piece, self._pairs), sums)
         keys = [self._key(unit) for unit in lab.free]
         lab.journal.drop([*keys, *(key + "-pairs" for key in keys)])
         return sums
+
+    def _taken_up(self, unit: int, measure: Callable[[int], dict[str, np.ndarray]], suffix: str = "") -> dict[str, np.ndarray]:
+        """A unit's measurements from the journal, or made anew where their file does not read."""
+        return self._lab.journal.get(self._key(unit) + suffix) or self._counted(measure, unit)
 
     def _at_base(self) -> float:
         run, at_base = self._started()
@@ -260,7 +271,8 @@ class _PieceRun:
             "features": torch.stack([feature.flatten() for feature in features]).float().cpu().numpy(),
         }
 
-    def _joint(self, unit: int) -> np.ndarray:  # [choice of the unit, choice of all units]: losses with both changed
+    def _joint(self, unit: int) -> dict[str, np.ndarray]:
+        """Losses with both changed [choice of the unit, choice of all units], NaN for units up to this one."""
         lab = self._lab
         run, at_base = self._started()
         joint = np.full((len(lab.space.units[unit].choices), int(lab.start[-1])), np.nan)
@@ -271,14 +283,13 @@ class _PieceRun:
                 outputs = under.single(other, range(len(lab.space.units[other].choices)))
                 losses = [float(at_base.losses(output).sum()) for output in self._finite(other, outputs)]
                 joint[choice, lab.start[other] : lab.start[other + 1]] = losses
-        return joint
+        return {"joint": joint}
 
-    def _omega(self, losses: np.ndarray, base: float) -> np.ndarray:
+    def _omega(self, found: Mapping[int, Mapping[str, np.ndarray]], losses: np.ndarray, base: float) -> np.ndarray:
         lab = self._lab
         omega = np.zeros((len(losses), len(losses)))
-        for unit in lab.free:
-            arrays = lab.journal.get(self._key(unit) + "-pairs")
-            joint = self._joint(unit) if arrays is None else arrays["joint"]
+        for unit, arrays in found.items():
+            joint = arrays["joint"]
             rows = slice(lab.start[unit], lab.start[unit + 1])
             change = joint - base - losses[rows, None] - losses[None, :]
             omega[rows] = np.where(np.isnan(joint), 0.0, change)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, final
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from mpq_plugins._errors import ModelError
-from mpq_plugins._flow import WEIGHTED, input_argument
+from mpq_plugins._flow import WEIGHTED, input_argument, weight_argument
 from mpq_plugins._model import Batch, call, evaluating, select, telling_failures
 from mpq_plugins._progress import track
 from mpq_plugins.sensitivity._change import Change, Changes, run_changed
@@ -62,10 +63,18 @@ class CallGradient:
 
     def changed(self, lab: Lab, unit: int, choice: int) -> Tensor:
         """What `unit` at `choice` adds to the output of this call of one of its layers."""
-        change = lab.engine.variants.changes(unit, [choice], merged=False)[self.layer]
-        changed = run_changed(self.function, self.args, self.kwargs, change)
-        own: Tensor = self.function(*self.args, **self.kwargs)
-        return changed - own
+        [change] = lab.engine.variants.changes(unit, [choice], merged=False)[self.layer]
+        if change.activation is None:  # The layer is linear, so the change of its weight alone gives the change of its output.
+            delta = change.weight - weight_argument(self.args, self.kwargs)
+            bias = self.args[2] if len(self.args) > 2 else self.kwargs.get("bias")
+            no_bias = None if bias is None else torch.zeros_like(bias)
+            return run_changed(self.function, self.args, self.kwargs, [Change(delta)], bias=no_bias)
+        return run_changed(self.function, self.args, self.kwargs, [change]) - self._own
+
+    @cached_property
+    def _own(self) -> Tensor:
+        output: Tensor = self.function(*self.args, **self.kwargs)
+        return output
 
 
 @dataclass(frozen=True)

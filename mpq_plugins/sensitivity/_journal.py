@@ -22,7 +22,7 @@ from mpq_plugins._errors import WriteError
 from mpq_plugins._files import write_json, write_whole
 from mpq_plugins._model import Batch, tensors
 
-FORMAT = "mpq-journal/1"
+FORMAT = "mpq-journal/2"
 _folder: ContextVar[Path | None] = ContextVar("journal folder", default=None)
 
 

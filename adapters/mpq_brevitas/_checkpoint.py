@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +14,28 @@ from mpq_brevitas import _finn, _layerwise
 from mpq_brevitas._recipe import Recipe, attach_recipe, recipe_of
 from mpq_brevitas._support import check_convertible
 from mpq_plugins._adapter import attach_bits, bits_of
-from mpq_plugins._bits import BitConfig
+from mpq_plugins._checkpoint import check_same_model, read_checkpoint, write_checkpoint
 from mpq_plugins._discover import find_layers
-from mpq_plugins._errors import FingerprintError, FormatError
-from mpq_plugins._files import check_keys, write_whole
-from mpq_plugins._precision import Precision
+from mpq_plugins._errors import FormatError
 
-FORMAT, _ADAPTER = "mpq-module/1", "brevitas"
-_KEYS = {"format", "adapter", "recipe", "bits", "state_dict"}
+_ADAPTER = "brevitas"
 
 
 def save(module: nn.Module, path: str | Path) -> Path:
     """Write tensors, bits and recipe; a module that is being trained can be saved at any time."""
-    bits = bits_of(module)
-    layers = {name: [precision.weight, precision.activation] for name, precision in bits.layers.items()}
-    document = {
-        "format": FORMAT,
-        "adapter": _ADAPTER,
+    contents = {
         "recipe": json.dumps(recipe_of(module).to_json(), sort_keys=True),
-        "bits": json.dumps(
-            {"fingerprint": bits.fingerprint, "layers": layers, "origin": dict(bits.origin), "costs": dict(bits.costs)}
-        ),
         "state_dict": {name: tensor.detach() for name, tensor in module.state_dict().items()},
     }
-    return write_whole(path, lambda temporary: torch.save(document, temporary))
+    return write_checkpoint(path, bits_of(module), contents, adapter=_ADAPTER)
 
 
 def load(model: nn.Module, path: str | Path, example: Any) -> nn.Module:
     """Convert the float `model` again, without calibration, and fill in the saved tensors."""
-    document = _read(path)
-    recipe, bits = _recipe(document), _bits(document)
+    bits, document = read_checkpoint(path, {"recipe", "state_dict"}, adapter=_ADAPTER)
+    recipe = Recipe(**json.loads(document["recipe"]))
     inventory = find_layers(model, example)
-    if bits.fingerprint != inventory.fingerprint:
-        raise FingerprintError(
-            f"{path} was prepared from another model: its layers have fingerprint {bits.fingerprint[:19]}..., this model's "
-            f"{inventory.fingerprint[:19]}.... Give the model it was prepared from."
-        )
+    check_same_model(path, bits, inventory)
     check_convertible(model, bits, inventory, recipe.profile)
     module = _finn.convert(model, bits, recipe).module if recipe.profile == "finn" else _layerwise.convert(model, bits, recipe)
     with brevitas.keeping_quantizers():
@@ -60,37 +45,6 @@ def load(model: nn.Module, path: str | Path, example: Any) -> nn.Module:
             raise FormatError(f"{path} does not fit the model: {error}. It was saved from another one.") from error
     attach_recipe(module, recipe)
     return attach_bits(module.eval(), bits)
-
-
-def _read(path: str | Path) -> dict[str, Any]:
-    try:
-        document = torch.load(path, weights_only=True, map_location="cpu")
-    except OSError as error:
-        raise FormatError(f"cannot read {path}: {error.strerror or error}. Check the path and its permissions.") from error
-    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        # torch's own text advises weights_only=False, which would run whatever code the file holds.
-        raise FormatError(
-            f"{path} is no checkpoint, or a damaged one ({type(error).__name__}). "
-            "Give the file that save() or `mpq apply` wrote."
-        ) from error
-    found = (document.get("format"), document.get("adapter")) if isinstance(document, dict) else (None, None)
-    if found != (FORMAT, _ADAPTER):
-        raise FormatError(
-            f"{path} has format {found[0]!r} of adapter {found[1]!r}, expected {FORMAT!r} of {_ADAPTER!r}. "
-            "Load it with the adapter that saved it."
-        )
-    check_keys(document, allowed=_KEYS, required=_KEYS, where=str(path))
-    return document
-
-
-def _recipe(document: dict[str, Any]) -> Recipe:
-    return Recipe(**json.loads(document["recipe"]))
-
-
-def _bits(document: dict[str, Any]) -> BitConfig:
-    saved = json.loads(document["bits"])
-    layers = {name: Precision(*precision) for name, precision in saved.pop("layers").items()}
-    return BitConfig(layers, **saved)
 
 
 def _with_biases(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,59 @@
+"""What checkpoints of all adapters share: tensors and JSON text in torch's format, nothing that unpickles code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpq_plugins._bits import BitConfig
+from mpq_plugins._errors import FingerprintError, FormatError
+from mpq_plugins._files import check_keys, write_whole
+from mpq_plugins._layers import Inventory
+from mpq_plugins._precision import Precision
+
+FORMAT = "mpq-module/1"
+
+
+def write_checkpoint(path: str | Path, bits: BitConfig, contents: dict[str, Any], *, adapter: str) -> Path:
+    """Write `contents` and the bits of a module prepared by `adapter`."""
+    layers = {name: [precision.weight, precision.activation] for name, precision in bits.layers.items()}
+    saved = {"layers": layers, "fingerprint": bits.fingerprint, "origin": dict(bits.origin), "costs": dict(bits.costs)}
+    document = {"format": FORMAT, "adapter": adapter, "bits": json.dumps(saved), **contents}
+    return write_whole(path, lambda temporary: torch.save(document, temporary))
+
+
+def read_checkpoint(path: str | Path, keys: set[str], *, adapter: str) -> tuple[BitConfig, dict[str, Any]]:
+    """The bits and the contents under `keys` of a checkpoint of `adapter`; raises `FormatError`."""
+    try:
+        document = torch.load(path, weights_only=True, map_location="cpu")
+    except OSError as error:
+        raise FormatError(f"cannot read {path}: {error.strerror or error}. Check the path and its permissions.") from error
+    except Exception as error:  # torch raises errors of many kinds for damaged archives
+        # torch's own text advises weights_only=False, which would run whatever code the file holds.
+        raise FormatError(
+            f"{path} is no checkpoint, or a damaged one ({type(error).__name__}). "
+            "Give the file that save() or `mpq apply` wrote."
+        ) from error
+    found = (document.get("format"), document.get("adapter")) if isinstance(document, dict) else (None, None)
+    if found != (FORMAT, adapter):
+        raise FormatError(
+            f"{path} has format {found[0]!r} of adapter {found[1]!r}, expected {FORMAT!r} of {adapter!r}. "
+            "Load it with the adapter that saved it."
+        )
+    every = {"format", "adapter", "bits", *keys}
+    check_keys(document, allowed=every, required=every, where=str(path))
+    saved = json.loads(document["bits"])
+    layers = {name: Precision(*precision) for name, precision in saved.pop("layers").items()}
+    return BitConfig(layers, **saved), {key: document[key] for key in keys}
+
+
+def check_same_model(path: str | Path, bits: BitConfig, inventory: Inventory) -> None:
+    """Refuse the checkpoint of another model; raises `FingerprintError`."""
+    if bits.fingerprint != inventory.fingerprint:
+        raise FingerprintError(
+            f"{path} was prepared from another model: its layers have fingerprint {bits.fingerprint[:19]}..., this model's "
+            f"{inventory.fingerprint[:19]}.... Give the model it was prepared from."
+        )

@@ -65,7 +65,9 @@ class Player:
 
     def plan(self, roots: int) -> Plan:
         """What to run, and what to return for the rest, when the layers in `roots` change."""
-        return self._plans.setdefault(roots, Plan(self.tape, roots))
+        if roots not in self._plans:
+            self._plans[roots] = Plan(self.tape, roots)
+        return self._plans[roots]
 
     def base(self, inputs: Any, changes: Changes) -> Values:
         """Run everything under `changes` and keep what later passes need."""
@@ -112,7 +114,7 @@ class Plan:
 
     @cached_property
     def served(self) -> dict[int, tuple[str, int]]:
-        """Call of a chain -> ("as", call whose kept value stands for it) or ("copy", call to copy it from)."""
+        """Call of a chain -> ("as", call whose kept value stands for it) or ("turn", call whose value its object takes)."""
         found: dict[int, tuple[str, int]] = {}
         for chain in self._tape.chains.values():
             still = [index for index in chain if not self.runs[index]]
@@ -151,7 +153,6 @@ class _Pass(TorchFunctionMode):
         rows = [tensor for tensor in tensors(inputs) if tensor.dim() and tensor.shape[0] == n_images]
         self._single: dict[int, Tensor] = {id(tensor): tensor for tensor in rows}  # with the images of one variant only
         self._object: dict[int, Any] = {}  # chain head -> the object that its calls return in this pass
-        self._head = {index: head for head, chain in self._tape.chains.items() for index in chain}
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -181,7 +182,7 @@ class _Pass(TorchFunctionMode):
         return value
 
     def _in_turn(self, index: int, source: int) -> Any:
-        head = self._head[index]
+        head = self._tape.head_of[index]
         if head not in self._object:
             # For all variants at once: the model may go on with this object instead of what changes of it return.
             self._object[head] = self._repeated(source)
@@ -241,7 +242,7 @@ class _Pass(TorchFunctionMode):
         if index not in self._tape.kept:
             self.kept[index] = _form(value)
             return
-        chain = self._tape.chains.get(self._head.get(index, -1), ())
+        chain = self._tape.chains.get(self._tape.head_of.get(index, -1), ())
         changes_later = any(self._tape.calls[other].mutates for other in chain if other > index)
         self.kept[index] = value.clone() if changes_later else value
 

@@ -128,6 +128,11 @@ class Tape:
                 members.setdefault(head[index], [head[index]]).append(index)
         return {first: tuple(chain) for first, chain in members.items()}
 
+    @cached_property
+    def head_of(self) -> Mapping[int, int]:
+        """Call of a chain -> the first call of it."""
+        return {index: head for head, chain in self.chains.items() for index in chain}
+
     @property
     def kept_bytes(self) -> int:
         """Memory of the kept values, per image."""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mpq_plugins._problem import Problem as Problem
     from mpq_plugins._problem import build_problem as build_problem
     from mpq_plugins._proxy import AbstractProxy as AbstractProxy
+    from mpq_plugins._ptq import PTQ as PTQ
     from mpq_plugins._scores import Scores as Scores
     from mpq_plugins._solution import Plan as Plan
     from mpq_plugins._solution import Solution as Solution
@@ -53,6 +54,7 @@ _HOME = {
     "Layer": "_layers",
     "Limit": "_problem",
     "MPQError": "_errors",
+    "PTQ": "_ptq",
     "Plan": "_solution",
     "Precision": "_precision",
     "Problem": "_problem",

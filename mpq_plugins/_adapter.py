@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mpq_plugins._bits import BitConfig
+from mpq_plugins._errors import AdapterError
 from mpq_plugins._layers import Inventory, Layer
 from mpq_plugins._precision import Precision
 
@@ -49,9 +50,22 @@ class AbstractAdapter(abc.ABC):
     def prepare(self, model: nn.Module, bits: BitConfig, example: Any, calibration: Iterable[Any], **options: Any) -> nn.Module:
         """A calibrated, bias-corrected, BN-re-estimated quantized copy of `model`, trainable and deep-copyable.
 
-        `calibration` items are read by `Batch.of`. Raises `FingerprintError` and `UnknownLayerError` (see
+        `calibration` items are read by `Batch.of`; `options` are the fields of `PTQ`. Raises `FingerprintError` and `UnknownLayerError` (see
         `BitConfig.check`), `AdapterError` for what the framework cannot do, `DataError` without calibration data.
         """
+
+    def set_bits(self, module: nn.Module, bits: BitConfig, calibration: Iterable[Any] = ()) -> nn.Module:
+        """Switch a prepared module to `bits` in place and return it; its parameters stay the same objects.
+
+        Weight ranges are fitted to the new widths as `prepare` was told to. Activation ranges are fitted too when there are
+        `calibration` batches, else their thresholds stay. Raises `UnknownLayerError`, `FingerprintError` and `AdapterError`
+        before anything is changed. Needed for training that lowers bits in stages.
+        """
+        raise AdapterError(f"the adapter {self.name!r} cannot switch the bits of a prepared module. Prepare it anew.")
+
+    def use_float_weights(self, module: nn.Module, on: bool = True) -> nn.Module:
+        """Leave the weights of a prepared module unquantized, or quantize them again, in place; returns the module."""
+        raise AdapterError(f"the adapter {self.name!r} cannot leave weights unquantized. Train without that stage.")
 
     @abc.abstractmethod
     def export(self, module: nn.Module, path: str | Path, example: Any, *, format: str | None = None) -> Path:
@@ -84,8 +98,6 @@ class AbstractAdapter(abc.ABC):
 
 def bits_of(module: nn.Module) -> BitConfig:
     """The bit configuration that a quantized module was prepared with."""
-    from mpq_plugins._errors import AdapterError
-
     bits = getattr(module, "_mpq_bits", None)
     if not isinstance(bits, BitConfig):
         raise AdapterError(f"{type(module).__name__} was not made by an adapter's prepare() or load(). Call that first.")

@@ -50,8 +50,9 @@ class AbstractAdapter(abc.ABC):
     def prepare(self, model: nn.Module, bits: BitConfig, example: Any, calibration: Iterable[Any], **options: Any) -> nn.Module:
         """A calibrated, bias-corrected, BN-re-estimated quantized copy of `model`, trainable and deep-copyable.
 
-        `calibration` items are read by `Batch.of`; `options` are the fields of `PTQ`. Raises `FingerprintError` and `UnknownLayerError` (see
-        `BitConfig.check`), `AdapterError` for what the framework cannot do, `DataError` without calibration data.
+        `calibration` items are read by `Batch.of`; `options` are the fields of `PTQ`. Raises `FingerprintError` and
+        `UnknownLayerError` (see `BitConfig.check`), `AdapterError` for what the framework cannot do, `DataError` without
+        calibration data.
         """
 
     def set_bits(self, module: nn.Module, bits: BitConfig, calibration: Iterable[Any] = ()) -> nn.Module:
@@ -94,6 +95,11 @@ class AbstractAdapter(abc.ABC):
     @abc.abstractmethod
     def load(self, model: nn.Module, path: str | Path, example: Any) -> nn.Module:
         """The quantized module of a checkpoint, rebuilt on the float `model`; raises `FormatError`."""
+
+
+def is_prepared(module: nn.Module) -> bool:
+    """Whether an adapter made the module: it has bits."""
+    return isinstance(getattr(module, "_mpq_bits", None), BitConfig)
 
 
 def bits_of(module: nn.Module) -> BitConfig:

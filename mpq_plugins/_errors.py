@@ -15,6 +15,7 @@ MPQError
 ├── PluginError               (LookupError)   a proxy, cost, solver or adapter nobody registered
 ├── MissingExtraError         (ImportError)   an optional dependency is not installed
 ├── AdapterError              (ValueError)    the framework cannot do what was asked
+├── TrainingError             (RuntimeError)  training cannot begin, or cannot go on
 └── VerificationError         (RuntimeError)  an artifact does not hold what was asked for
 """
 
@@ -80,6 +81,10 @@ class MissingExtraError(MPQError, ImportError):
 
 class AdapterError(MPQError, ValueError):
     """A framework cannot do what it was asked to."""
+
+
+class TrainingError(MPQError, RuntimeError):
+    """Training cannot be set up as asked, or its loss is no longer a number."""
 
 
 class VerificationError(MPQError, RuntimeError):

@@ -6,6 +6,8 @@ from mpq_plugins.training._duq import duq as duq
 from mpq_plugins.training._freezing import Freezing as Freezing
 from mpq_plugins.training._instability import Instability as Instability
 from mpq_plugins.training._instability import output_shift as output_shift
+from mpq_plugins.training._loss import soft_cross_entropy as soft_cross_entropy
+from mpq_plugins.training._metrics import EpochRecord as EpochRecord
 from mpq_plugins.training._negative_padding import HARDSWISH_OFFSET as HARDSWISH_OFFSET
 from mpq_plugins.training._negative_padding import Shifted as Shifted
 from mpq_plugins.training._negative_padding import folded_offset as folded_offset
@@ -13,6 +15,9 @@ from mpq_plugins.training._negative_padding import negatively_padded as negative
 from mpq_plugins.training._negative_padding import with_offset_in_bias as with_offset_in_bias
 from mpq_plugins.training._parameter_groups import parameter_groups as parameter_groups
 from mpq_plugins.training._profit import Profit as Profit
+from mpq_plugins.training._recipe import TrainingRecipe as TrainingRecipe
 from mpq_plugins.training._schedule import ProfitSchedule as ProfitSchedule
 from mpq_plugins.training._schedule import Stage as Stage
 from mpq_plugins.training._schedule import stage_at as stage_at
+from mpq_plugins.training._train import Trained as Trained
+from mpq_plugins.training._train import train as train

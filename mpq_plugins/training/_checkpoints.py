@@ -1,0 +1,110 @@
+"""The folder of a training run: what was asked for, a checkpoint after every epoch, metrics."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from mpq_plugins._errors import FormatError, TrainingError, WriteError
+from mpq_plugins._files import check_keys, read_json, write_json, write_whole
+from mpq_plugins.training._metrics import EpochRecord
+
+JOB, FORMAT = "mpq-training/1", "mpq-training-state/1"
+_KEPT = 2
+_MODULE, _STATE = "module.pt", "training.pt"
+_KEYS = ("stage", "epoch", "optimizer", "average", "scaler", "profit", "history")
+
+
+@final
+class TrainingFolder:
+    """Checkpoints `epoch-NNNN` of one training run; each is a folder that is either whole or absent, the last two are kept."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def claim(self, job: Mapping[str, Any]) -> None:
+        """Say what is trained here; raises `TrainingError` when that is something else than what was begun here."""
+        path = self.path / "job.json"
+        document = json.loads(json.dumps({**job, "format": JOB}))
+        if not path.exists():
+            write_json(path, document)
+            return
+        begun = read_json(path, format=JOB)
+        different = _differences(begun, document)
+        if different:
+            raise TrainingError(
+                f"{self.path} holds a training run with other settings ({'; '.join(different[:4])}). Resume it with the "
+                "settings it was begun with, or give another folder."
+            )
+
+    @property
+    def latest(self) -> Path | None:
+        """The checkpoint of the last epoch that was finished."""
+        found = sorted(self.path.glob("epoch-*"))
+        return found[-1] if found else None
+
+    def save(self, number: int, save_module: Callable[[Path], object], state: Mapping[str, Any]) -> Path:
+        """Keep the module and the state after epoch `number`; older checkpoints than the last two go."""
+        target = self.path / f"epoch-{number:04d}"
+        partial = self.path / f".epoch-{number:04d}-{os.getpid()}"
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            save_module(partial / _MODULE)
+            document = {"format": FORMAT, **{key: state[key] for key in _KEYS}}
+            write_whole(partial / _STATE, lambda temporary: torch.save(document, temporary))
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+        except OSError as error:
+            raise WriteError(
+                f"cannot write the checkpoint {target}: {error.strerror or error}. Free some space, or choose another folder; "
+                "the checkpoints before it are whole."
+            ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        for old in sorted(self.path.glob("epoch-*"))[:-_KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+        return target
+
+    @staticmethod
+    def read(checkpoint: Path) -> tuple[Path, dict[str, Any]]:
+        """The module's file and the state of a checkpoint; raises `FormatError`."""
+        path = checkpoint / _STATE
+        try:
+            document = torch.load(path, weights_only=True, map_location="cpu")
+        except Exception as error:  # torch raises errors of many kinds for damaged archives
+            raise FormatError(
+                f"{path} is damaged ({type(error).__name__}). Delete {checkpoint} to go on from the checkpoint before it."
+            ) from error
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise FormatError(f"{path} is of another version. Train with the version that began, or in a new folder.")
+        check_keys(document, allowed={*_KEYS, "format"}, required=set(_KEYS), where=str(path))
+        return checkpoint / _MODULE, document
+
+
+def history_to_json(history: list[EpochRecord]) -> str:
+    """Records as text, exact."""
+    return json.dumps([asdict(record) for record in history])
+
+
+def history_from_json(text: str) -> list[EpochRecord]:
+    """Inverse of `history_to_json`."""
+    return [EpochRecord(**item) for item in json.loads(text)]
+
+
+def _differences(begun: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found: list[str] = []
+    for key in sorted({*begun, *asked}):
+        old, new = begun.get(key), asked.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key}: {old!r} then, {new!r} now")
+    return found

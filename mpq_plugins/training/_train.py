@@ -107,7 +107,7 @@ class _Job:
     def to_json(self) -> dict[str, Any]:
         """What a resumed run must have in common with the first."""
         layers = {name: str(precision) for name, precision in self.bits.layers.items()}
-        own = [item.name for item in fields(self.adapter)] if is_dataclass(self.adapter) else []
+        own: list[str] = [item.name for item in fields(self.adapter)] if is_dataclass(self.adapter) else []
         adapter = {name: getattr(self.adapter, name) for name in own}
         return {
             "adapter": {"name": self.adapter.name, **adapter},

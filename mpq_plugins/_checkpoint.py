@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,13 @@ def write_checkpoint(path: str | Path, bits: BitConfig, contents: dict[str, Any]
     return write_whole(path, lambda temporary: torch.save(document, temporary))
 
 
-def read_checkpoint(path: str | Path, keys: set[str], *, adapter: str) -> tuple[BitConfig, dict[str, Any]]:
-    """The bits and the contents under `keys` of a checkpoint of `adapter`; raises `FormatError`."""
+def read_checkpoint(
+    path: str | Path, keys: set[str], *, adapter: str, optional: AbstractSet[str] = frozenset()
+) -> tuple[BitConfig, dict[str, Any]]:
+    """The bits and the contents under `keys` of a checkpoint of `adapter`, and those `optional` ones that it has.
+
+    Raises `FormatError`.
+    """
     try:
         document = torch.load(path, weights_only=True, map_location="cpu")
     except OSError as error:
@@ -44,10 +50,10 @@ def read_checkpoint(path: str | Path, keys: set[str], *, adapter: str) -> tuple[
             "Load it with the adapter that saved it."
         )
     every = {"format", "adapter", "bits", *keys}
-    check_keys(document, allowed=every, required=every, where=str(path))
+    check_keys(document, allowed=every | optional, required=every, where=str(path))
     saved = json.loads(document["bits"])
     layers = {name: Precision(*precision) for name, precision in saved.pop("layers").items()}
-    return BitConfig(layers, **saved), {key: document[key] for key in keys}
+    return BitConfig(layers, **saved), {key: document[key] for key in (*keys, *optional) if key in document}
 
 
 def check_same_model(path: str | Path, bits: BitConfig, inventory: Inventory) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from mpq_plugins._adapter import AbstractAdapter
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._layers import Inventory, Layer
 from mpq_plugins._precision import Precision
+from mpq_plugins._ptq import PTQ
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,29 +69,29 @@ class NNCFAdapter(AbstractAdapter):
         example: Any,
         calibration: Iterable[Any],
         *,
-        weight_range: Literal["mse", "max"] = "mse",
-        bias_correction: bool = True,
-        bn_reestimation: bool = True,
         subset: int = 64,
+        **options: Any,
     ) -> nn.Module:
-        """See `AbstractAdapter.prepare` and `mpq_nncf._prepare.Recipe` for the options."""
+        """See `AbstractAdapter.prepare`; `subset` is the most calibration batches that are read.
+
+        Also raises `AdapterError` for the equalization and rounding that NNCF lacks on torch models.
+        """
         from mpq_nncf._prepare import Recipe, prepare
 
-        recipe = Recipe(
-            merge_branches=self.merge_branches,
-            asymmetric=self.asymmetric,
-            weight_range=weight_range,
-            bias_correction=bias_correction,
-            bn_reestimation=bn_reestimation,
-            subset=subset,
-        )
+        recipe = Recipe(self.merge_branches, self.asymmetric, PTQ.of(options), subset)
         return prepare(model, bits, example, calibration, recipe)
 
-    def set_bits(self, module: nn.Module, bits: BitConfig) -> nn.Module:
-        """Switch a prepared module to other bits in place, in milliseconds, for searches; returns it."""
+    def set_bits(self, module: nn.Module, bits: BitConfig, calibration: Iterable[Any] = ()) -> nn.Module:
+        """See `AbstractAdapter.set_bits`; quantizers that keep their width keep their range."""
         from mpq_nncf._set_bits import set_bits
 
-        return set_bits(module, bits)
+        return set_bits(module, bits, calibration)
+
+    def use_float_weights(self, module: nn.Module, on: bool = True) -> nn.Module:
+        """See `AbstractAdapter.use_float_weights`; codes, checkpoints and files stay those of the quantized weights."""
+        from mpq_nncf._float_weights import use_float_weights
+
+        return use_float_weights(module, on=on)
 
     def export(self, module: nn.Module, path: str | Path, example: Any, *, format: str | None = None) -> Path:
         """See `AbstractAdapter.export`; OpenVINO's two files are `path` and its neighbour ending in .bin."""

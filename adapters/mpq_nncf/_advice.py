@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mpq_plugins._errors import AdapterError
 from mpq_plugins._layers import Layer
 from mpq_plugins._precision import Precision
 
@@ -10,9 +11,18 @@ INTEGER_ACTIVATIONS = (4, 8)
 
 def refuse(layer: Layer, precision: Precision) -> str | None:
     """Why NNCF cannot have `layer` at `precision`, or None."""
-    if precision.weight < 2:
-        return "NNCF has no binary weights; the least is 2 bits"
-    return None
+    return _refusal(precision)
+
+
+def check_precision(name: str, precision: Precision) -> None:
+    """Raise `AdapterError` when NNCF cannot have the layer `name` at `precision`."""
+    reason = _refusal(precision)
+    if reason is not None:
+        raise AdapterError(f"{name} cannot be {precision}: {reason}. Choose another precision, or exclude the layer.")
+
+
+def _refusal(precision: Precision) -> str | None:
+    return "NNCF has no binary weights; the least is 2 bits" if precision.weight < 2 else None
 
 
 def advice(layer: Layer, precision: Precision) -> str | None:

@@ -11,6 +11,9 @@ from torch import nn
 
 from mpq_nncf import _nncf_internals as internals
 from mpq_nncf._hookable import as_hookable
+from mpq_nncf._ptq import attach_ptq, ptq_of
+from mpq_nncf._ptq import from_json as ptq_from_json
+from mpq_nncf._ptq import to_json as ptq_to_json
 from mpq_nncf._quiet import quiet
 from mpq_nncf._wiring import attach_wiring, from_json, to_json, wiring_of
 from mpq_plugins._adapter import attach_bits, bits_of
@@ -28,6 +31,7 @@ def save(module: nn.Module, path: str | Path) -> Path:
     contents = {
         "placement": json.dumps(placement),
         "wiring": json.dumps(to_json(wiring_of(module))),
+        "ptq": ptq_to_json(ptq_of(module)),
         "state": dict(module.state_dict()),
     }
     return write_checkpoint(path, bits_of(module), contents, adapter=_ADAPTER)
@@ -35,7 +39,8 @@ def save(module: nn.Module, path: str | Path) -> Path:
 
 def load(model: nn.Module, path: str | Path, example: Any) -> nn.Module:
     """See `AbstractAdapter.load`; also raises `FingerprintError` for another model's checkpoint."""
-    bits, document = read_checkpoint(path, {"placement", "wiring", "state"}, adapter=_ADAPTER)
+    keys = {"placement", "wiring", "state"}
+    bits, document = read_checkpoint(path, keys, adapter=_ADAPTER, optional={"ptq"})  # older ones lack it
     check_same_model(path, bits, find_layers(model, example))
     with quiet():
         module = internals.place(as_hookable(copy.deepcopy(model)), json.loads(document["placement"]))
@@ -48,4 +53,5 @@ def load(model: nn.Module, path: str | Path, example: Any) -> nn.Module:
     for hook in internals.hooks(module):
         internals.refresh_levels(internals.quantizer_at(module, hook.name))
     attach_wiring(module, from_json(json.loads(document["wiring"])))
+    attach_ptq(module, ptq_from_json(document.get("ptq", "{}")))
     return attach_bits(module.eval(), bits)

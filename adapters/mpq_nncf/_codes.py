@@ -32,5 +32,5 @@ def quantized_weight(module: nn.Module, layer: LayerWiring) -> Tensor:
     """The weight that the layer computes with: codes times step."""
     quantizer = internals.quantizer_at(module, layer.weight[0])
     with torch.no_grad():
-        weight: Tensor = quantizer(module.get_parameter(layer.parameter).detach())
+        weight: Tensor = internals.quantized(quantizer, module.get_parameter(layer.parameter).detach())
     return weight

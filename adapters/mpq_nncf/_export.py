@@ -11,6 +11,7 @@ from torch import nn
 
 from mpq_nncf._codes import quantized_weight
 from mpq_nncf._declaration import Declaration, declare
+from mpq_nncf._float_weights import use_float_weights
 from mpq_nncf._wiring import wiring_of
 from mpq_plugins._adapter import bits_of
 from mpq_plugins._errors import AdapterError
@@ -47,7 +48,7 @@ def declaration(module: nn.Module) -> Declaration:
 
 def _frozen(module: nn.Module) -> nn.Module:
     """A copy in evaluation mode whose weights lie on their grid, so that an exporter's rounding cannot differ from torch's."""
-    frozen = copy.deepcopy(module).eval()
+    frozen = use_float_weights(copy.deepcopy(module).eval(), on=False)
     for layer in wiring_of(frozen).values():
         weight = quantized_weight(module, layer)
         with torch.no_grad():

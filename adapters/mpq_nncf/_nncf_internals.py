@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ _NAMES = {
     "ActivationQuantizationInsertionPoint": f"{_STRUCTS}.quantizer_setup",
     "WeightQuantizationInsertionPoint": f"{_STRUCTS}.quantizer_setup",
     "OverflowFix": "nncf.quantization.advanced_parameters",
+    "AdvancedSmoothQuantParameters": "nncf.quantization.advanced_parameters",
+    "RangeEstimatorParametersSet": "nncf.quantization.range_estimator",
     "AdvancedQuantizationParameters": "nncf.quantization.advanced_parameters",
     "track": "nncf.common.logging.track_progress",
 }
@@ -259,8 +262,13 @@ def quantize(
     asymmetric: bool,
     batchwise: bool,
     bias_correction: bool,
+    smooth: bool,
+    activation_range: str,
 ) -> nn.Module:
-    """The public `nncf.quantize` on all `inputs`, as this adapter always calls it."""
+    """The public `nncf.quantize` on all `inputs`, as this adapter always calls it.
+
+    `activation_range` is a name in `_ESTIMATORS`; `smooth` lets SmoothQuant move ranges from activations into linear layers.
+    """
     nncf, private = require("nncf", "nncf"), _private()
     module: nn.Module = nncf.quantize(
         model,
@@ -273,9 +281,17 @@ def quantize(
             batchwise_statistics=batchwise,
             disable_bias_correction=not bias_correction,
             quantizer_propagation_rule=propagation_rule(merge_branches=merge_branches),
+            activations_range_estimator_params=_estimator(activation_range),
         ),
+        # NNCF runs SmoothQuant for this type only, by default on linear layers; the preset is ours all the same.
+        model_type=nncf.ModelType.TRANSFORMER if smooth else None,
     )
     return module
+
+
+def _estimator(activation_range: str) -> Any:
+    name = {"max": "MINMAX", "percentile": "MEAN_QUANTILE", "histogram": "HISTOGRAM"}.get(activation_range)
+    return None if name is None else getattr(_private()["RangeEstimatorParametersSet"], name)
 
 
 # --- the placed quantizers --------------------------------------------------------------------------------------------
@@ -320,6 +336,16 @@ def is_quantized(module: nn.Module) -> bool:
     return hasattr(module, "__nncf_hooks")
 
 
+def bits_of(quantizer: Any) -> int:
+    """The width of a placed quantizer."""
+    return int(quantizer.num_bits)
+
+
+def highest_code(quantizer: Any) -> int:
+    """The highest code of a placed quantizer."""
+    return int(quantizer.level_high)
+
+
 def set_quantizer_bits(quantizer: Any, bits: int) -> None:
     """Switch the width of a placed quantizer; its range stays."""
     quantizer.num_bits = bits
@@ -340,6 +366,66 @@ def set_weight_step(quantizer: Any, step: Any) -> None:
 def weight_step(quantizer: Any) -> Any:
     """The step between two codes of a symmetric quantizer, in its broadcast shape."""
     return (quantizer.scale.detach().abs() + quantizer.eps) / quantizer.level_high
+
+
+@dataclass(frozen=True)
+class ActivationKind:
+    """What an activation quantizer can have: codes from `lowest` to `highest`, a zero point when `asymmetric`."""
+
+    asymmetric: bool
+    signed: bool
+    lowest: int
+    highest: int
+
+    @property
+    def n_levels(self) -> int:
+        """How many codes there are."""
+        return self.highest - self.lowest + 1
+
+
+def activation_kind(quantizer: Any) -> ActivationKind:
+    """The kind of a placed activation quantizer; calibration decided whether it is signed."""
+    asymmetric = isinstance(quantizer, _private()["AsymmetricQuantizer"])
+    return ActivationKind(asymmetric, asymmetric or quantizer.signed, quantizer.level_low, quantizer.level_high)
+
+
+def channels_of(quantizer: Any) -> int:
+    """How many ranges an activation quantizer has: one, or one per channel."""
+    return int(math.prod(quantizer.scale_shape))
+
+
+def set_activation_range(quantizer: Any, low: Any, high: Any) -> None:
+    """Give an activation quantizer its lowest and highest values, one each or one per channel."""
+    if isinstance(quantizer, _private()["AsymmetricQuantizer"]):
+        quantizer.input_low.data.copy_(low.reshape(quantizer.input_low.shape))
+        quantizer.input_range.data.copy_((high - low).reshape(quantizer.input_range.shape))
+    else:
+        quantizer.scale.data.copy_(high.reshape(quantizer.scale.shape))
+
+
+def pass_through(quantizer: Any, *, on: bool) -> None:
+    """Let a quantizer return its input, or quantize again; nothing of this shows in the state dict.
+
+    NNCF's own switch is a buffer, which a checkpoint would keep, and it freezes the range.
+    """
+    if on:
+        quantizer.forward = _unchanged
+    else:
+        vars(quantizer).pop("forward", None)
+
+
+def passes_through(quantizer: Any) -> bool:
+    """Whether a quantizer returns its input."""
+    return "forward" in vars(quantizer)
+
+
+def _unchanged(value: Any) -> Any:
+    return value
+
+
+def quantized(quantizer: Any, value: Any) -> Any:
+    """What a quantizer makes of `value`, also while it lets its input through."""
+    return type(quantizer).forward(quantizer, value)
 
 
 @dataclass(frozen=True)
@@ -376,7 +462,9 @@ def place(model: nn.Module, description: dict[str, Any]) -> nn.Module:
     """Put quantizers as described onto `model`, in place."""
     scheme = _private()["QuantizationScheme"]
     for command in description["compression_state"]:
-        command["module_config"]["mode"] = scheme(command["module_config"]["mode"])
-        command["module_config"]["scale_shape"] = tuple(command["module_config"]["scale_shape"])
+        config = command["module_config"]
+        if "mode" in config:  # SmoothQuant's multiplications have none
+            config["mode"] = scheme(config["mode"])
+        config["scale_shape"] = tuple(config["scale_shape"])
     module: nn.Module = importlib.import_module("nncf.torch").load_from_config(model, description)
     return module

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from mpq_nncf import _nncf_internals as internals
-from mpq_nncf._advice import refuse
+from mpq_nncf._activation_range import fit, measured, unquantized
+from mpq_nncf._advice import check_precision
 from mpq_nncf._groups import check_groups, check_tied_weights, others, planned, shared_inputs, traced_copy
 from mpq_nncf._hookable import as_hookable
+from mpq_nncf._ptq import attach_ptq, check_supported
 from mpq_nncf._quiet import quiet
-from mpq_nncf._weight_range import set_weight_ranges
-from mpq_nncf._wiring import attach_wiring, calls_of, find_wiring, owners
+from mpq_nncf._set_bits import first_places
+from mpq_nncf._weight_range import fit_weight_ranges
+from mpq_nncf._wiring import Wiring, attach_wiring, calls_of, find_wiring, owners
 from mpq_plugins._adapter import attach_bits
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._discover import find_layers
-from mpq_plugins._errors import AdapterError, DataError
-from mpq_plugins._layers import Inventory
+from mpq_plugins._errors import DataError
 from mpq_plugins._model import batch_size, batches_of, device_of, evaluating, to_device
 from mpq_plugins._precision import Precision
+from mpq_plugins._ptq import PTQ
 from mpq_plugins.training import reestimate_batch_norm
 
 _LOG = logging.getLogger("mpq_plugins.nncf")
@@ -37,17 +40,11 @@ _JOINED_IMAGES = 32
 @final
 @dataclass(frozen=True)
 class Recipe:
-    """How `prepare` quantizes.
-
-    `weight_range` is "mse" (least squared error, see `mpq_plugins._quantizer.mse_scale`) or "max" (the largest magnitude, whose
-    bits can be switched later without another calibration). `subset` is the most calibration batches that are read.
-    """
+    """How `prepare` quantizes; `subset` is the most calibration batches that are read."""
 
     merge_branches: bool = True
     asymmetric: bool = False
-    weight_range: Literal["mse", "max"] = "mse"
-    bias_correction: bool = True
-    bn_reestimation: bool = True
+    ptq: PTQ = field(default_factory=PTQ)
     subset: int = 64
 
 
@@ -55,7 +52,10 @@ def prepare(model: nn.Module, bits: BitConfig, example: Any, calibration: Iterab
     """A calibrated quantized copy of `model`; see `AbstractAdapter.prepare`."""
     inventory = find_layers(model, example)
     bits.check(inventory)
-    _check_precisions(inventory, bits.layers)
+    for name, precision in bits.layers.items():
+        check_precision(name, precision)
+    ptq = recipe.ptq
+    check_supported(ptq, [layer for layer in inventory if layer.name in bits.layers])
     inputs = _inputs(calibration, recipe.subset, model)
     layers = [layer for layer in inventory if layer.name in bits.layers]
     check_tied_weights(layers, bits.layers)
@@ -76,8 +76,10 @@ def prepare(model: nn.Module, bits: BitConfig, example: Any, calibration: Iterab
         wiring = find_wiring(module, layers, calls, placed_points)
         _share_weight_quantizers(module, wiring.values())
         attach_wiring(module, wiring)
-        if recipe.weight_range == "mse":
-            set_weight_ranges(module, wiring, bits.layers)
+        if ptq.weight_range == "mse":
+            fit_weight_ranges(module, wiring.values(), method="mse")
+        if ptq.activation_range == "mse":
+            _fit_activation_ranges(module, wiring, inputs, ptq)
 
     with quiet(), evaluating(model), internals.edited_quantization(on_setup, on_placed):
         module = internals.quantize(
@@ -85,13 +87,15 @@ def prepare(model: nn.Module, bits: BitConfig, example: Any, calibration: Iterab
             inputs,
             ignored=others(graph, calls),
             batchwise=batch_size(inputs[0]) > 1,
-            bias_correction=recipe.bias_correction,
+            bias_correction=ptq.bias_correction,
+            smooth=ptq.equalization == "smooth-quant",
+            activation_range=ptq.activation_range,
             **options,
         )
     attach_wiring(module, find_wiring(module, layers, calls, placed_points))
-    if recipe.bn_reestimation:
+    if ptq.bn_reestimation:
         _reestimate(module, model, inputs)
-    return attach_bits(module.eval(), bits)
+    return attach_bits(attach_ptq(module.eval(), ptq), bits)
 
 
 def assign_bits(setup: Any, owner: Mapping[str, str], bits: Mapping[str, Precision]) -> None:
@@ -123,11 +127,12 @@ def _share_weight_quantizers(module: nn.Module, wiring: Iterable[Any]) -> None:
             internals.replace_quantizer(module, name, quantizer)
 
 
-def _check_precisions(inventory: Inventory, bits: Mapping[str, Precision]) -> None:
-    for name, precision in bits.items():
-        reason = refuse(inventory[name], precision)
-        if reason is not None:
-            raise AdapterError(f"{name} cannot be {precision}: {reason}. Choose another precision, or exclude the layer.")
+def _fit_activation_ranges(module: nn.Module, wiring: Wiring, inputs: Sequence[Any], ptq: PTQ) -> None:
+    # What batch normalisation hands on is right only while nothing before it is quantized, until it is re-estimated.
+    places = first_places(module, [hook for layer in wiring.values() for hook in layer.activation])
+    with unquantized(module):
+        histograms = measured(module, places, inputs)
+    fit(module, histograms, method=ptq.activation_range)
 
 
 def _inputs(calibration: Iterable[Any], subset: int, model: nn.Module) -> list[Any]:

@@ -2,39 +2,86 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from torch import nn
 
 from mpq_nncf import _nncf_internals as internals
+from mpq_nncf._activation_range import fit, measured
+from mpq_nncf._advice import check_precision
 from mpq_nncf._groups import check_groups
+from mpq_nncf._ptq import ptq_of
+from mpq_nncf._weight_range import fit_weight_ranges
 from mpq_nncf._wiring import Wiring, wiring_of
 from mpq_plugins._adapter import attach_bits, bits_of
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._errors import AdapterError, FingerprintError
 from mpq_plugins._layers import unknown_layer
+from mpq_plugins._model import batches_of
 
 
-def set_bits(module: nn.Module, bits: BitConfig) -> nn.Module:
-    """Switch every quantizer to the width that `bits` asks for; ranges stay as calibrated.
+def set_bits(module: nn.Module, bits: BitConfig, calibration: Iterable[Any] = ()) -> nn.Module:
+    """Switch every quantizer to the width that `bits` asks for; those whose width changes get new ranges.
 
-    Prepare with `weight_range="max"` for a search: the range of least squared error belongs to one width. Bias correction
-    and batch-normalisation statistics also stay those of the prepared bits.
+    Weight ranges are fitted as `prepare` was told to. Activation ranges are fitted to what the module, as it stands before the
+    switch, makes of the `calibration` batches; without any they stay. Quantizers that keep their width keep their range, be it
+    calibrated or learned; bias correction and batch-normalisation statistics stay those of the prepared bits.
     Raises `UnknownLayerError`, `FingerprintError` and `AdapterError` before anything is changed.
     """
-    wiring = wiring_of(module)
+    wiring, old = wiring_of(module), bits_of(module)
+    _check(wiring, bits, old)
+    reweighted = [name for name in wiring if bits[name].weight != old[name].weight]
+    widths = {
+        hook: bits[name].activation
+        for name, layer in wiring.items()
+        for hook in layer.activation
+        if bits[name].activation != old[name].activation
+    }
+    inputs = [batch.inputs for batch in batches_of(calibration)] if widths else []
+    histograms = measured(module, first_places(module, widths), inputs) if inputs else {}
+    for name in reweighted:
+        for hook in wiring[name].weight:
+            internals.set_quantizer_bits(internals.quantizer_at(module, hook), bits[name].weight)
+    for hook, width in widths.items():
+        internals.set_quantizer_bits(internals.quantizer_at(module, hook), width)
+    fit_weight_ranges(module, [wiring[name] for name in reweighted], method=ptq_of(module).weight_range)
+    fit(module, histograms, method=ptq_of(module).activation_range)
+    return attach_bits(module, bits)
+
+
+def first_places(module: nn.Module, hooks: Iterable[str]) -> list[str]:
+    """One of `hooks` for each quantizer: those of joined inputs stand in several places."""
+    places: dict[int, str] = {}
+    for hook in hooks:
+        places.setdefault(id(internals.quantizer_at(module, hook)), hook)
+    return list(places.values())
+
+
+def _check(wiring: Wiring, bits: BitConfig, old: BitConfig) -> None:
     for name in bits.layers:
         if name not in wiring:
             raise unknown_layer(name, list(wiring))
-    if bits.fingerprint != bits_of(module).fingerprint:
+    if bits.fingerprint != old.fingerprint:
         raise FingerprintError("the bits are for another model than this module was prepared from. Allocate for this model.")
     missing = sorted(set(wiring) - set(bits.layers))
     if missing:
         raise AdapterError(f"no bits are given for {', '.join(missing)}, which the module has quantized. Give them too.")
+    for name, precision in bits.layers.items():
+        check_precision(name, precision)
     check_groups(_sharing(wiring), bits.layers)
+    _check_weights(wiring, bits)
+
+
+def _check_weights(wiring: Wiring, bits: BitConfig) -> None:
+    first: dict[str, str] = {}
     for name, layer in wiring.items():
-        for hooks, width in ((layer.weight, bits[name].weight), (layer.activation, bits[name].activation)):
-            for hook in hooks:
-                internals.set_quantizer_bits(internals.quantizer_at(module, hook), width)
-    return attach_bits(module, bits)
+        holder = first.setdefault(layer.parameter, name)
+        if bits[name].weight != bits[holder].weight:
+            raise AdapterError(
+                f"{name} and {holder} hold the same weight but ask for {bits[name].weight} and {bits[holder].weight} "
+                f"weight bits. Tie them: tie=[({holder!r}, {name!r})]."
+            )
 
 
 def _sharing(wiring: Wiring) -> tuple[tuple[str, ...], ...]:

@@ -1,16 +1,16 @@
-"""Weight ranges with the least squared error, where NNCF knows only the largest magnitude."""
+"""Weight ranges: of least squared error, where NNCF knows only the largest magnitude, or that."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from mpq_nncf import _nncf_internals as internals
-from mpq_nncf._wiring import Wiring
-from mpq_plugins._precision import Precision
+from mpq_nncf._wiring import LayerWiring
+from mpq_plugins._ptq import WeightRange
 from mpq_plugins._quantizer import mse_scale
 
 # At 8 bits the largest magnitude is within a few percent of the best range.
@@ -18,23 +18,30 @@ _WIDEST_SEARCHED = 7
 _CACHE_SIZED = 2**16  # elements; a search over whole layers streams them from memory 80 times
 
 
-def set_weight_ranges(module: nn.Module, wiring: Wiring, bits: Mapping[str, Precision]) -> None:
-    """Give the weight quantizer of every layer below 8 bits the per-channel step of least squared error."""
+def fit_weight_ranges(module: nn.Module, layers: Iterable[LayerWiring], *, method: WeightRange) -> None:
+    """Give the weight quantizers of `layers` the per-channel ranges that `method` finds for their widths, in place."""
     done: set[str] = set()
-    for name, layer in wiring.items():
-        if bits[name].weight > _WIDEST_SEARCHED or layer.parameter in done:
+    for layer in layers:
+        if layer.parameter in done:
             continue
         done.add(layer.parameter)
+        quantizer = internals.quantizer_at(module, layer.weight[0])
         weight = module.get_parameter(layer.parameter).detach()
-        with torch.no_grad(), _one_thread():
-            step = torch.cat(
-                [
-                    mse_scale(part, bits[name].weight, channel_axis=layer.channel_axis)
-                    for part in _cache_sized(weight, layer.channel_axis)
-                ],
-                dim=layer.channel_axis,
-            )
-        internals.set_weight_step(internals.quantizer_at(module, layer.weight[0]), step)
+        searched = method == "mse" and internals.bits_of(quantizer) <= _WIDEST_SEARCHED
+        step = _best_step(weight, quantizer, layer) if searched else _widest_step(weight, quantizer, layer)
+        internals.set_weight_step(quantizer, step)
+
+
+def _widest_step(weight: Tensor, quantizer: nn.Module, layer: LayerWiring) -> Tensor:
+    others = [axis for axis in range(weight.dim()) if axis != layer.channel_axis]
+    largest = weight.abs().amax(dim=others, keepdim=True)
+    return torch.where(largest > 0, largest, torch.ones_like(largest)) / internals.highest_code(quantizer)
+
+
+def _best_step(weight: Tensor, quantizer: nn.Module, layer: LayerWiring) -> Tensor:
+    bits, axis = internals.bits_of(quantizer), layer.channel_axis
+    with torch.no_grad(), _one_thread():
+        return torch.cat([mse_scale(part, bits, channel_axis=axis) for part in _cache_sized(weight, axis)], dim=axis)
 
 
 @contextlib.contextmanager

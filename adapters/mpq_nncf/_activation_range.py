@@ -1,0 +1,130 @@
+"""Activation ranges fitted to the inputs that quantizers see, in one pass over calibration batches."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpq_nncf import _nncf_internals as internals
+from mpq_nncf._histogram import Histogram
+from mpq_nncf._quiet import quiet
+from mpq_plugins._errors import DataError
+from mpq_plugins._model import call, evaluating
+from mpq_plugins._ptq import ActivationRange
+
+Range = tuple[Tensor, Tensor]  # the lowest and the highest value, one each or one per channel
+_OUTLIERS = 1e-4  # the share that NNCF's quantile estimator leaves out at either end
+_N_TRIED, _N_REFINED = 64, 17
+_N_ROUNDS = 3
+
+
+def measured(module: nn.Module, hooks: Iterable[str], inputs: Iterable[Any]) -> dict[str, Histogram]:
+    """Histograms of what reaches the activation quantizers named `hooks` as the module stands now.
+
+    `inputs` are forward arguments in any form that `call` takes. Raises `DataError` for a quantizer that saw no finite values.
+    """
+    histograms = {hook: Histogram(internals.channels_of(internals.quantizer_at(module, hook))) for hook in hooks}
+    with contextlib.ExitStack() as stack:
+        for hook, histogram in histograms.items():
+            quantizer = internals.quantizer_at(module, hook)
+            handle = quantizer.register_forward_pre_hook(_feeding(histogram))
+            stack.callback(handle.remove)
+        stack.enter_context(quiet())
+        stack.enter_context(evaluating(module))
+        for item in inputs:
+            call(module, item)
+    for hook, histogram in histograms.items():
+        if not histogram.usable:
+            raise DataError(
+                f"no activation range for {hook}: its input is empty or holds NaN or infinity on the calibration batches. "
+                "Check the batches and the model's outputs on them."
+            )
+    return histograms
+
+
+def _feeding(histogram: Histogram) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def feed(_quantizer: nn.Module, arguments: tuple[Any, ...]) -> None:
+        histogram.add(arguments[0].detach())
+
+    return feed
+
+
+def fit(module: nn.Module, histograms: Mapping[str, Histogram], *, method: ActivationRange) -> None:
+    """Give each quantizer the range that `method` finds for its width on its histogram, in place."""
+    for hook, histogram in histograms.items():
+        quantizer = internals.quantizer_at(module, hook)
+        kind = internals.activation_kind(quantizer)
+        rows = [_range(histogram, row, kind, method) for row in range(histogram.n_channels)]
+        lows, highs = (torch.stack(values) for values in zip(*rows, strict=True))
+        internals.set_activation_range(quantizer, lows, highs)
+
+
+def _range(histogram: Histogram, row: int, kind: internals.ActivationKind, method: ActivationRange) -> Range:
+    if method == "max":
+        low, high = histogram.least[row], histogram.most[row]
+    elif method == "percentile":
+        low, high = histogram.quantile(row, _OUTLIERS), histogram.quantile(row, 1 - _OUTLIERS)
+    else:
+        return _of_least_error(histogram, row, kind)
+    return _covering(low, high, kind)
+
+
+def _covering(low: Tensor, high: Tensor, kind: internals.ActivationKind) -> Range:
+    """The range of a quantizer of this kind that reaches from `low` to `high`; one around 0 where both are 0."""
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    if kind.asymmetric:
+        return low, torch.where(high > low, high, torch.ones_like(high))
+    threshold = torch.maximum(high, -low) if kind.signed else high
+    return _symmetric(torch.where(threshold > 0, threshold, torch.ones_like(threshold)), kind)
+
+
+def _symmetric(threshold: Tensor, kind: internals.ActivationKind) -> Range:
+    return threshold * (kind.lowest / kind.highest), threshold
+
+
+def _of_least_error(histogram: Histogram, row: int, kind: internals.ActivationKind) -> Range:
+    low, high = _covering(histogram.least[row], histogram.most[row], kind)
+    centres, counts = histogram.of_row(row)
+
+    def error(lows: Tensor, highs: Tensor) -> Tensor:
+        steps = ((highs - lows) / (kind.n_levels - 1))[:, None]
+        zero_points = torch.round(-lows[:, None] / steps)
+        codes = (torch.round(centres / steps) + zero_points).clamp_(0, kind.n_levels - 1)
+        return (centres - (codes - zero_points) * steps).square_() @ counts
+
+    if not kind.asymmetric:
+        return _symmetric(_best(high, lambda tried: error(*_symmetric(tried, kind))), kind)
+    least, most = low, high
+    for _ in range(_N_ROUNDS):
+        if most > 0:
+            high = _best(most, lambda tried, low=low: error(low.expand_as(tried), tried))  # type: ignore[misc]
+        if least < 0:
+            low = -_best(-least, lambda tried, high=high: error(-tried, high.expand_as(tried)))  # type: ignore[misc]
+    return low, high
+
+
+def _best(largest: Tensor, error: Callable[[Tensor], Tensor]) -> Tensor:
+    """The threshold up to `largest` with the least error: tried at equal ratios, then between the neighbours of the best."""
+    tried = largest * torch.logspace(-2, 0, _N_TRIED, device=largest.device)
+    index = int(error(tried).argmin())
+    around = torch.linspace(float(tried[max(0, index - 1)]), float(tried[min(_N_TRIED - 1, index + 1)]), _N_REFINED)
+    around = around.to(largest.device)
+    return around[error(around).argmin()]
+
+
+@contextlib.contextmanager
+def unquantized(module: nn.Module) -> Iterator[None]:
+    """All quantizers of a freshly placed module let everything through meanwhile."""
+    quantizers = [internals.quantizer_at(module, hook.name) for hook in internals.hooks(module)]
+    passing = [internals.passes_through(quantizer) for quantizer in quantizers]
+    try:
+        for quantizer in quantizers:
+            internals.pass_through(quantizer, on=True)
+        yield
+    finally:
+        for quantizer, before in zip(quantizers, passing, strict=True):
+            internals.pass_through(quantizer, on=before)

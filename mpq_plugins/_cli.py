@@ -15,7 +15,9 @@ from typing import Any
 from mpq_plugins import __version__
 from mpq_plugins._errors import InfeasibleBudgetError, MPQError, VerificationError
 
-_REPEATABLE = frozenset(("budget", "pin", "tie", "include", "exclude", "adapter-option", "proxy-option", "solver-option"))
+_REPEATABLE = frozenset(
+    ("budget", "pin", "tie", "include", "exclude", "adapter-option", "proxy-option", "solver-option", "ptq")
+)
 _SWITCHES = frozenset(("pin-first-last",))  # the options that also exist as --no-...
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INFEASIBLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -103,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_allocate(verbs)
     _add_solve(verbs)
     _add_apply(verbs)
+    _add_train(verbs)
     _add_export(verbs)
     _add_verify(verbs)
     _add_compare(verbs)
@@ -127,7 +130,7 @@ def _count(text: str) -> int:
     return number
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser, *, batch_size: int = 32) -> None:
     group = parser.add_argument_group("model and data")
     group.add_argument(
         "--model",
@@ -138,7 +141,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--weights", metavar="FILE", help="state dict (.pt, .pth, .safetensors) loaded into the model")
     group.add_argument("--data", metavar="SPEC", help="digits, glyphs, imagefolder:DIR, file.py:LOADER or module:LOADER")
     group.add_argument("--input", metavar="SHAPE", help="input shape such as 1x3x224x224 (default: from the data)")
-    group.add_argument("--batch-size", type=_count, default=32, metavar="N", help="images in a batch of built-in data (32)")
+    group.add_argument(
+        "--batch-size",
+        type=_count,
+        default=batch_size,
+        metavar="N",
+        help=f"images in a batch of built-in data ({batch_size})",
+    )
     group.add_argument("--images", type=_count, default=256, metavar="N", help="images to score and calibrate with (256)")
     group.add_argument("--output", metavar="NAME", help="key, index or attribute of the model's output that counts")
 
@@ -229,18 +238,52 @@ def _add_apply(verbs: Any) -> None:
     parser.add_argument("bits_file", metavar="BITS", help="bit configuration")
     _add_model(parser)
     _add_adapter(parser, required=True)
+    _add_ptq(parser)
     parser.add_argument("--out", default="module.pt", metavar="FILE", help="quantized module to write (default module.pt)")
     parser.add_argument("--evaluate", action="store_true", help="measure the accuracy on all of --data, before and after")
 
 
+def _add_ptq(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ptq",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="option of post-training quantization, e.g. rounding=gptq, weight_range=max (see docs/ptq.md)",
+    )
+
+
+def _add_train(verbs: Any) -> None:
+    parser = _verb(verbs, "train", "quantization-aware training at the bits of a configuration, with or without PROFIT")
+    parser.add_argument("bits_file", metavar="BITS", help="bit configuration")
+    _add_model(parser, batch_size=128)
+    _add_adapter(parser, required=True)
+    _add_ptq(parser)
+    group = parser.add_argument_group("training")
+    group.add_argument("--recipe", metavar="FILE", help="training recipe (JSON); what follows overrides it")
+    group.add_argument("--method", choices=("qat", "profit"), help="train at the target bits, or by PROFIT's stages")
+    group.add_argument("--epochs", type=_count, metavar="N", help="epochs of all stages together")
+    group.add_argument("--learning-rate", type=float, metavar="X", help="peak learning rate of the weights")
+    group.add_argument("--seed", type=int, metavar="N", help="seed of everything drawn at random")
+    group.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help="arithmetic of the forward pass")
+    group.add_argument("--eval-data", metavar="SPEC", help="data whose accuracy is printed after every epoch")
+    group.add_argument("--teacher", metavar="SPEC", help="network to distil from: float (the model itself) or as --model")
+    group.add_argument("--teacher-weights", metavar="FILE", help="weights of the teacher")
+    group.add_argument("--workers", type=int, default=4, metavar="N", help="processes that load an image folder (4)")
+    group.add_argument("--tensorboard", action="store_true", help="also write metrics for TensorBoard")
+    group.add_argument("--out", default="mpq-train", metavar="DIR", help="checkpoints, metrics, module.pt; resumed if begun")
+    group.add_argument("--plot", metavar="FILE", help="also draw loss, accuracy and AIWQ (.png, .svg, .pdf)")
+
+
 def _add_export(verbs: Any) -> None:
     parser = _verb(verbs, "export", "export a quantized module, read the file back and verify it")
-    parser.add_argument("module_file", metavar="MODULE", help="file that `mpq apply` wrote")
+    parser.add_argument("module_file", metavar="MODULE", help="file that `mpq apply` or `mpq train` wrote")
     _add_model(parser)
     _add_adapter(parser, required=True)
     parser.add_argument("--format", metavar="NAME", help="see `mpq plugins` (default: the adapter's first)")
     parser.add_argument("--out", required=True, metavar="FILE", help="artifact to write")
     parser.add_argument("--report", metavar="FILE", help="verification report to write")
+    parser.add_argument("--evaluate", action="store_true", help="accuracy on all of --data: of the module, and of the file")
     parser.add_argument("--tolerance", type=float, default=1e-3, help="mean output difference allowed, in standard deviations")
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from mpq_plugins._errors import DataError
 from mpq_plugins._model import Output, batches_of, call, evaluating, select
+
+if TYPE_CHECKING:
+    from mpq_plugins._adapter import AbstractAdapter
 
 
 def accuracy(model: nn.Module, batches: Iterable[Any], *, output: Output = None) -> float:
@@ -23,6 +28,23 @@ def accuracy(model: nn.Module, batches: Iterable[Any], *, output: Output = None)
             logits = select(call(model, batch.inputs), output)
             n_right += int((logits.argmax(dim=1).cpu() == labels).sum())
             n_images += len(labels)
+    if not n_images:
+        raise DataError("accuracy needs at least one batch, and there was none. Pass labelled data.")
+    return n_right / n_images
+
+
+def exported_accuracy(adapter: AbstractAdapter, path: str | Path, batches: Iterable[Any], *, output: Output = None) -> float:
+    """The same of an exported file, run by the target's runtime with its exact semantics.
+
+    `output` selects among the file's outputs, which have only an order: an index, or a callable that takes the list.
+    """
+    n_right = n_images = 0
+    for batch in batches_of(batches):
+        labels = labels_of(batch.labels)
+        results = [torch.from_numpy(array) for array in adapter.run(path, batch.inputs)]
+        logits = select(results, output if callable(output) or isinstance(output, int) else None)
+        n_right += int((logits.argmax(dim=1) == labels).sum())
+        n_images += len(labels)
     if not n_images:
         raise DataError("accuracy needs at least one batch, and there was none. Pass labelled data.")
     return n_right / n_images

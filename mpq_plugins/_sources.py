@@ -129,14 +129,20 @@ def load_data(spec: str, *, input_shape: tuple[int, ...] | None = None, batch_si
         from mpq_plugins.glyphs import glyphs
 
         return glyphs(train=False, batch_size=batch_size)
-    source, colon, target = spec.rpartition(":") if not spec.startswith("imagefolder:") else spec.partition(":")
+    if spec.startswith("imagefolder:"):
+        root = Path(spec.partition(":")[2])
+        return ImageFolder(root, size=input_shape[-1] if input_shape else 224, batch_size=batch_size)
+    return UserLoader(user_object(spec), spec)
+
+
+def user_object(spec: str) -> Any:
+    """What `file.py:NAME` or `module:NAME` points to; raises `DataError`."""
+    source, colon, target = spec.rpartition(":")
     if not colon:
         raise DataError(
             f"{spec!r} names no data. Write digits, glyphs, imagefolder:DIR, path/to/file.py:LOADER or module:LOADER."
         )
-    if source == "imagefolder":
-        return ImageFolder(Path(target), size=input_shape[-1] if input_shape else 224, batch_size=batch_size)
-    return UserLoader(_attribute(source, target, DataError), spec)
+    return _attribute(source, target, DataError)
 
 
 class UserLoader:

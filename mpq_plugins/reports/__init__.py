@@ -10,3 +10,4 @@ from mpq_plugins.reports._tables import allocation_table as allocation_table
 from mpq_plugins.reports._tables import comparison_table as comparison_table
 from mpq_plugins.reports._tables import layer_table as layer_table
 from mpq_plugins.reports._tables import skipped_table as skipped_table
+from mpq_plugins.reports._training import plot_training as plot_training

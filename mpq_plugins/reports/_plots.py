@@ -22,19 +22,19 @@ def plot_allocation(allocation: Allocation, path: str | Path) -> Path:
     """
     width = max(7.0, 0.32 * len(allocation.space.layers))
     if allocation.scores.pairwise is None:
-        figure, axes = _figure(2, height=8, width=width)
+        figure, axes = new_figure(2, height=8, width=width)
     else:
-        figure, axes = _figure(3, height=8 + width, width=width, ratios=(4, 4, width))
+        figure, axes = new_figure(3, height=8 + width, width=width, ratios=(4, 4, width))
         _draw_interactions(figure, axes[2], allocation, allocation.scores.pairwise)
     _draw_bits(axes[0], allocation)
     _draw_losses(figure, axes[1], allocation)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_comparison(comparison: Comparison, path: str | Path) -> Path:
     """Accuracy of every proxy and control, one panel per budget; seeds of the random control as single dots."""
     budgets = list(dict.fromkeys(row.budget for row in comparison.rows))
-    figure, axes = _figure(len(budgets), height=1.0 + 2.6 * len(budgets), width=8)
+    figure, axes = new_figure(len(budgets), height=1.0 + 2.6 * len(budgets), width=8)
     families = list(dict.fromkeys(row.family for row in comparison.rows))
     adapters = list(dict.fromkeys(row.adapter for row in comparison.rows))
     for axis, budget in zip(np.atleast_1d(axes), budgets, strict=True):
@@ -55,7 +55,7 @@ def plot_comparison(comparison: Comparison, path: str | Path) -> Path:
         axis.grid(axis="x", alpha=0.3)
     np.atleast_1d(axes)[-1].set_xlabel("accuracy")
     np.atleast_1d(axes)[0].legend(fontsize=8)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _draw_bits(axis: Any, allocation: Allocation) -> None:
@@ -119,14 +119,14 @@ def _choices(allocation: Allocation) -> list[int]:
     return [unit.choices.index(allocation.bits[unit.layers[0]]) for unit in allocation.space.units]
 
 
-def _figure(n_rows: int, *, height: float, width: float, ratios: Sequence[float] | None = None) -> tuple[Any, Any]:
+def new_figure(n_rows: int, *, height: float, width: float, ratios: Sequence[float] | None = None) -> tuple[Any, Any]:
     require("matplotlib", "plots").use("Agg")
     pyplot = require("matplotlib.pyplot", "plots")
     figure, axes = pyplot.subplots(n_rows, 1, figsize=(width, height), layout="constrained", height_ratios=ratios)
     return figure, axes
 
 
-def _save(figure: Any, path: str | Path) -> Path:
+def save_figure(figure: Any, path: str | Path) -> Path:
     known = figure.canvas.get_supported_filetypes()
     try:
         if Path(path).suffix.lstrip(".").lower() not in known:

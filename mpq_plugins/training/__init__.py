@@ -3,6 +3,7 @@
 from mpq_plugins.training._batch_norm import reestimate_batch_norm as reestimate_batch_norm
 from mpq_plugins.training._duq import DuQ as DuQ
 from mpq_plugins.training._duq import duq as duq
+from mpq_plugins.training._epochs import TrainingData as TrainingData
 from mpq_plugins.training._freezing import Freezing as Freezing
 from mpq_plugins.training._instability import Instability as Instability
 from mpq_plugins.training._instability import output_shift as output_shift

@@ -1,0 +1,153 @@
+"""Objects that the options of the command line name."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpq_plugins._adapter import AbstractAdapter
+from mpq_plugins._allocate import as_budgets, build_space
+from mpq_plugins._cost import Budget
+from mpq_plugins._errors import BudgetError, DataError, ModelError, PluginError
+from mpq_plugins._plugins import make
+from mpq_plugins._precision import menu
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mpq_plugins._model import Batch
+    from mpq_plugins._space import Space
+
+
+def cache_of(options: Namespace) -> Path | None:
+    """Where measurements are kept: the folder asked for, or the user's cache where that can be written."""
+    from mpq_plugins._files import cache_folder
+
+    if options.no_cache or options.cache:
+        return None if options.no_cache else Path(options.cache)
+    folder = cache_folder() / "measurements"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, "no permission to write there")
+    except OSError as error:
+        print(f"note: no measurements are kept in {folder}: {error.strerror}. See --cache.", file=sys.stderr)
+        return None
+    return folder
+
+
+def model_of(options: Namespace) -> tuple[nn.Module, Any]:
+    """The model and one example input."""
+    from mpq_plugins._sources import example_input, load_model, parse_shape
+
+    model = load_model(options.model, options.weights)
+    if options.weights is None and options.model.startswith(("torchvision:", "timm:")):
+        print("note: no --weights given, so the weights are random", file=sys.stderr)
+    if options.input:
+        return model, example_input(parse_shape(options.input))
+    if options.data:
+        return model, next(iter(take(data_of(options), 1))).inputs
+    if options.model.startswith(("torchvision:", "timm:")):
+        return model, example_input((1, 3, 224, 224))
+    raise ModelError("the input shape is not known. Add --input, such as 1x3x32x32, or --data.")
+
+
+def data_of(options: Namespace) -> Iterable[Any]:
+    from mpq_plugins._sources import load_data, parse_shape
+
+    if options.data is None:
+        raise DataError("this needs data. Add --data: digits, imagefolder:DIR, file.py:LOADER or module:LOADER.")
+    shape = parse_shape(options.input) if options.input else None
+    return load_data(options.data, input_shape=shape, batch_size=options.batch_size)
+
+
+def take(loader: Iterable[Any], n_images: int) -> Iterable[Batch]:
+    """Batches from the start of `loader` until they hold at least `n_images`."""
+    from mpq_plugins._model import batches_of, first_batch
+
+    first_batch(loader, purpose="this verb")
+    taken = 0
+    for batch in batches_of(loader):
+        if taken >= n_images:
+            return
+        yield batch
+        taken += len(batch)
+
+
+def adapter_of(options: Namespace) -> AbstractAdapter:
+    adapter: AbstractAdapter = make("adapters", options.adapter, values_of(options.adapter_option))
+    return adapter
+
+
+def space_of(options: Namespace, model: nn.Module, example: Any) -> Space:
+    from mpq_plugins._discover import find_layers
+    from mpq_plugins._space import residual_ties
+
+    adapter = adapter_of(options) if options.adapter else None
+    ties: list[Sequence[str]] = [words(text) for text in options.tie]
+    if options.tie_residual:
+        ties += residual_ties(find_layers(model, example))
+    choices = None
+    if options.bits or options.activation_bits:
+        weight = numbers(options.bits) if options.bits else (adapter.weight_bits if adapter else range(2, 9))
+        activation = (
+            numbers(options.activation_bits) if options.activation_bits else (adapter.activation_bits if adapter else (8,))
+        )
+        choices = menu(weight, activation)
+    return build_space(
+        model,
+        example,
+        choices=choices,
+        adapter=adapter,
+        pin=pairs_of(options.pin),
+        pin_first_last=options.pin_first_last,
+        tie=ties,
+        include=options.include or ("*",),
+        exclude=options.exclude,
+    )
+
+
+def budgets_of(texts: Sequence[str]) -> tuple[Budget, ...]:
+    """`size=w4`, or with options of the cost `stored_size?target=openvino-fast=1MiB`."""
+    budgets = []
+    for text in texts:
+        left, equals, limit = text.rpartition("=")
+        if not equals:
+            raise BudgetError(f"{text!r} is no budget. Write COST=LIMIT, such as size=w4, size=6.7MiB or bops=75G.")
+        name, _, query = left.partition("?")
+        budgets.append(Budget(make("costs", name, values_of(query.split("&") if query else [])), limit))
+    return as_budgets(budgets)
+
+
+def pairs_of(texts: Sequence[str]) -> dict[str, str]:
+    pairs = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise PluginError(f"{text!r} must be KEY=VALUE.")
+        pairs[key] = value
+    return pairs
+
+
+def values_of(texts: Sequence[str]) -> dict[str, Any]:
+    from mpq_plugins._text import literal
+
+    return {key.replace("-", "_"): literal(value) for key, value in pairs_of(texts).items()}
+
+
+def words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    from mpq_plugins._errors import PrecisionError
+
+    try:
+        return tuple(int(word) for word in words(text))
+    except ValueError as error:
+        raise PrecisionError(f"{text!r} is no list of bits. Write whole numbers joined by commas, such as 2,3,4,8.") from error

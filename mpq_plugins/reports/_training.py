@@ -1,0 +1,55 @@
+"""The plot of a training run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpq_plugins.reports._plots import new_figure, save_figure
+
+if TYPE_CHECKING:
+    from mpq_plugins.training import EpochRecord
+
+
+def plot_training(history: Sequence[EpochRecord], path: str | Path) -> Path:
+    """Loss and accuracy over the epochs, stages shaded in turn; below it AIWQ of every layer, where PROFIT measured it."""
+    measured = next((record.instability for record in reversed(history) if record.instability), {})
+    n_panels = 2 if measured else 1
+    width = max(8.0, 0.3 * len(measured))
+    figure, axes = new_figure(n_panels, height=4.5 * n_panels, width=width)
+    _draw_curves(axes[0] if measured else axes, history)
+    if measured:
+        n_frozen = max(record.n_frozen for record in history)
+        _draw_instability(axes[1], measured, n_frozen)
+    return save_figure(figure, path)
+
+
+def _draw_curves(axis: Any, history: Sequence[EpochRecord]) -> None:
+    epochs = [record.epoch for record in history]
+    axis.plot(epochs, [record.loss for record in history], ".-", color="#1f77b4")
+    axis.set_yscale("log")
+    axis.set_ylabel("training loss", color="#1f77b4")
+    axis.set_xlabel("epoch")
+    for index, (stage, records) in enumerate(groupby(history, key=lambda record: record.stage)):
+        own = [record.epoch for record in records]
+        if index % 2:
+            axis.axvspan(own[0] - 0.5, own[-1] + 0.5, color="black", alpha=0.05)
+        axis.text(own[0] - 0.4, 0.98, stage, rotation=90, va="top", fontsize=7, transform=axis.get_xaxis_transform())
+    if any(record.accuracy is not None for record in history):
+        right = axis.twinx()
+        right.plot(epochs, [record.accuracy for record in history], "s-", color="#d62728", markersize=3)
+        right.set_ylabel("accuracy", color="#d62728")
+
+
+def _draw_instability(axis: Any, measured: dict[str, float] | Any, n_frozen: int) -> None:
+    order = sorted(measured, key=lambda name: -measured[name])
+    frozen = set(order[:n_frozen])
+    colours = ["#1f77b4" if name in frozen else "#9aa0a6" for name in measured]
+    axis.bar(range(len(measured)), list(measured.values()), color=colours)
+    axis.set_xticks(range(len(measured)), list(measured), rotation=90, fontsize=7)
+    if any(value > 0 for value in measured.values()):
+        axis.set_yscale("log")
+    frozen_text = f"; blue: the {n_frozen} layers frozen in the end" if n_frozen else ""
+    axis.set_title(f"AIWQ: how much a step of training moves a layer's quantized output{frozen_text}", loc="left", fontsize=10)

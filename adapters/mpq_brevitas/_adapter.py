@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
-from mpq_brevitas._recipe import Profile, Recipe
+from mpq_brevitas._recipe import Profile, QuantizerKind, Recipe, Scales
 from mpq_plugins._adapter import AbstractAdapter
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._errors import AdapterError
 from mpq_plugins._layers import Inventory, Layer
 from mpq_plugins._precision import Precision
+from mpq_plugins._ptq import PTQ
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,9 +30,13 @@ class BrevitasAdapter(AbstractAdapter):
     `profile` "layerwise" replaces each layer where it stands, with its own input quantizer: any torch model, no tracing.
     "finn" traces the graph, merges batch normalisation, quantizes at the activation functions and aligns residual adds:
     what FINN accepts, for models that `torch.fx` can trace. Weights take 1 (binary) to 8 bits, activations 2 to 8.
+    `quantizer` "duq" learns clip and output scale apart (PROFIT, Park and Yoo 2020), for training, "layerwise" only.
+    `scales` "power-of-two" gives every tensor one scale 2^n, weights included, "finn" only.
     """
 
     profile: Profile = "layerwise"
+    quantizer: QuantizerKind = "uniform"
+    scales: Scales = "float"
 
     name: ClassVar[str] = "brevitas"
     formats: ClassVar[tuple[str, ...]] = ("qonnx", "qcdq")
@@ -40,11 +45,20 @@ class BrevitasAdapter(AbstractAdapter):
     activation_bits: ClassVar[tuple[int, ...]] = (8,)
 
     def __post_init__(self) -> None:
-        Recipe(self.profile, "mse")  # refuses unknown profiles
+        Recipe(self.profile, "mse", quantizer=self.quantizer, scales=self.scales)  # refuses unknown options
+        if self.quantizer == "duq" and self.profile != "layerwise":
+            raise AdapterError(
+                'quantizer="duq" needs profile="layerwise": exporting it moves the output scale of an activation into the '
+                "weights of the one layer that reads it, and in the finn profile several layers and adds read one."
+            )
+        if self.scales == "power-of-two" and self.profile != "finn":
+            raise AdapterError('scales="power-of-two" is for FINN\'s shifts. Use it with profile="finn".')
 
     def refuse(self, layer: Layer, precision: Precision) -> str | None:
         from mpq_brevitas._support import refuse
 
+        if self.quantizer == "duq" and precision.weight == 1:
+            return "DuQ has no binary weights: its one-bit code is 0"
         return refuse(layer, precision)
 
     def advice(self, layer: Layer, precision: Precision) -> str | None:
@@ -68,19 +82,20 @@ class BrevitasAdapter(AbstractAdapter):
         return tuple(group.layers for group in activation_groups_of_graph(graph.module) if len(group.layers) > 1)
 
     def prepare(self, model: nn.Module, bits: BitConfig, example: Any, calibration: Iterable[Any], **options: Any) -> nn.Module:
-        """A quantized copy of `model`; layers outside `bits` keep float weights.
-
-        Options: `bias_correction` and `bn_reestimation` (both on), `weight_range` "mse" (least squared error) or "max".
-        """
+        """A quantized copy of `model`; layers outside `bits` keep float weights. Options: the fields of `PTQ`."""
         from mpq_brevitas._prepare import prepare
 
-        return prepare(model, bits, example, calibration, profile=self.profile, **options)
+        return prepare(model, bits, example, calibration, adapter=self, ptq=PTQ.of(options))
 
-    def set_bits(self, module: nn.Module, bits: BitConfig) -> nn.Module:
-        """Other bits for a module prepared with `weight_range="max"`, in place; returns it."""
+    def set_bits(self, module: nn.Module, bits: BitConfig, calibration: Iterable[Any] = ()) -> nn.Module:
         from mpq_brevitas._set_bits import set_bits
 
-        return set_bits(module, bits)
+        return set_bits(module, bits, calibration)
+
+    def use_float_weights(self, module: nn.Module, on: bool = True) -> nn.Module:
+        from mpq_brevitas._float_weights import use_float_weights
+
+        return use_float_weights(module, on)
 
     def export(self, module: nn.Module, path: str | Path, example: Any, *, format: str | None = None) -> Path:
         from mpq_brevitas._export import export

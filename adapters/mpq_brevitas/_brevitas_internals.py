@@ -27,6 +27,9 @@ with warnings.catch_warnings():
         from brevitas.fx.brevitas_tracer import symbolic_trace as symbolic_trace
         from brevitas.graph.base import FnToModule as FnToModule
         from brevitas.graph.base import MethodToModule as MethodToModule
+        from brevitas.graph.calibrate import quantization_status_manager
+        from brevitas.graph.equalize import EqualizeGraph as EqualizeGraph
+        from brevitas.graph.equalize import GraphActivationEqualization as GraphActivationEqualization
         from brevitas.graph.fixed_point import MergeBatchNorm as MergeBatchNorm
         from brevitas.graph.quantize import COMPUTE_LAYER_MAP as COMPUTE_LAYER_MAP
         from brevitas.graph.quantize import QUANT_ACT_MAP as QUANT_ACT_MAP
@@ -43,6 +46,12 @@ with warnings.catch_warnings():
             StatsOp,
         )
         from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInjector
+        from brevitas.quant.fixed_point import (
+            Int8ActPerTensorFixedPoint,
+            Int8WeightPerTensorFixedPoint,
+            Int8WeightPerTensorFixedPointMSE,
+            Uint8ActPerTensorFixedPoint,
+        )
         from brevitas.quant.scaled_int import (
             Int8ActPerTensorFloat,
             Int8WeightPerChannelFloat,
@@ -65,7 +74,8 @@ QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
     nn.ConvTranspose3d: qnn.QuantConvTranspose3d,
     nn.Linear: qnn.QuantLinear,
 }
-_WEIGHT_RANGES = {"mse": Int8WeightPerChannelFloatMSE, "max": Int8WeightPerChannelFloat}
+_FLOAT_WEIGHTS = {"mse": Int8WeightPerChannelFloatMSE, "max": Int8WeightPerChannelFloat}
+_POWER_OF_TWO_WEIGHTS = {"mse": Int8WeightPerTensorFixedPointMSE, "max": Int8WeightPerTensorFixedPoint}
 
 
 class BinaryWeightPerChannel(WeightQuantSolver):
@@ -87,16 +97,22 @@ class BinaryWeightPerChannel(WeightQuantSolver):
     scaling_min_val = 1e-10
 
 
-def weight_quantizer(bits: int, weight_range: str) -> Any:
-    """The quantizer class of a weight; its bit-width is part of the state dict."""
+def weight_quantizer(bits: int, weight_range: str, *, power_of_two: bool = False, learned: bool = True) -> Any:
+    """The quantizer class of a weight; its bit-width is part of the state dict, and so is its scale when `learned`."""
     if bits == 1:
         return BinaryWeightPerChannel
-    return _WEIGHT_RANGES[weight_range].let(bit_width=int(bits), bit_width_impl_type="stateful_const")
+    base = (_POWER_OF_TWO_WEIGHTS if power_of_two else _FLOAT_WEIGHTS)[weight_range]
+    if learned:
+        base = base.let(scaling_impl_type="parameter_from_stats")
+    return base.let(bit_width=int(bits), bit_width_impl_type="stateful_const")
 
 
-def activation_quantizer(bits: int, *, signed: bool) -> Any:
+def activation_quantizer(bits: int, *, signed: bool, power_of_two: bool = False) -> Any:
     """The quantizer class of an activation; its bit-width is part of the state dict."""
-    base = Int8ActPerTensorFloat if signed else Uint8ActPerTensorFloat
+    if power_of_two:
+        base = Int8ActPerTensorFixedPoint if signed else Uint8ActPerTensorFixedPoint
+    else:
+        base = Int8ActPerTensorFloat if signed else Uint8ActPerTensorFloat
     return base.let(bit_width=int(bits), bit_width_impl_type="stateful_const")
 
 
@@ -129,6 +145,50 @@ def has_activation_quantizer(module: nn.Module) -> bool:
 def activation_tensor_quant(proxy: Any) -> Any:
     """The quantizing module inside an activation's proxy."""
     return proxy.fused_activation_quant_proxy.tensor_quant
+
+
+def is_signed(quantizer: Any) -> bool:
+    """Whether a quantizer class gives negative codes."""
+    return bool(quantizer.signed)
+
+
+def activation_proxies(module: nn.Module) -> Iterator[Any]:
+    """Every active quantizer of an activation, whether in front of a layer or behind an activation function."""
+    return (part for part in module.modules() if isinstance(part, ActQuantProxyFromInjector) and part.is_quant_enabled)
+
+
+def set_activation_threshold(proxy: Any, threshold: Tensor) -> None:
+    """Let the largest code of a calibrated activation quantizer stand for `threshold` from now on, in place."""
+    scaling = activation_tensor_quant(proxy).scaling_impl
+    with torch.no_grad():
+        # Powers of two are learned as their exponents.
+        scaling.value.copy_(scaling.restrict_inplace_preprocess(threshold.clone().reshape(scaling.value.shape)))
+
+
+def refit_weight_scale(layer: Any) -> None:
+    """Search the range of a weight again as its quantizer does at first, for the bits it has now; in place."""
+    scaling = getattr(layer.weight_quant.tensor_quant, "scaling_impl", None)
+    if learned_scale(layer.weight_quant) is None or not hasattr(scaling, "init_done"):
+        return
+    with torch.no_grad():
+        scaling.value.fill_(1.0)  # Brevitas multiplies what it finds into it
+        scaling.init_done = False
+        layer.quant_weight()
+
+
+def set_weight_quantization(layer: Any, on: bool) -> None:
+    """Quantize the weight of a layer, or pass it as it is."""
+    layer.weight_quant.disable_quant = not on
+
+
+@contextlib.contextmanager
+def without_quantization(module: nn.Module) -> Iterator[None]:
+    """Compute with the weights, biases and activations that are not quantized; modes and switches come back."""
+    training = module.training
+    with quantization_status_manager(
+        module, disable_act_quant=True, disable_weight_quant=True, disable_bias_quant=True, is_training=training
+    ):
+        yield
 
 
 def scale_identity(module: nn.Module) -> int:
@@ -199,3 +259,40 @@ def keeping_quantizers() -> Iterator[None]:
     with guarded():
         config.REINIT_ON_STATE_DICT_LOAD = False
         yield
+
+
+def greedy_rounding(module: nn.Module, method: str) -> Any:
+    """Brevitas' mode of GPTQ, GPFQ or Qronos, with quantized activations and the float weights kept beside."""
+    from brevitas.graph.gpfq import gpfq_mode
+    from brevitas.graph.gptq import gptq_mode
+    from brevitas.graph.qronos import Qronos
+
+    if method == "gptq":
+        return gptq_mode(module, create_weight_orig=True, use_quant_activations=True)
+    options = {"algorithm_impl": Qronos} if method == "qronos" else {}
+    return gpfq_mode(module, create_weight_orig=True, use_quant_activations=True, **options)
+
+
+@contextlib.contextmanager
+def learned_rounding(layer: Any) -> Iterator[Any]:
+    """Round the weight of a layer up or down as a parameter says, which starts at its fraction; to the nearest afterwards."""
+    from brevitas.core.function_wrapper.learned_round import LearnedRoundHardSigmoid, LearnedRoundSte
+    from brevitas_examples.common.learned_round.learned_round_method import learned_round_value_init_non_linear
+
+    integer = layer.weight_quant.tensor_quant.int_quant
+    nearest = integer.float_to_int_impl
+    with torch.no_grad():
+        start = learned_round_value_init_non_linear(layer)
+    rounding = LearnedRoundSte(LearnedRoundHardSigmoid(), start, nn.Identity()).to(layer.weight.device).train()
+    integer.float_to_int_impl = rounding
+    try:
+        yield rounding
+    finally:
+        integer.float_to_int_impl = nearest
+
+
+def rounding_regularisation(layer: Any, n_steps: int) -> Any:
+    """AdaRound's regularisation, which makes a layer's learned rounding decide within `n_steps`."""
+    from brevitas_examples.common.learned_round.learned_round_method import RoundRegularisationLoss
+
+    return RoundRegularisationLoss(layer, max_count=n_steps)

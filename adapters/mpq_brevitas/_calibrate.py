@@ -30,13 +30,15 @@ def calibrate(module: nn.Module, batches: Sequence[Batch]) -> None:
         call(module, batches[0].inputs)
 
 
-def correctable(bits: BitConfig, inventory: Inventory) -> tuple[str, ...]:
+def correctable(bits: BitConfig, inventory: Inventory, *, normed: bool = False) -> tuple[str, ...]:
     """Layers whose bias Brevitas can correct with an effect: called once, and no batch normalisation behind.
 
-    Re-estimated statistics of a batch normalisation already centre the layer before it.
+    Re-estimated statistics of a batch normalisation already centre the layer before it; with `normed` such layers count too.
     """
     return tuple(
-        layer.name for layer in inventory if layer.name in bits.layers and layer.n_calls == 1 and not layer.n_norm_parameters
+        layer.name
+        for layer in inventory
+        if layer.name in bits.layers and layer.n_calls == 1 and (normed or not layer.n_norm_parameters)
     )
 
 

@@ -33,7 +33,7 @@ def save(module: nn.Module, path: str | Path) -> Path:
 def load(model: nn.Module, path: str | Path, example: Any) -> nn.Module:
     """Convert the float `model` again, without calibration, and fill in the saved tensors."""
     bits, document = read_checkpoint(path, {"recipe", "state_dict"}, adapter=_ADAPTER)
-    recipe = Recipe(**json.loads(document["recipe"]))
+    recipe = Recipe.of(json.loads(document["recipe"]))
     inventory = find_layers(model, example)
     check_same_model(path, bits, inventory)
     check_convertible(model, bits, inventory, recipe.profile)

@@ -6,6 +6,7 @@ import numpy as np
 from torch import nn
 
 from mpq_brevitas import _brevitas_internals as brevitas
+from mpq_brevitas._float_weights import check_quantized_weights
 from mpq_brevitas._modules import get_layer
 from mpq_plugins._adapter import bits_of
 
@@ -15,5 +16,5 @@ def codes(module: nn.Module) -> dict[str, np.ndarray]:
     with brevitas.guarded():
         return {
             name: brevitas.integer_codes(get_layer(module, name)).cpu().numpy().astype(np.int64)
-            for name in bits_of(module).layers
+            for name in bits_of(check_quantized_weights(module)).layers
         }

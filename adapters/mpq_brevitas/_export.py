@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from mpq_brevitas import _brevitas_internals as brevitas
+from mpq_brevitas._duq import fold_duq
+from mpq_brevitas._float_weights import check_quantized_weights
 from mpq_brevitas._modules import get_layer
 from mpq_brevitas._onnx_graph import FORMAT, LAYER_OPS, METADATA, OnnxGraph
 from mpq_brevitas._quant_nodes import read_quantizer
-from mpq_brevitas._recipe import recipe_of
+from mpq_brevitas._recipe import Recipe, recipe_of
 from mpq_plugins._adapter import bits_of
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._errors import AdapterError
@@ -31,7 +33,7 @@ _WRAPPED = "model"
 
 def export(module: nn.Module, path: str | Path, example: Any, *, format: str) -> Path:
     """Write one-image inference of `module`; the nodes of layers get the layers' names."""
-    bits, recipe = bits_of(module), recipe_of(module)
+    bits, recipe = bits_of(check_quantized_weights(module)), recipe_of(module)
     binary = [name for name, precision in bits.layers.items() if precision.weight == 1]
     if format == "qcdq" and binary:
         raise AdapterError(f"ONNX QCDQ has no binary weights ({', '.join(binary)}). Export qonnx, or give them 2 bits.")
@@ -52,10 +54,16 @@ def export(module: nn.Module, path: str | Path, example: Any, *, format: str) ->
     }
 
     def write(temporary: Path) -> None:
-        _write_raw(_Positional(copy.deepcopy(module), keys).eval(), temporary, args, format, _OPSETS[recipe.profile])
+        _write_raw(_Positional(_deployable(module, recipe), keys).eval(), temporary, args, format, _OPSETS[recipe.profile])
         _finish(temporary, calls, metadata)
 
     return write_whole(path, write)
+
+
+def _deployable(module: nn.Module, recipe: Recipe) -> nn.Module:
+    """A copy with quantizers of one scale each, which is all that ONNX has."""
+    copied = copy.deepcopy(module)
+    return fold_duq(copied) if recipe.quantizer == "duq" else copied
 
 
 def one_image(example: Any) -> Any:

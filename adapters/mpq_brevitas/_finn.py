@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from mpq_brevitas import _brevitas_internals as brevitas
-from mpq_brevitas._groups import activation_groups_of_graph, quantizers_of_group
+from mpq_brevitas._groups import Group, activation_groups_of_graph, quantizers_of_group
 from mpq_brevitas._modules import get_layer, rooted
+from mpq_brevitas._quantizers import activation_quantizer, weight_quantizer
 from mpq_brevitas._recipe import Recipe
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._errors import AdapterError
@@ -40,18 +41,23 @@ class Graph:
     merged: Mapping[str, nn.Module]
 
 
-def convert(model: nn.Module, bits: BitConfig, recipe: Recipe) -> Graph:
+Equalizer = Callable[[Any, Mapping[str, nn.Module]], None]
+
+
+def convert(model: nn.Module, bits: BitConfig, recipe: Recipe, equalizer: Equalizer | None = None) -> Graph:
     """A traced, quantized copy of `model`; layers outside `bits` keep float weights. Not calibrated yet.
+
+    `equalizer` may change the float graph before it is quantized; it gets the merged normalisations by layer, too.
 
     Raises `AdapterError` when the model cannot be traced, or when layers that share an activation quantizer are asked
     for different activation bits.
     """
-    graph = build_graph(model, bits, recipe)
+    graph = build_graph(model, bits, recipe, equalizer)
     set_activation_bits(graph.module, bits)
     return graph
 
 
-def build_graph(model: nn.Module, bits: BitConfig | None, recipe: Recipe) -> Graph:
+def build_graph(model: nn.Module, bits: BitConfig | None, recipe: Recipe, equalizer: Equalizer | None = None) -> Graph:
     """The converted graph with every activation at 8 bits; without `bits` weights stay float."""
     copied = rooted(copy.deepcopy(model).eval())
     with brevitas.guarded():
@@ -59,10 +65,12 @@ def build_graph(model: nn.Module, bits: BitConfig | None, recipe: Recipe) -> Gra
             traced = brevitas.preprocess_for_quantize(_traced(copied), trace_model=False, merge_bn=False, relu6_to_relu=False)
             merged = _mergeable_norms(traced)
             traced = brevitas.MergeBatchNorm().apply(traced)
+            if equalizer is not None:
+                equalizer(traced, {layer: norm for layer, (_, norm) in merged.items()})
             module = brevitas.quantize(
                 traced,
-                quant_identity_map=_identity_map(),
-                quant_act_map=_activation_map(),
+                quant_identity_map=_identity_map(recipe),
+                quant_act_map=_activation_map(recipe),
                 compute_layer_map=_layer_map(bits, recipe),
                 requantize_layer_handler_output=False,
             )
@@ -103,32 +111,29 @@ def _mergeable_norms(traced: Any) -> dict[str, tuple[str, nn.Module]]:
     return found
 
 
-def _identity_map() -> dict[str, Any]:
+def _identity_map(recipe: Recipe) -> dict[str, Any]:
     # FINN takes unsigned quantizers only right behind a ReLU. Brevitas would also mark the sum of two signed,
     # quantized values unsigned and clip its negative half; signed ones everywhere else avoid both.
-    signed = (brevitas.qnn.QuantIdentity, {"act_quant": _eight_bits(signed=True), "return_quant_tensor": True})
+    quantizer = activation_quantizer(UNFED_BITS, recipe, signed=True)
+    signed = (brevitas.qnn.QuantIdentity, {"act_quant": quantizer, "return_quant_tensor": True})
     return {"signed": signed, "unsigned": signed}
 
 
-def _activation_map() -> dict[type[nn.Module], Any]:
+def _activation_map(recipe: Recipe) -> dict[type[nn.Module], Any]:
     chosen = {}
     for float_class, (quantized, options) in brevitas.QUANT_ACT_MAP.items():
         if float_class is nn.Hardtanh:
             continue  # Brevitas' entry holds lambdas that it never evaluates; the layer behind quantizes its input.
-        stateful = options["act_quant"].let(bit_width=UNFED_BITS, bit_width_impl_type="stateful_const")
-        chosen[float_class] = (quantized, {**options, "act_quant": stateful})
+        quantizer = activation_quantizer(UNFED_BITS, recipe, signed=brevitas.is_signed(options["act_quant"]))
+        chosen[float_class] = (quantized, {**options, "act_quant": quantizer})
     return chosen
-
-
-def _eight_bits(*, signed: bool) -> Any:
-    return brevitas.activation_quantizer(UNFED_BITS, signed=signed)
 
 
 def _layer_map(bits: BitConfig | None, recipe: Recipe) -> dict[type[nn.Module], Any]:
     def quantizer(name: str) -> Any:
         if bits is None or name not in bits.layers:
             return None
-        return brevitas.weight_quantizer(bits[name].weight, recipe.weight_range)
+        return weight_quantizer(bits[name].weight, recipe)
 
     # Brevitas evaluates options per layer only if they are lambdas.
     options = {"weight_quant": lambda _, name: quantizer(name), "bias_quant": None, "return_quant_tensor": False}
@@ -138,6 +143,17 @@ def _layer_map(bits: BitConfig | None, recipe: Recipe) -> dict[type[nn.Module], 
 
 def set_activation_bits(module: nn.Module, bits: BitConfig) -> None:
     """Give every quantizer the bits of the layers that read it; raises `AdapterError` where they disagree."""
+    for group, width in _asked(module, bits):
+        for quantizer in quantizers_of_group(module, group):
+            brevitas.set_activation_bits(quantizer.act_quant, width)
+
+
+def check_agreement(module: nn.Module, bits: BitConfig) -> None:
+    """Raise `AdapterError` where layers that share a quantizer are asked for different activation bits."""
+    list(_asked(module, bits))
+
+
+def _asked(module: nn.Module, bits: BitConfig) -> Iterator[tuple[Group, int]]:
     for group in activation_groups_of_graph(module):
         asked = {name: bits[name].activation for name in group.layers if name in bits.layers}
         if len(set(asked.values())) > 1:
@@ -147,8 +163,7 @@ def set_activation_bits(module: nn.Module, bits: BitConfig) -> None:
                 f"bits ({listed}). Give them the same, or allocate with this adapter and profile (`mpq allocate --adapter "
                 "brevitas --adapter-option profile=finn`), which ties them."
             )
-        for quantizer in quantizers_of_group(module, group):
-            brevitas.set_activation_bits(quantizer.act_quant, next(iter(asked.values()), UNFED_BITS))
+        yield group, next(iter(asked.values()), UNFED_BITS)
 
 
 def check_activations(module: nn.Module, bits: BitConfig) -> None:

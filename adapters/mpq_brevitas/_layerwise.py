@@ -10,6 +10,7 @@ from torch import nn
 
 from mpq_brevitas import _brevitas_internals as brevitas
 from mpq_brevitas._modules import aliases, get_layer, rooted, set_layer, tie_parameters, tied_parameters
+from mpq_brevitas._quantizers import activation_quantizer, weight_quantizer
 from mpq_brevitas._recipe import Recipe
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._model import Batch, call, evaluating, tensors
@@ -44,8 +45,8 @@ def convert(model: nn.Module, bits: BitConfig, recipe: Recipe) -> nn.Module:
     trainable = {name: parameter.requires_grad for name, parameter in converted.named_parameters()}
     # Brevitas evaluates options per layer only if they are lambdas.
     options = {
-        "weight_quant": lambda _, name: brevitas.weight_quantizer(bits[name].weight, recipe.weight_range),
-        "input_quant": lambda _, name: brevitas.activation_quantizer(bits[name].activation, signed=recipe.signed[name]),
+        "weight_quant": lambda _, name: weight_quantizer(bits[name].weight, recipe),
+        "input_quant": lambda _, name: activation_quantizer(bits[name].activation, recipe, signed=recipe.signed[name]),
         "bias_quant": None,
         "return_quant_tensor": False,
     }

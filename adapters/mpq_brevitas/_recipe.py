@@ -7,37 +7,55 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mpq_plugins._errors import AdapterError
+from mpq_plugins._ptq import ActivationRange, WeightRange
 
 if TYPE_CHECKING:
     from torch import nn
 
 Profile = Literal["layerwise", "finn"]
-WeightRange = Literal["mse", "max"]
+QuantizerKind = Literal["uniform", "duq"]
+Scales = Literal["float", "power-of-two"]
+WeightScale = Literal["learned", "statistics"]
+_ALLOWED = {
+    "profile": get_args(Profile),
+    "weight_range": get_args(WeightRange),
+    "activation_range": get_args(ActivationRange),
+    "quantizer": get_args(QuantizerKind),
+    "scales": get_args(Scales),
+    "weight_scale": get_args(WeightScale),
+}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The options that rebuild a quantized module's structure.
+    """The options that rebuild a quantized module's structure, and fit its ranges again.
 
     `signed` tells, per layer, whether the quantizer of its input is signed; `profile` "finn" has no use for it, because
-    there the operation in front of the quantizer decides.
+    there the operation in front of the quantizer decides. `weight_scale` "statistics" computes scales of
+    `weight_range="max"` from the weights at every step, as checkpoints of the first release do.
     """
 
     profile: Profile
     weight_range: WeightRange
     signed: Mapping[str, bool] = field(default_factory=dict)
+    activation_range: ActivationRange = "default"
+    quantizer: QuantizerKind = "uniform"
+    scales: Scales = "float"
+    weight_scale: WeightScale = "learned"
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("profile", self.profile, get_args(Profile)),
-            ("weight_range", self.weight_range, get_args(WeightRange)),
-        ):
-            if value not in allowed:
-                raise AdapterError(f"{name} must be one of {', '.join(allowed)}, not {value!r}.")
+        for name, allowed in _ALLOWED.items():
+            if getattr(self, name) not in allowed:
+                raise AdapterError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}.")
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> Recipe:
+        """From what `to_json` wrote, in this release or in the first."""
+        return cls(**{"weight_scale": "statistics" if document["weight_range"] == "max" else "learned", **document})
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as plain JSON values."""
-        return {"profile": self.profile, "weight_range": self.weight_range, "signed": dict(self.signed)}
+        return {**{name: getattr(self, name) for name in _ALLOWED}, "signed": dict(self.signed)}
 
 
 def attach_recipe(module: nn.Module, recipe: Recipe) -> nn.Module:

@@ -179,24 +179,6 @@ class TestRepair:
             torch.testing.assert_close(corrected(example).mean(0), wanted, rtol=0, atol=1e-5)
             assert (plain(example).mean(0) - wanted).abs().max() > 1e-3
 
-    def test_set_bits(self):
-        """Switching a max-range module in place equals preparing it at the new bits."""
-        model, example = network("residual"), images()
-        for profile in ("layerwise", "finn"):
-            adapter = BrevitasAdapter(profile)
-            options = {"weight_range": "max", "bn_reestimation": False, "bias_correction": False}
-            start = adapter.prepare(model, uniform(model, example, "w8a8"), example, [example], **options)
-            target = mixed_bits("residual", model)
-            switched, fresh = adapter.set_bits(start, target), adapter.prepare(model, target, example, [example], **options)
-            assert switched is start
-            torch.testing.assert_close(switched(example), fresh(example), rtol=0, atol=1e-6)
-
-    def test_set_bits_needs_max_ranges(self, prepared):
-        """MSE ranges depend on the bits, so switching them in place is refused."""
-        case = prepared("cnn")
-        with pytest.raises(AdapterError, match='weight_range="max"'):
-            case.adapter.set_bits(copy.deepcopy(case.module), case.bits)
-
 
 class Strange(nn.Conv2d):
     """A subclass, which Brevitas leaves in float."""

@@ -1,0 +1,60 @@
+"""Equalization of a traced float graph: ranges moved between channels, so that fewer are lost in quantization."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpq_brevitas import _brevitas_internals as brevitas
+from mpq_plugins._discover import LAYER_TYPES
+from mpq_plugins._model import Batch, call
+from mpq_plugins._ptq import Equalization
+
+_MIGRATION_STRENGTH = 0.5  # SmoothQuant's alpha
+
+
+def equalize(graph: Any, norms: Mapping[str, Any], method: Equalization, batches: Sequence[Batch]) -> None:
+    """Scale the channels between layers of `graph`, in place; it computes what it did.
+
+    `norms` are the normalisations already merged into layers; their affine parameters follow their layer's channels.
+    """
+    if method == "cross-layer":
+        with _following(graph, norms):
+            # Biases must not count: the factors are read off them.
+            brevitas.EqualizeGraph(merge_bias=False).apply(graph)
+    elif method == "smooth-quant":
+        equalization = brevitas.GraphActivationEqualization(graph, add_mul_node=False)
+        equalization.setup()
+        with torch.no_grad():
+            for batch in batches:
+                call(graph, batch.inputs)
+        with _following(graph, norms):
+            equalization.apply(_MIGRATION_STRENGTH)
+
+
+@contextlib.contextmanager
+def _following(graph: Any, norms: Mapping[str, Any]) -> Iterator[None]:
+    """Have biases and merged normalisations follow the factors that equalization gives their channels.
+
+    A bias of ones comes out as those factors.
+    """
+    layers = {name: part for name, part in graph.named_modules() if isinstance(part, LAYER_TYPES) and part.bias is not None}
+    biases: dict[str, Tensor] = {name: layer.bias.detach().clone() for name, layer in layers.items()}
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.bias.fill_(1.0)
+        yield
+        for name, layer in layers.items():
+            factors = layer.bias.detach().clone()
+            layer.bias.copy_(biases[name] * factors)
+            if name in norms:
+                _scale(norms[name], factors)
+
+
+def _scale(norm: Any, factors: Tensor) -> None:
+    norm.weight = nn.Parameter(factors.clone() if norm.weight is None else norm.weight.detach() * factors)
+    norm.bias = nn.Parameter(torch.zeros_like(factors) if norm.bias is None else norm.bias.detach() * factors)

@@ -1,0 +1,27 @@
+"""Weights left unquantized for a while, as training does that lowers activations first."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from mpq_brevitas import _brevitas_internals as brevitas
+from mpq_brevitas._modules import get_layer
+from mpq_plugins._adapter import bits_of
+from mpq_plugins._errors import AdapterError
+
+
+def use_float_weights(module: nn.Module, on: bool) -> nn.Module:
+    """Pass the weights of quantized layers as they are, or quantize them again; tensors and state dict stay."""
+    for name in bits_of(module).layers:
+        brevitas.set_weight_quantization(get_layer(module, name), not on)
+    return module
+
+
+def check_quantized_weights(module: nn.Module) -> nn.Module:
+    """The module itself; refuses one whose weights are left unquantized: it has no weight codes."""
+    for name in bits_of(module).layers:
+        if not brevitas.is_quantized_layer(get_layer(module, name)):
+            raise AdapterError(
+                f"the weight of {name} is left unquantized, so it has no codes. Call use_float_weights(module, False) first."
+            )
+    return module

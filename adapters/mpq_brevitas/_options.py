@@ -1,0 +1,35 @@
+"""Which options of post-training quantization go with which options of the adapter."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mpq_plugins._errors import AdapterError
+from mpq_plugins._ptq import PTQ
+
+if TYPE_CHECKING:
+    from mpq_brevitas._adapter import BrevitasAdapter
+
+
+def check_options(adapter: BrevitasAdapter, ptq: PTQ) -> None:
+    """Raise `AdapterError` for what cannot be combined, with the reason."""
+    if ptq.equalization != "none" and adapter.profile == "layerwise":
+        raise AdapterError(
+            f'equalization="{ptq.equalization}" moves factors through the traced graph from one layer into the next. '
+            'Use profile="finn", or equalization="none".'
+        )
+    if adapter.scales == "power-of-two" and ptq.activation_range == "mse":
+        raise AdapterError(
+            'activation_range="mse" finds scales that are no powers of two. Use "percentile" or "max" with '
+            'scales="power-of-two".'
+        )
+    if adapter.quantizer != "duq":
+        return
+    refused = {
+        "weight_range": (ptq.weight_range == "max", "its weights start at 0.9 of the largest magnitude"),
+        "activation_range": (ptq.activation_range != "default", "its activations start at the 95th percentile"),
+        "rounding": (ptq.rounding != "nearest", "its codes depend on its clip, not on the scale that rounding methods use"),
+    }
+    for name, (is_refused, why) in refused.items():
+        if is_refused:
+            raise AdapterError(f'quantizer="duq" does not take {name}={getattr(ptq, name)!r}: {why}. Leave {name} out.')

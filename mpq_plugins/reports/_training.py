@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,11 +29,12 @@ def plot_training(history: Sequence[EpochRecord], path: str | Path) -> Path:
 def _draw_curves(axis: Any, history: Sequence[EpochRecord]) -> None:
     epochs = [record.epoch for record in history]
     axis.plot(epochs, [record.loss for record in history], ".-", color="#1f77b4")
-    axis.set_yscale("log")
     axis.set_ylabel("training loss", color="#1f77b4")
     axis.set_xlabel("epoch")
-    for index, (stage, records) in enumerate(groupby(history, key=lambda record: record.stage)):
-        own = [record.epoch for record in records]
+    axis.set_xlim(0.5, len(history) + 0.5)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    stages = [(stage, [record.epoch for record in records]) for stage, records in groupby(history, key=lambda r: r.stage)]
+    for index, (stage, own) in enumerate(stages if len(stages) > 1 else []):
         if index % 2:
             axis.axvspan(own[0] - 0.5, own[-1] + 0.5, color="black", alpha=0.05)
         axis.text(own[0] - 0.4, 0.98, stage, rotation=90, va="top", fontsize=7, transform=axis.get_xaxis_transform())
@@ -43,7 +44,7 @@ def _draw_curves(axis: Any, history: Sequence[EpochRecord]) -> None:
         right.set_ylabel("accuracy", color="#d62728")
 
 
-def _draw_instability(axis: Any, measured: dict[str, float] | Any, n_frozen: int) -> None:
+def _draw_instability(axis: Any, measured: Mapping[str, float], n_frozen: int) -> None:
     order = sorted(measured, key=lambda name: -measured[name])
     frozen = set(order[:n_frozen])
     colours = ["#1f77b4" if name in frozen else "#9aa0a6" for name in measured]
@@ -51,5 +52,5 @@ def _draw_instability(axis: Any, measured: dict[str, float] | Any, n_frozen: int
     axis.set_xticks(range(len(measured)), list(measured), rotation=90, fontsize=7)
     if any(value > 0 for value in measured.values()):
         axis.set_yscale("log")
-    frozen_text = f"; blue: the {n_frozen} layers frozen in the end" if n_frozen else ""
-    axis.set_title(f"AIWQ: how much a step of training moves a layer's quantized output{frozen_text}", loc="left", fontsize=10)
+    frozen_text = f"; blue: the {n_frozen} frozen in the end" if n_frozen else ""
+    axis.set_title(f"AIWQ of every layer{frozen_text}", loc="left", fontsize=10)

@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-_N_BINS, _N_BINS_PER_CHANNEL = 4096, 1024  # multiples of 4: bins are merged in pairs around zero
+_N_BINS = 8192  # a multiple of 4: bins are merged in pairs around zero
 
 
 @final
@@ -19,7 +19,7 @@ class Histogram:
 
     def __init__(self, n_channels: int) -> None:
         self.n_channels = n_channels
-        self.n_bins = _N_BINS if n_channels == 1 else _N_BINS_PER_CHANNEL
+        self.n_bins = _N_BINS
         self.counts = torch.zeros(n_channels, self.n_bins)  # [channel, bin]
         self.limit = torch.zeros(n_channels)
         self.least = torch.full((n_channels,), torch.inf)

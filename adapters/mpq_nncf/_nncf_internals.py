@@ -267,7 +267,7 @@ def quantize(
 ) -> nn.Module:
     """The public `nncf.quantize` on all `inputs`, as this adapter always calls it.
 
-    `activation_range` is a name in `_ESTIMATORS`; `smooth` lets SmoothQuant move ranges from activations into linear layers.
+    NNCF estimates activation ranges by its default for any `activation_range` but "max" and "percentile"; `smooth` lets SmoothQuant move ranges from activations into linear layers.
     """
     nncf, private = require("nncf", "nncf"), _private()
     module: nn.Module = nncf.quantize(
@@ -290,7 +290,7 @@ def quantize(
 
 
 def _estimator(activation_range: str) -> Any:
-    name = {"max": "MINMAX", "percentile": "MEAN_QUANTILE", "histogram": "HISTOGRAM"}.get(activation_range)
+    name = {"max": "MINMAX", "percentile": "MEAN_QUANTILE"}.get(activation_range)
     return None if name is None else getattr(_private()["RangeEstimatorParametersSet"], name)
 
 

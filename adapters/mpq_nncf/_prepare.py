@@ -78,7 +78,7 @@ def prepare(model: nn.Module, bits: BitConfig, example: Any, calibration: Iterab
         attach_wiring(module, wiring)
         if ptq.weight_range == "mse":
             fit_weight_ranges(module, wiring.values(), method="mse")
-        if ptq.activation_range == "mse":
+        if ptq.activation_range in ("default", "mse"):
             _fit_activation_ranges(module, wiring, inputs, ptq)
 
     with quiet(), evaluating(model), internals.edited_quantization(on_setup, on_placed):

@@ -20,8 +20,8 @@ def check_supported(ptq: PTQ, layers: Sequence[Layer]) -> None:
     """Raise `AdapterError` for what NNCF's torch backend lacks."""
     if ptq.rounding != "nearest":
         raise AdapterError(
-            f"NNCF has no rounding={ptq.rounding!r} for torch modules: its GPTQ compresses linear layers of "
-            "OpenVINO models only. Use the Brevitas adapter (--adapter brevitas), or rounding='nearest'."
+            f"NNCF has no rounding={ptq.rounding!r} for torch modules: its GPTQ belongs to weight-only compression of OpenVINO "
+            "models. Use the Brevitas adapter (--adapter brevitas), or rounding='nearest'."
         )
     if ptq.equalization == "cross-layer":
         raise AdapterError(

@@ -14,6 +14,8 @@ from mpq_plugins.training._negative_padding import Shifted as Shifted
 from mpq_plugins.training._negative_padding import folded_offset as folded_offset
 from mpq_plugins.training._negative_padding import negatively_padded as negatively_padded
 from mpq_plugins.training._negative_padding import with_offset_in_bias as with_offset_in_bias
+from mpq_plugins.training._padded_models import NegativelyPadded as NegativelyPadded
+from mpq_plugins.training._padded_models import with_negative_padding as with_negative_padding
 from mpq_plugins.training._parameter_groups import parameter_groups as parameter_groups
 from mpq_plugins.training._profit import Profit as Profit
 from mpq_plugins.training._recipe import TrainingRecipe as TrainingRecipe

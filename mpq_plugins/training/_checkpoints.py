@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, final
 
 import torch
 
-from mpq_plugins._errors import FormatError, TrainingError, WriteError
+from mpq_plugins._errors import FormatError, MPQError, TrainingError, WriteError
 from mpq_plugins._files import check_keys, read_json, write_json, write_whole
 from mpq_plugins.training._metrics import EpochRecord
 
@@ -32,7 +33,7 @@ class TrainingFolder:
     def claim(self, job: Mapping[str, Any]) -> None:
         """Say what is trained here; raises `TrainingError` when that is something else than what was begun here."""
         path = self.path / "job.json"
-        document = json.loads(json.dumps({**job, "format": JOB}))
+        document = json.loads(json.dumps({**job, "format": JOB}, default=repr))
         if not path.exists():
             write_json(path, document)
             return
@@ -47,15 +48,19 @@ class TrainingFolder:
     @property
     def latest(self) -> Path | None:
         """The checkpoint of the last epoch that was finished."""
-        found = sorted(self.path.glob("epoch-*"))
+        found = self._checkpoints()
         return found[-1] if found else None
+
+    def _checkpoints(self) -> list[Path]:
+        numbered = [path for path in self.path.glob("epoch-*") if path.name.removeprefix("epoch-").isdigit()]
+        return sorted(numbered, key=lambda path: int(path.name.removeprefix("epoch-")))
 
     def save(self, number: int, save_module: Callable[[Path], object], state: Mapping[str, Any]) -> Path:
         """Keep the module and the state after epoch `number`; older checkpoints than the last two go."""
         target = self.path / f"epoch-{number:04d}"
         partial = self.path / f".epoch-{number:04d}-{os.getpid()}"
         try:
-            shutil.rmtree(partial, ignore_errors=True)
+            self._sweep()
             partial.mkdir(parents=True)
             save_module(partial / _MODULE)
             document = {"format": FORMAT, **{key: state[key] for key in _KEYS}}
@@ -69,24 +74,37 @@ class TrainingFolder:
             ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        for old in sorted(self.path.glob("epoch-*"))[:-_KEPT]:
+        for old in self._checkpoints()[:-_KEPT]:
             shutil.rmtree(old, ignore_errors=True)
         return target
+
+    def _sweep(self) -> None:
+        """Remove what killed runs left half written."""
+        for partial in self.path.glob(".epoch-*"):
+            shutil.rmtree(partial, ignore_errors=True)
 
     @staticmethod
     def read(checkpoint: Path) -> tuple[Path, dict[str, Any]]:
         """The module's file and the state of a checkpoint; raises `FormatError`."""
         path = checkpoint / _STATE
-        try:
+        with telling_damage(checkpoint):
             document = torch.load(path, weights_only=True, map_location="cpu")
-        except Exception as error:  # torch raises errors of many kinds for damaged archives
-            raise FormatError(
-                f"{path} is damaged ({type(error).__name__}). Delete {checkpoint} to go on from the checkpoint before it."
-            ) from error
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise FormatError(f"{path} is of another version. Train with the version that began, or in a new folder.")
         check_keys(document, allowed={*_KEYS, "format"}, required=set(_KEYS), where=str(path))
         return checkpoint / _MODULE, document
+
+
+@contextlib.contextmanager
+def telling_damage(checkpoint: Path) -> Iterator[None]:
+    """Tell what is raised while a checkpoint is read as a `FormatError` that says how to go on."""
+    try:
+        yield
+    except Exception as error:  # torch raises errors of many kinds for damaged archives
+        what = str(error) if isinstance(error, MPQError) else type(error).__name__
+        raise FormatError(
+            f"the checkpoint {checkpoint} cannot be read ({what}). Delete it to go on from the one before it."
+        ) from error
 
 
 def history_to_json(history: list[EpochRecord]) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, final
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from mpq_plugins._errors import DataError
 from mpq_plugins._model import Batch, batches_of
@@ -16,17 +16,21 @@ TrainingData = Iterable[Any] | Callable[[int], Iterable[Any]]
 """Batches read afresh in every epoch, or a function from an epoch's number to its batches."""
 
 
+@final
 class Epoch:
     """The batches of one epoch that this process trains on; `len()` gives their number, the same in every process.
 
-    A list of batches is read in an order that torch's generator draws; a loader shuffles itself. Of processes that share
-    the work each takes every n-th batch, and what does not give one batch to each is left out.
+    A list of batches is read in an order that torch's generator draws; a loader shuffles itself, a generator of its own
+    seeded with torch's, so that an epoch is the same whatever was read before it. Of `n_processes` that share the work each
+    takes every n-th batch, and what does not give one batch to each is left out; a loader with a `DistributedSampler` has
+    shared it already. Every process must have the same random state when an epoch is made.
     """
 
-    def __init__(self, data: TrainingData, number: int, *, accelerator: Any) -> None:
+    def __init__(self, data: TrainingData, number: int, *, process: int = 0, n_processes: int = 1) -> None:
         self._items = data(number) if callable(data) else data
-        self._share = (accelerator.process_index, accelerator.num_processes)
-        self._accelerator = accelerator
+        self._process, self._n_processes = process, n_processes
+        if isinstance(self._items, DataLoader):
+            self._begin(self._items, number)
         try:
             n_batches = len(self._items)  # type: ignore[arg-type]  # asked, not assumed
         except TypeError as error:
@@ -34,24 +38,59 @@ class Epoch:
                 f"training data of type {type(self._items).__name__} do not say how many batches an epoch has, which the "
                 "learning rate follows. Give a DataLoader, a list, or an object with __len__."
             ) from error
-        self._n = int(n_batches // self._share[1])
+        self._n = int(n_batches // self._n_processes)
         if self._n < 1:
             raise DataError(
-                f"an epoch has {n_batches} batches for {self._share[1]} processes, too few for one step. Give more data, or "
+                f"an epoch has {n_batches} batches for {n_processes} processes, too few for one step. Give more data, or "
                 "smaller batches."
             )
+        self._order = torch.randperm(n_batches).tolist() if isinstance(self._items, Sequence) else None
+
+    def _begin(self, loader: DataLoader[Any], number: int) -> None:
+        for generator in {loader.generator, getattr(loader.sampler, "generator", None)}:
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(torch.initial_seed())
+        if isinstance(loader.sampler, DistributedSampler):
+            loader.sampler.set_epoch(number)
+            self._process, self._n_processes = 0, 1
 
     def __len__(self) -> int:
         return self._n
 
     def __iter__(self) -> Iterator[Batch]:
-        rank, n_processes = self._share
-        items = self._items
+        items, first, step = self._items, self._process, self._n_processes
         if isinstance(items, Sequence):
-            order = torch.randperm(len(items)).tolist()
-            items = [items[index] for index in order[rank::n_processes]]
-        elif isinstance(items, DataLoader) and n_processes > 1:
-            items = self._accelerator.prepare_data_loader(items, device_placement=False)
-        elif n_processes > 1:
-            items = islice(items, rank, None, n_processes)
+            assert self._order is not None  # a sequence got one
+            return batches_of(items[index] for index in self._order[first::step][: self._n])
+        if isinstance(items, DataLoader) and step > 1 and items.batch_sampler is not None:
+            items = _sharing(items, first, step)
+        elif step > 1:
+            items = islice(items, first, None, step)
         return islice(batches_of(items), self._n)
+
+    def name_of(self, step: int) -> str:
+        """The batch of a step (from 0), in words."""
+        text = f"batch {step + 1} of {self._n}"
+        if self._order is None:
+            return text
+        return f"{text}, item {self._order[self._process + step * self._n_processes]} of the data"
+
+
+# accelerate's own way keeps a generator in the user's sampler, whose state no checkpoint holds.
+def _sharing(loader: DataLoader[Any], first: int, step: int) -> DataLoader[Any]:
+    """A loader of every `step`-th batch from number `first` on, which loads no others."""
+    names = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "generator")
+    same = {name: getattr(loader, name) for name in (*names, "prefetch_factor")}
+    return DataLoader(loader.dataset, batch_sampler=_EveryNth(loader.batch_sampler, first, step), **same)
+
+
+@final
+class _EveryNth:
+    def __init__(self, batches: Any, first: int, step: int) -> None:
+        self._batches, self._first, self._step = batches, first, step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return islice(self._batches, self._first, None, self._step)
+
+    def __len__(self) -> int:
+        return len(range(self._first, len(self._batches), self._step))

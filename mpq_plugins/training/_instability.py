@@ -148,6 +148,11 @@ class Instability:
         self.forget_weights()
 
 
+def values_of(document: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Layer name -> AIWQ, from what `Instability.to_json` gave."""
+    return {name: _value(*(columns[column] for column in _COLUMNS)) for name, columns in document.items()}
+
+
 def _value(running: float, steps: float, skipped: float) -> float:
     if steps:
         return running / float(1 - _MOMENTUM**steps)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, final
 
+from mpq_plugins._errors import WriteError
 from mpq_plugins._files import write_whole
 from mpq_plugins._plugins import require
 
@@ -54,8 +55,11 @@ class MetricFiles:
 
     def add(self, record: EpochRecord) -> None:
         """Write one more record, at once."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(_line(record))
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(_line(record))
+        except OSError as error:
+            raise WriteError(f"cannot write {self._path}: {error.strerror or error}. Make room for it.") from error
         if self._writer is None:
             return
         values = {"loss": record.loss, "learning rate": record.learning_rate, "accuracy": record.accuracy}

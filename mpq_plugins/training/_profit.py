@@ -11,7 +11,7 @@ from torch import nn
 from mpq_plugins._errors import FormatError, ModelError
 from mpq_plugins._files import check_keys
 from mpq_plugins.training._freezing import Freezing
-from mpq_plugins.training._instability import Instability
+from mpq_plugins.training._instability import Instability, values_of
 from mpq_plugins.training._parameter_groups import parameter_groups
 from mpq_plugins.training._schedule import Stage, outline
 from mpq_plugins.training._weights import weights_of
@@ -67,7 +67,9 @@ class Profit:
     @property
     def instability(self) -> dict[str, float]:
         """Layer name -> AIWQ as measured so far; empty before the module has target bits. See `Instability.values`."""
-        return {} if self._instability is None else self._instability.values
+        if self._instability is not None:
+            return self._instability.values
+        return {} if self._saved is None else values_of(self._saved)  # resumed in a stage that measures nothing
 
     @property
     def meter(self) -> Instability | None:

@@ -58,8 +58,11 @@ class TrainingRecipe:
             self._check(_is_number(getattr(self, name)) and getattr(self, name) >= 0, name, "a number of at least 0")
         for name in ("momentum", "label_smoothing", "warm_up"):
             self._check(_is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1, name, "at least 0 and below 1")
-        self._check(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", "between 0 and 1, or null")
-        self._check(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "above 0, or null")
+        decay, bound = self.ema_decay, self.clip_norm
+        self._check(decay is None or (_is_number(decay) and 0 < decay < 1), "ema_decay", "between 0 and 1, or null")
+        self._check(bound is None or (_is_number(bound) and bound > 0), "clip_norm", "a number above 0, or null")
+        self._check(isinstance(self.bn_reestimation, bool), "bn_reestimation", "true or false")
+        self._check(_is_whole(self.seed), "seed", "a whole number")
 
     def _check(self, holds: bool, name: str, what: str) -> None:
         if not holds:
@@ -82,16 +85,8 @@ class TrainingRecipe:
         check_keys(document, allowed={*names, "format"}, required=set(), where=where)
         values = {name: value for name, value in document.items() if name != "format"}
         if "profit" in values:
-            own = {item.name for item in fields(ProfitSchedule)}
-            check_keys(values["profit"], allowed=own, required=set(), where=f"{where}: profit")
-            lengths = dict(values["profit"])
-            if "widths" in lengths:
-                lengths["widths"] = tuple(lengths["widths"])
-            values["profit"] = ProfitSchedule(**lengths)
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise FormatError(f"{where}: {error}. Give numbers where numbers belong.") from error
+            values["profit"] = _schedule(values["profit"], where=f"{where}: profit")
+        return cls(**values)
 
     def save(self, path: str | Path) -> Path:
         """Write the recipe as JSON."""
@@ -101,6 +96,21 @@ class TrainingRecipe:
     def load(cls, path: str | Path) -> TrainingRecipe:
         """Read a recipe; raises `FormatError` and `TrainingError`."""
         return cls.from_json(read_json(path, format=FORMAT), where=str(path))
+
+
+def _schedule(document: object, *, where: str) -> ProfitSchedule:
+    check_keys(document, allowed={item.name for item in fields(ProfitSchedule)}, required=set(), where=where)
+    assert isinstance(document, dict)  # checked
+    values: dict[str, Any] = dict(document)
+    for name, value in values.items():
+        if name == "widths":
+            holds = isinstance(value, (list, tuple)) and all(_is_whole(width) and width >= 2 for width in value)
+            what, values[name] = "a list of whole numbers of at least 2", tuple(value) if holds else value
+        else:
+            holds, what = _is_whole(value) and value >= (name == "parts"), "a whole number, of epochs or of parts"
+        if not holds:
+            raise FormatError(f"{where}: {name} must be {what}, not {value!r}.")
+    return ProfitSchedule(**values)
 
 
 def _is_whole(value: object) -> bool:

@@ -7,30 +7,29 @@ import copy
 import json
 import math
 import time
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, final
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 
 from mpq_plugins._adapter import AbstractAdapter, bits_of, is_prepared
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._discover import find_layers
 from mpq_plugins._errors import DataError, TrainingError
 from mpq_plugins._evaluate import accuracy
-from mpq_plugins._model import Batch, Output, batches_of, call, device_of
-from mpq_plugins._plugins import require
+from mpq_plugins._model import Batch, Output, batches_of, call, device_of, to_device
 from mpq_plugins._progress import track
 from mpq_plugins.training._average import Averaged
 from mpq_plugins.training._batch_norm import reestimate_batch_norm
-from mpq_plugins.training._checkpoints import TrainingFolder, history_from_json, history_to_json
+from mpq_plugins.training._checkpoints import TrainingFolder, history_from_json, history_to_json, telling_damage
+from mpq_plugins.training._engine import agree, engine, in_parallel, seed_all
 from mpq_plugins.training._epochs import Epoch, TrainingData
-from mpq_plugins.training._loss import Classification, Loss
+from mpq_plugins.training._job import Job
+from mpq_plugins.training._loss import Classification, Loss, check_loss
 from mpq_plugins.training._metrics import EpochRecord, MetricFiles
 from mpq_plugins.training._parameter_groups import parameter_groups
 from mpq_plugins.training._profit import Profit
@@ -76,93 +75,74 @@ def train(
     `adapter.prepare`. Devices, mixed precision and processes are those of Hugging Face accelerate (`accelerate launch`).
 
     With a `folder` each epoch leaves a checkpoint there, and the same call goes on where it was stopped, to the same weights
-    on a CPU as if it never had been. Random numbers are seeded from the recipe and the epoch.
+    on a CPU as if it never had been. Random numbers are seeded from the recipe and the epoch (Python's, numpy's, torch's, a
+    loader's own generator), and those outside a loader come back afterwards. Parameters with `requires_grad` off stay as they
+    are, and so do, in a model in training mode, the statistics of parts that are in evaluation mode.
     Raises `TrainingError` when the loss is not finite, `DataError`, `ModelError`, `AdapterError`, `MissingExtraError`.
     """
     recipe = recipe or TrainingRecipe()
+    if tensorboard and folder is None:
+        raise TrainingError("TensorBoard's files need a folder to lie in, and none was given. Give folder= (--folder).")
     calibration = list(batches_of(calibration)) or _first_batches(data)
     example = calibration[0].inputs if example is None else example
     bits.check(find_layers(model, example))
-    job = _Job(model, bits, data, adapter, recipe, example, calibration, evaluation, output, dict(options or {}))
-    run = _Run(job, teacher, loss, None if folder is None else TrainingFolder(folder), tensorboard=tensorboard)
-    return run.to_the_end(on_epoch or (lambda _: None))
-
-
-@final
-@dataclass(frozen=True)
-class _Job:
-    """What was asked for."""
-
-    model: nn.Module
-    bits: BitConfig
-    data: TrainingData
-    adapter: AbstractAdapter
-    recipe: TrainingRecipe
-    example: Any
-    calibration: Sequence[Batch]
-    evaluation: Iterable[Any] | None
-    output: Output
-    options: Mapping[str, Any]
-
-    def to_json(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the first."""
-        layers = {name: str(precision) for name, precision in self.bits.layers.items()}
-        own: list[str] = [item.name for item in fields(self.adapter)] if is_dataclass(self.adapter) else []
-        adapter = {name: getattr(self.adapter, name) for name in own}
-        return {
-            "adapter": {"name": self.adapter.name, **adapter},
-            "bits": {"fingerprint": self.bits.fingerprint, "layers": layers},
-            "options": dict(self.options),
-            "recipe": self.recipe.to_json(),
-        }
+    job = Job(model, bits, data, adapter, recipe, example, calibration, evaluation, teacher, loss, output, dict(options or {}))
+    kept = None if folder is None else TrainingFolder(folder)
+    with engine(recipe.mixed_precision) as accelerator:
+        return _Run(job, accelerator, kept, tensorboard=tensorboard).to_the_end(on_epoch or (lambda _: None))
 
 
 class _Run:
     """Training as it goes on: the module, its optimizer, and where they stand."""
 
-    def __init__(
-        self, job: _Job, teacher: nn.Module | None, loss: Loss | None, folder: TrainingFolder | None, *, tensorboard: bool
-    ) -> None:
-        self.job, self.recipe, self.folder = job, job.recipe, folder
-        self.accelerator = _accelerator(job.recipe)
+    def __init__(self, job: Job, accelerator: Any, folder: TrainingFolder | None, *, tensorboard: bool) -> None:
+        self.job, self.recipe, self.folder, self.accelerator = job, job.recipe, folder, accelerator
         self.profit = Profit(job.recipe.stages(job.bits))
         self.module: nn.Module | None = None
         self.average: Averaged | None = None
         self._with_float_weights = False
         self.history: list[EpochRecord] = []
-        if teacher is not None:
-            teacher = teacher.to(self.accelerator.device).eval()
-        self.loss = loss or Classification(
-            job.output, self.recipe.label_smoothing, teacher, self.recipe.teacher_weight, self.recipe.temperature
-        )
+        self.loss = job.loss or self._classification()
         self.metrics: MetricFiles | None = None
-        if folder is not None and self.accelerator.is_main_process:
+        if folder is not None and accelerator.is_main_process:
             folder.claim(job.to_json())
             self.metrics = MetricFiles(folder.path, tensorboard=tensorboard)
+
+    def _classification(self) -> Classification:
+        teacher, recipe = self.job.teacher, self.recipe
+        if teacher is not None:  # the user's own keeps its mode and its device
+            teacher = copy.deepcopy(teacher).to(self.accelerator.device).eval().requires_grad_(False)
+        return Classification(self.job.output, recipe.label_smoothing, teacher, recipe.teacher_weight, recipe.temperature)
 
     def to_the_end(self, on_epoch: Callable[[EpochRecord], None]) -> Trained:
         """Every epoch that is still to do."""
         n_done = self._resume()
         if self.metrics is not None:
             self.metrics.restart(self.history)
-        plan = [(index, epoch) for index, stage in enumerate(self.profit.stages) for epoch in range(stage.epochs)]
-        for index, epoch in track(plan[n_done:], "training"):
-            if epoch == 0:
-                self._change_bits(index)
-                self._enter(index)
-            record = self._epoch(epoch)
-            self.history.append(record)
-            self._keep(index, epoch)
-            if self.accelerator.is_main_process:
-                on_epoch(record)
-        return self._finish()
+        try:
+            plan = [(index, epoch) for index, stage in enumerate(self.profit.stages) for epoch in range(stage.epochs)]
+            for index, epoch in track(plan[n_done:], "training"):
+                if epoch == 0:
+                    self._change_bits(index)
+                    self._enter(index)
+                self.history.append(self._epoch(epoch))
+                self._keep(index, epoch)
+                if self.accelerator.is_main_process:
+                    on_epoch(self.history[-1])
+            return self._finish()
+        finally:
+            if self.metrics is not None:
+                self.metrics.close()
 
     # Stages ---------------------------------------------------------------------------------------------------------------
 
     def _change_bits(self, index: int) -> None:
         """Bring the module to the bits of a stage that begins."""
         stage, job = self.profit.stages[index], self.job
-        self._seed(f"stage {index}")
+        seed_all(self.recipe.seed, f"stage {index}")
+        if self.module is not None:
+            self.module.eval()  # as a resumed one is
+            agree(self.module, self.accelerator)
         if stage.bits is None:
             self.module = copy.deepcopy(job.model)
         elif self.module is None or not is_prepared(self.module):
@@ -188,39 +168,36 @@ class _Run:
             weight_decay=recipe.weight_decay,
             range_factor=recipe.range_factor,
         )
+        if not any(group["params"] for group in groups):
+            raise TrainingError("no parameter of the module is trainable: requires_grad is off everywhere. Turn it on.")
         self._peaks = [group["lr"] for group in groups]
+        self.accelerator.free_memory()  # it would keep, and unscale, the optimizers of all stages
         self.optimizer = self.accelerator.prepare_optimizer(
             torch.optim.SGD(groups, recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
         )
+        self._parallel = in_parallel(self.module, self.accelerator)  # gives all processes the same tensors
         self.average = None if recipe.ema_decay is None else Averaged(self.module, recipe.ema_decay)
-        self._parallel = _in_parallel(self.module, self.accelerator)
 
     # Epochs and steps -----------------------------------------------------------------------------------------------------
 
     def _epoch(self, epoch: int) -> EpochRecord:
         assert self.module is not None  # entering the stage made it
         stage, number = self.profit.stage, len(self.history)
-        self._seed(f"epoch {number}")
-        batches = Epoch(self.job.data, number, accelerator=self.accelerator)
-        self.profit.on_epoch()
-        self.module.train()
-        total, n_images, start = 0.0, 0, time.perf_counter()
-        for step, batch in enumerate(track(batches, f"epoch {number + 1}: {stage.name}", len(batches))):
-            rate = self._set_rates(rate_factor(epoch * len(batches) + step, stage.epochs * len(batches), self.recipe.warm_up))
-            total += self._step(batch, f"step {step + 1} of {len(batches)} in epoch {number + 1} ({stage.name})")
-            n_images += len(batch)
+        start = time.perf_counter()
+        losses, n_images = self._steps(epoch)
         seconds = time.perf_counter() - start
+        self._check_finite(number + 1)
         if stage.samples and self.profit.meter is not None:
-            self.profit.meter.average(lambda tensor: self.accelerator.reduce(tensor, reduction="mean"))
+            self.profit.meter.average(self._mean)
         if self.average is not None and epoch + 1 == stage.epochs:
             self.average.settle()
             self.average = None
         return EpochRecord(
             epoch=number + 1,
             stage=stage.name,
-            steps=(self.history[-1].steps if self.history else 0) + len(batches),
-            loss=total / len(batches),
-            learning_rate=rate,
+            steps=(self.history[-1].steps if self.history else 0) + len(losses),
+            loss=sum(losses) / len(losses),
+            learning_rate=self._rate,
             seconds=seconds,
             n_images=n_images * self.accelerator.num_processes,
             n_frozen=len(self.profit.frozen),
@@ -228,15 +205,46 @@ class _Run:
             instability=self.profit.instability if stage.samples else {},
         )
 
+    def _steps(self, epoch: int) -> tuple[list[float], int]:
+        """All steps of an epoch of the stage: their losses, and the number of images."""
+        number, name, stage = len(self.history), f"epoch {len(self.history) + 1}", self.profit.stage
+        process, n_processes = self.accelerator.process_index, self.accelerator.num_processes
+        seed_all(self.recipe.seed, f"epoch {number}")
+        batches = Epoch(self.job.data, number, process=process, n_processes=n_processes)
+        n_before = self.history[-1].steps if self.history else 0
+        self.profit.on_epoch()
+        self._train_mode()
+        losses: list[float] = []
+        n_images = 0
+        for step, batch in enumerate(track(batches, f"{name}: {stage.name}", len(batches))):
+            if step == 0 and process > 0:  # the order of the data is common, noise is not
+                seed_all(self.recipe.seed, f"epoch {number}, process {process}")
+            self._set_rates(rate_factor(epoch * len(batches) + step, stage.epochs * len(batches), self.recipe.warm_up))
+            where = f"step {n_before + step + 1}: {batches.name_of(step)}, {name} ({stage.name})"
+            losses.append(self._step(batch, where))
+            n_images += len(batch)
+        if not losses:
+            raise DataError(f"{name} gave no batch, although its data say that they have some. Give data of that length.")
+        return losses, n_images
+
+    def _train_mode(self) -> None:
+        assert self.module is not None  # entering the stage made it
+        self.module.train()
+        for name, child in self.module.named_modules():
+            if name in self.job.still:
+                child.eval()
+
     def _step(self, batch: Batch, where: str) -> float:
         """One step of the optimizer; the loss before it, over all processes."""
         assert self.module is not None  # entering the stage made it
+        batch = Batch(*to_device((batch.inputs, batch.labels), self.accelerator.device))
         self.optimizer.zero_grad()
-        with self.profit.forward(), self.accelerator.autocast():
+        with self.profit.forward(), self.accelerator.autocast(), _telling_lone_images(where):
             loss = self.loss(call(self._parallel, batch.inputs), batch)
-        value = float(self.accelerator.reduce(loss.detach(), reduction="mean"))
+        check_loss(loss)
+        value = float(self._mean(loss.detach()))
         if not math.isfinite(value):
-            raise TrainingError(self._abort_text(value, where))
+            raise TrainingError(self._abort_text(f"the loss is {value} at {where}"))
         self.accelerator.backward(loss)
         self.profit.on_step()
         if self.recipe.clip_norm is not None:
@@ -246,20 +254,34 @@ class _Run:
             self.average.update()
         return value
 
-    def _abort_text(self, value: float, where: str) -> str:
+    def _mean(self, value: Tensor) -> Tensor:
+        """The mean over all processes."""
+        if self.accelerator.num_processes < 2:
+            return value
+        mean: Tensor = self.accelerator.reduce(value.to(self.accelerator.device), reduction="mean")
+        return mean
+
+    def _check_finite(self, number: int) -> None:
+        """Refuse to keep what the last step of an epoch broke: only the loss of a next one would show it."""
+        assert self.module is not None  # entering the stage made it
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad and not parameter.isfinite().all():
+                raise TrainingError(self._abort_text(f"{name} holds values that are not finite after epoch {number}"))
+
+    def _abort_text(self, fact: str) -> str:
         latest = None if self.folder is None else self.folder.latest
         kept = "No checkpoint was kept, because no folder was given" if self.folder is None else "No epoch was finished before"
         if latest is not None:
             kept = f"The last good checkpoint is {latest}"
         return (
-            f"the loss is {value} at {where}. {kept}. Lower the learning rate ({self.recipe.learning_rate:g}), bound the "
-            "gradients (clip_norm), or check the batch for values that are not finite."
+            f"{fact}. {kept}. Lower the learning rate ({self.recipe.learning_rate:g}), bound the gradients (clip_norm), or "
+            "check the batch for values that are not finite."
         )
 
-    def _set_rates(self, factor: float) -> float:
+    def _set_rates(self, factor: float) -> None:
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
-        return self.recipe.learning_rate * factor
+        self._rate = self.recipe.learning_rate * factor
 
     def _accuracy(self) -> float | None:
         if self.job.evaluation is None or not self.accelerator.is_main_process:
@@ -267,10 +289,6 @@ class _Run:
         assert self.module is not None  # entering the stage made it
         with contextlib.nullcontext() if self.average is None else self.average.in_place():
             return accuracy(self.module, self.job.evaluation, output=self.job.output)
-
-    def _seed(self, what: str) -> None:
-        # A resumed run must draw what an uninterrupted one draws, wherever it goes on.
-        require("accelerate.utils", "train").set_seed(zlib.crc32(f"{self.recipe.seed} {what}".encode()))
 
     # Checkpoints ----------------------------------------------------------------------------------------------------------
 
@@ -286,8 +304,9 @@ class _Run:
                 "profit": json.dumps(self.profit.state_dict()),
                 "history": history_to_json(self.history),
             }
-            self.folder.save(len(self.history), self._save_module, state)
+            # Metrics first: what has no checkpoint a resumed run takes back, and what has one must have its line.
             self.metrics.add(self.history[-1])
+            self.folder.save(len(self.history), self._save_module, state)
         self.accelerator.wait_for_everyone()
 
     def _save_module(self, path: Path) -> None:
@@ -306,11 +325,8 @@ class _Run:
         self.history = history_from_json(state["history"])
         self.profit.load_state_dict(json.loads(state["profit"]))
         stage = self.profit.stages[state["stage"]]
-        if stage.bits is None:
-            self.module = copy.deepcopy(self.job.model)
-            self.module.load_state_dict(torch.load(module_path, weights_only=True, map_location="cpu"))
-        else:
-            self.module = self.job.adapter.load(self.job.model, module_path, self.job.example)
+        with telling_damage(latest):
+            self.module = self._load_module(module_path, stage.bits is None)
         self._with_float_weights = False  # a module that was loaded quantizes its weights
         self._enter(state["stage"])
         if state["epoch"] + 1 < stage.epochs:
@@ -321,8 +337,16 @@ class _Run:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         return len(self.history)
 
+    def _load_module(self, path: Path, is_float: bool) -> nn.Module:
+        if not is_float:
+            return self.job.adapter.load(self.job.model, path, self.job.example)
+        module = copy.deepcopy(self.job.model)
+        module.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+        return module
+
     def _finish(self) -> Trained:
         assert self.module is not None  # there is at least one epoch
+        agree(self.module, self.accelerator)
         module = self.module.to(device_of(self.job.model)).eval()
         for parameter in module.parameters():
             parameter.grad = None
@@ -331,31 +355,27 @@ class _Run:
         if self.metrics is not None:
             assert self.folder is not None  # metrics are written into it
             self.job.adapter.save(module, self.folder.path / "module.pt")
-            self.metrics.close()
+        self.accelerator.wait_for_everyone()
         return Trained(module, tuple(self.history), self.profit.instability)
 
 
-def _accelerator(recipe: TrainingRecipe) -> Any:
-    accelerate = require("accelerate", "train")
-    # Its settings are one object for the whole process, which would refuse another precision than an earlier run's.
-    require("accelerate.state", "train").AcceleratorState._reset_state()
-    return accelerate.Accelerator(mixed_precision=recipe.mixed_precision)
-
-
-def _in_parallel(module: nn.Module, accelerator: Any) -> nn.Module:
-    """The module as several processes train it together; accelerate's own wrapper would replace its forward method."""
-    if accelerator.num_processes < 2:
-        return module
-    device = accelerator.device
-    ids = None if device.type == "cpu" else [device.index]
-    # Ranges of weights that are left in float get no gradient.
-    return DistributedDataParallel(module, device_ids=ids, find_unused_parameters=True)
+@contextlib.contextmanager
+def _telling_lone_images(where: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise DataError(
+            f"{where} has one image, and batch normalisation takes its statistics from at least two values per channel. "
+            "Leave short batches out (drop_last=True of a DataLoader), or choose another batch size."
+        ) from error
 
 
 def _first_batches(data: TrainingData) -> list[Batch]:
     """A few batches, the same ones each time, whatever order a loader draws."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
         found = list(islice(batches_of(data(0) if callable(data) else data), _CALIBRATION_BATCHES))
     if not found:
         raise DataError("the training data are empty. Give batches of inputs and labels.")

@@ -267,7 +267,8 @@ def quantize(
 ) -> nn.Module:
     """The public `nncf.quantize` on all `inputs`, as this adapter always calls it.
 
-    NNCF estimates activation ranges by its default for any `activation_range` but "max" and "percentile"; `smooth` lets SmoothQuant move ranges from activations into linear layers.
+    NNCF estimates activation ranges by its default for any `activation_range` but "max" and "percentile"; `smooth` lets
+    SmoothQuant move ranges from activations into linear layers.
     """
     nncf, private = require("nncf", "nncf"), _private()
     module: nn.Module = nncf.quantize(

@@ -157,6 +157,11 @@ def activation_proxies(module: nn.Module) -> Iterator[Any]:
     return (part for part in module.modules() if isinstance(part, ActQuantProxyFromInjector) and part.is_quant_enabled)
 
 
+def activation_format(proxy: Any) -> tuple[int, bool]:
+    """Bits and sign of an activation quantizer, also while it is switched off."""
+    return int(activation_tensor_quant(proxy).msb_clamp_bit_width_impl()), is_signed(proxy.quant_injector)
+
+
 def set_activation_threshold(proxy: Any, threshold: Tensor) -> None:
     """Let the largest code of a calibrated activation quantizer stand for `threshold` from now on, in place."""
     scaling = activation_tensor_quant(proxy).scaling_impl

@@ -11,17 +11,36 @@ from torch import Tensor, nn
 
 from mpq_brevitas import _brevitas_internals as brevitas
 from mpq_plugins._discover import LAYER_TYPES
-from mpq_plugins._model import Batch, call
+from mpq_plugins._errors import AdapterError
+from mpq_plugins._model import Batch, call, tensors
 from mpq_plugins._ptq import Equalization
 
 _MIGRATION_STRENGTH = 0.5  # SmoothQuant's alpha
+_TOLERANCE = 1e-3  # of the largest output
 
 
 def equalize(graph: Any, norms: Mapping[str, Any], method: Equalization, batches: Sequence[Batch]) -> None:
     """Scale the channels between layers of `graph`, in place; it computes what it did.
 
     `norms` are the normalisations already merged into layers; their affine parameters follow their layer's channels.
+    Raises `AdapterError` if the factors do not cancel out: Brevitas takes any product for one by a constant.
     """
+    before = _outputs(graph, batches[0])
+    _scale_channels(graph, norms, method, batches)
+    for ours, theirs in zip(_outputs(graph, batches[0]), before, strict=True):
+        if not torch.allclose(ours, theirs, rtol=0, atol=_TOLERANCE * max(1e-6, float(theirs.abs().max()))):
+            raise AdapterError(
+                f'equalization="{method}" changes what the traced graph computes, by up to '
+                f'{float((ours - theirs).abs().max()):.2g}. Use equalization="none" for this model.'
+            )
+
+
+def _outputs(graph: Any, batch: Batch) -> list[Tensor]:
+    with torch.no_grad():
+        return [tensor.clone() for tensor in tensors(call(graph, batch.inputs))]
+
+
+def _scale_channels(graph: Any, norms: Mapping[str, Any], method: Equalization, batches: Sequence[Batch]) -> None:
     if method == "cross-layer":
         with _following(graph, norms):
             # Biases must not count: the factors are read off them.

@@ -74,6 +74,8 @@ def build_graph(model: nn.Module, bits: BitConfig | None, recipe: Recipe, equali
                 compute_layer_map=_layer_map(bits, recipe),
                 requantize_layer_handler_output=False,
             )
+        except AdapterError:
+            raise
         except Exception as error:
             raise AdapterError(
                 f"the graph of {type(model).__name__} could not be traced and converted for FINN: "

@@ -74,7 +74,7 @@ def _threshold(proxy: Any, values: Tensor, rule: ActivationRange) -> Tensor:
     if rule == "max":
         return values.abs().max()
     if rule == "mse":
-        bits, signed = int(proxy.bit_width()), bool(proxy.is_signed)
+        bits, signed = brevitas.activation_format(proxy)
         return mse_range(values, (bits,), signed=signed)[bits] * (2 ** (bits - 1) if signed else 2**bits - 1)
     rank = max(1, math.floor(_PERCENTILE * values.numel() + 0.5))
     return values.abs().flatten().kthvalue(rank).values

@@ -1,0 +1,135 @@
+"""The adapter's own options, DuQ and power-of-two scales, and networks with hard-swish."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from brevitas_nets import images, mixed_bits, network
+from mpq_brevitas import BrevitasAdapter
+from mpq_brevitas._onnx_graph import OnnxGraph
+from mpq_brevitas._recipe import recipe_of
+
+from mpq_plugins import BitConfig, Precision, find_layers, verify
+from mpq_plugins._errors import AdapterError
+from mpq_plugins.small_nets import mobilenet_v3
+
+
+class TestDuQ:
+    @pytest.fixture
+    def prepared(self):
+        model, example, adapter = network("residual"), images(), BrevitasAdapter(quantizer="duq")
+        bits = mixed_bits("residual", model)
+        module = adapter.prepare(model, bits, example, [example])
+        with torch.no_grad():  # let clip and output scale part, as training does
+            for name, parameter in module.named_parameters():
+                if name.endswith("duq.gamma"):
+                    parameter.mul_(1.3)
+        return model, adapter, bits, module, example
+
+    def test_file_holds_bits_codes_and_outputs(self, prepared, tmp_path):
+        """The exported file, folded to one scale per quantizer, has the module's bits, codes and outputs."""
+        _, adapter, bits, module, example = prepared
+        path = adapter.export(module, tmp_path / "m.onnx", example)
+        report = verify(adapter, path, bits, module=module, inputs=example)
+        assert report.check().outputs.ok
+        assert all(check.n_codes for check in report.layers)
+        assert any("duq" in name for name, _ in module.named_parameters())  # exporting folds a copy
+
+    def test_checkpoint_remembers(self, prepared, tmp_path):
+        """A checkpoint is rebuilt with DuQ, whatever the options of the adapter that loads it."""
+        model, adapter, _, module, example = prepared
+        loaded = BrevitasAdapter().load(model, adapter.save(module, tmp_path / "m.pt"), example)
+        assert recipe_of(loaded).quantizer == "duq"
+        assert torch.equal(loaded(example), module(example))
+
+    def test_refusals(self):
+        """What makes no sense with DuQ is refused with the reason."""
+        with pytest.raises(AdapterError, match='quantizer="duq" needs profile="layerwise"'):
+            BrevitasAdapter("finn", quantizer="duq")
+        with pytest.raises(AdapterError, match="uniform, duq"):
+            BrevitasAdapter(quantizer="lsq")
+        model, example, adapter = network("cnn"), images(), BrevitasAdapter(quantizer="duq")
+        for options in ({"rounding": "gptq"}, {"weight_range": "max"}, {"activation_range": "mse"}):
+            with pytest.raises(AdapterError, match=f'"duq" does not take {next(iter(options))}='):
+                adapter.prepare(model, mixed_bits("cnn", model), example, [example], **options)
+        layer = find_layers(model, example)["fc"]
+        assert "binary" in adapter.refuse(layer, Precision(1, 8))
+
+
+class TestPowersOfTwo:
+    @pytest.mark.parametrize("name", ["cnn", "residual"])
+    def test_scales_in_the_file(self, name, tmp_path):
+        """Every scale of the QONNX file is a single 2^n exactly, trained or not; bits, codes and outputs are the module's."""
+        model, example, adapter = network(name), images(), BrevitasAdapter("finn", scales="power-of-two")
+        bits = mixed_bits(name, model)
+        module = adapter.prepare(model, bits, example, [example])
+        trained = copy.deepcopy(module).train()
+        optimizer = torch.optim.SGD(trained.parameters(), 0.1)
+        trained(example).square().mean().backward()
+        optimizer.step()
+        for part in (module, trained.eval()):
+            path = adapter.export(part, tmp_path / "m.onnx", example)
+            graph = OnnxGraph.load(path)
+            scales = [graph.constant(node.input[1]) for node in graph.model.graph.node if node.op_type == "Quant"]
+            assert len(scales) > len(bits.layers)
+            for scale in scales:
+                assert scale.size == 1
+                assert np.log2(scale.astype(np.float64)) % 1 == 0
+            verify(adapter, path, bits, module=part, inputs=example).check()
+
+    def test_biases_are_corrected_behind_merged_normalisations(self):
+        """Without new statistics, each layer's mean output is brought back to that of its float weights, norm or not."""
+        model, example, adapter = network("cnn"), images(), BrevitasAdapter("finn", scales="power-of-two")
+        bits = mixed_bits("cnn", model)
+        bits = BitConfig(dict.fromkeys(bits.layers, Precision(2, 8)), bits.fingerprint)
+        plain, corrected = (
+            adapter.prepare(model, bits, example, [example], bias_correction=choice) for choice in (False, True)
+        )
+        name = "features.0"
+        weight = plain.get_submodule(name).weight
+        assert torch.equal(weight, corrected.get_submodule(name).weight)
+        found = {}
+        for module in (plain, corrected):
+            layer = module.get_submodule(name)
+            layer.register_forward_hook(
+                lambda _module, inputs, output, key=module: found.update({id(key): (inputs[0].value, output)})
+            )
+            with torch.no_grad():
+                module(example)
+        inputs, output = found[id(corrected)]
+        wanted = torch.nn.functional.conv2d(inputs, weight, plain.get_submodule(name).bias, padding=1).mean((0, 2, 3))
+        torch.testing.assert_close(output.mean((0, 2, 3)), wanted, rtol=0, atol=1e-5)
+        assert (found[id(plain)][1].mean((0, 2, 3)) - wanted).abs().max() > 1e-3
+
+    def test_checkpoint_remembers(self, tmp_path):
+        """A checkpoint is rebuilt with its kind of scales."""
+        model, example, adapter = network("residual"), images(), BrevitasAdapter("finn", scales="power-of-two")
+        module = adapter.prepare(model, mixed_bits("residual", model), example, [example])
+        loaded = BrevitasAdapter().load(model, adapter.save(module, tmp_path / "m.pt"), example)
+        assert recipe_of(loaded).scales == "power-of-two"
+        assert torch.equal(loaded(example), module(example))
+
+    def test_refusals(self):
+        """They are for the finn profile, and no least-error step is a power of two."""
+        with pytest.raises(AdapterError, match=r'Use it with profile="finn"'):
+            BrevitasAdapter(scales="power-of-two")
+        model, example, adapter = network("cnn"), images(), BrevitasAdapter("finn", scales="power-of-two")
+        with pytest.raises(AdapterError, match="no powers of two"):
+            adapter.prepare(model, mixed_bits("cnn", model), example, [example], activation_range="mse")
+
+
+class TestHardSwish:
+    @pytest.mark.parametrize("profile", ["layerwise", "finn"])
+    def test_mobilenet_v3(self, profile, tmp_path):
+        """Prepared, trained for a step, exported and verified: every layer's bits and codes, and the outputs."""
+        torch.manual_seed(0)
+        model, example = mobilenet_v3(10).eval(), torch.randn(8, 1, 16, 16, generator=torch.Generator().manual_seed(2))
+        adapter, inventory = BrevitasAdapter(profile), find_layers(model, example)
+        bits = BitConfig({layer.name: Precision(4, 8) for layer in inventory}, inventory.fingerprint)
+        module = adapter.prepare(model, bits, example, [example]).train()
+        optimizer = torch.optim.SGD(module.parameters(), 1e-3)
+        module(example).square().mean().backward()
+        optimizer.step()
+        path = adapter.export(module.eval(), tmp_path / "m.onnx", example)
+        verify(adapter, path, bits, module=module, inputs=example).check()

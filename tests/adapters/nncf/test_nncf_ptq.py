@@ -239,3 +239,16 @@ def test_tied_weights_cannot_part(adapter, prepared):
     bits["tied_b"] = Precision(bits["tied_a"].weight % 7 + 2, bits["tied_b"].activation)
     with pytest.raises(AdapterError, match=r"hold the same weight.*Tie them"):
         adapter.set_bits(case.module, replace(case.bits, layers=bits), calibration())
+
+
+def test_older_checkpoints_load(adapter, case, tmp_path):
+    """A checkpoint without the record of options loads, and its bits can be switched by the defaults."""
+    model, data, _ = case
+    narrow = uniform(model, data[0], "w4a4")
+    module = adapter.prepare(model, uniform(model, data[0], "w8a8"), data[0], data, **PLAIN)
+    document = torch.load(adapter.save(module, tmp_path / "module.pt"), weights_only=True)
+    assert document.pop("ptq")
+    torch.save(document, tmp_path / "older.pt")
+    loaded = adapter.set_bits(adapter.load(model, tmp_path / "older.pt", data[0]), narrow)
+    ours, theirs = adapter.codes(loaded), adapter.codes(adapter.set_bits(module, narrow))
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)

@@ -1,7 +1,8 @@
-"""A tiny network, its data and its recipes for tests of the training loop; also run as a script, in processes that are killed."""
+"""A tiny network, data and recipes for tests of the training loop; a script too, for processes that are killed or several."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -109,10 +110,58 @@ def kill_me() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+class InOrder:
+    """Batches that are read in their order, which a list's are not."""
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._batches)
+
+
+def frozen_norms() -> Net:
+    """The tiny network in training mode, but for its batch normalisation."""
+    model = net(dropout=0.0)
+    model.bn.eval()
+    model.bn2.eval()
+    return model
+
+
+def together(name: str, batch_size: int, folder: Path | None = None) -> dict[str, Any]:
+    """What runs give whose curves must not depend on how many processes share the work."""
+    batches = InOrder(data(48 // batch_size, batch_size))
+    made = {
+        "frozen norms": run(name, QAT, model=frozen_norms(), data=batches, folder=folder and folder / "qat"),
+        "profit": run(name, PROFIT, model=frozen_norms(), data=batches, folder=folder and folder / "profit"),
+        "norms": run(name, QAT, model=net(dropout=0.0), data=batches),
+    }
+    return {
+        case: {
+            "losses": [record.loss for record in trained.history],
+            "instability": dict(trained.instability),
+            "state": {key: tensor.double().sum().item() for key, tensor in trained.module.state_dict().items()},
+        }
+        for case, trained in made.items()
+    }
+
+
 def _killed(name: str, folder: Path, at: int) -> None:
-    torch.set_num_threads(1)
     run(name, PROFIT, data=Stopping(data(), at, kill_me), folder=folder, evaluation=data())
 
 
+def _one_of_several(folder: Path) -> None:
+    made = {name: together(name, 8, folder / name) for name in ("brevitas", "nncf")}
+    (folder / f"process-{os.environ['RANK']}.json").write_text(json.dumps(made))
+    torch.distributed.destroy_process_group()
+
+
 if __name__ == "__main__":
-    _killed(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    torch.set_num_threads(1)
+    if len(sys.argv) == 2:
+        _one_of_several(Path(sys.argv[1]))
+    else:
+        _killed(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

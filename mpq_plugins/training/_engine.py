@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import zlib
 from collections.abc import Iterator
@@ -38,12 +39,21 @@ def engine(mixed_precision: MixedPrecision) -> Iterator[Any]:
 
 
 def _accelerator(accelerate: Any, mixed_precision: MixedPrecision) -> Any:
+    n_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    # On a machine without a GPU accelerate joins processes only when it is told that the CPU is meant.
+    on_cpu = n_processes > 1 and not torch.accelerator.is_available()
     try:
-        return accelerate.Accelerator(mixed_precision=mixed_precision)
+        accelerator = accelerate.Accelerator(mixed_precision=mixed_precision, cpu=on_cpu)
     except ValueError as error:
         raise TrainingError(
             f"mixed_precision={mixed_precision!r} is not to be had here: {error}. Use bf16 or no, or another device."
         ) from error
+    if accelerator.num_processes != n_processes:
+        raise TrainingError(
+            f"{n_processes} processes were launched (WORLD_SIZE), and each of them would train alone: accelerate joined "
+            f"{accelerator.num_processes}. Launch them with `accelerate launch` or torchrun, which also set LOCAL_RANK."
+        )
+    return accelerator
 
 
 @contextlib.contextmanager

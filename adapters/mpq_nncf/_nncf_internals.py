@@ -342,11 +342,6 @@ def bits_of(quantizer: Any) -> int:
     return int(quantizer.num_bits)
 
 
-def highest_code(quantizer: Any) -> int:
-    """The highest code of a placed quantizer."""
-    return int(quantizer.level_high)
-
-
 def set_quantizer_bits(quantizer: Any, bits: int) -> None:
     """Switch the width of a placed quantizer; its range stays."""
     quantizer.num_bits = bits
@@ -362,6 +357,11 @@ def refresh_levels(quantizer: Any) -> None:
 def set_weight_step(quantizer: Any, step: Any) -> None:
     """Give a symmetric weight quantizer the step between two codes."""
     quantizer.scale.data.copy_((step * quantizer.level_high).reshape(quantizer.scale.shape))
+
+
+def set_weight_limit(quantizer: Any, limit: Any) -> None:
+    """Give a symmetric weight quantizer the value of its highest code."""
+    quantizer.scale.data.copy_(limit.reshape(quantizer.scale.shape))
 
 
 def weight_step(quantizer: Any) -> Any:

@@ -28,14 +28,16 @@ def fit_weight_ranges(module: nn.Module, layers: Iterable[LayerWiring], *, metho
         quantizer = internals.quantizer_at(module, layer.weight[0])
         weight = module.get_parameter(layer.parameter).detach()
         searched = method == "mse" and internals.bits_of(quantizer) <= _WIDEST_SEARCHED
-        step = _best_step(weight, quantizer, layer) if searched else _widest_step(weight, quantizer, layer)
-        internals.set_weight_step(quantizer, step)
+        if searched:
+            internals.set_weight_step(quantizer, _best_step(weight, quantizer, layer))
+        else:
+            internals.set_weight_limit(quantizer, _largest(weight, layer))
 
 
-def _widest_step(weight: Tensor, quantizer: nn.Module, layer: LayerWiring) -> Tensor:
+def _largest(weight: Tensor, layer: LayerWiring) -> Tensor:
     others = [axis for axis in range(weight.dim()) if axis != layer.channel_axis]
     largest = weight.abs().amax(dim=others, keepdim=True)
-    return torch.where(largest > 0, largest, torch.ones_like(largest)) / internals.highest_code(quantizer)
+    return torch.where(largest > 0, largest, torch.ones_like(largest))
 
 
 def _best_step(weight: Tensor, quantizer: nn.Module, layer: LayerWiring) -> Tensor:

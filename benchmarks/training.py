@@ -4,9 +4,10 @@
     python benchmarks/training.py --nets mobilenet_v2 --bits w3a3 --adapters nncf --seeds 1
     python benchmarks/training.py --print-only
 
-The float network is the same for all seeds; a seed draws the order of the batches. "lowering only" is PROFIT's schedule with
-nothing frozen, which tells its restarts and its lowering of bits from its freezing. "file" is the accuracy of the exported
-file (OpenVINO's or onnxruntime's) for the last method of the first seed. Accuracy in percent on held-out images.
+The float network is the same for all seeds; a seed draws the order of the batches. Ablations (--methods) change one thing in
+PROFIT: "nothing frozen" keeps its lowering and restarts, "one cosine" has no restarts, "target bits only" does not lower.
+"file" is the accuracy of the exported file (OpenVINO's or onnxruntime's) for the last method of the first seed. Accuracy in
+percent on held-out images.
 """
 
 import argparse
@@ -26,7 +27,19 @@ from mpq_plugins._training_sources import shifted_digits
 from mpq_plugins.glyphs import glyphs
 from mpq_plugins.training import ProfitSchedule, TrainingRecipe, train
 
-METHODS = ("PTQ", "QAT", "PROFIT", "lowering only", "QAT + teacher", "PROFIT + teacher")
+METHODS = ("PTQ", "QAT", "PROFIT", "PROFIT + teacher")
+ABLATIONS = ("QAT + teacher", "nothing frozen", "one cosine", "target bits only")
+PAIRS = (
+    ("QAT", "PTQ"),
+    ("PROFIT", "QAT"),
+    ("PROFIT + teacher", "PROFIT"),
+    ("PROFIT + teacher", "QAT + teacher"),
+    ("QAT + teacher", "QAT"),
+    ("PROFIT", "nothing frozen"),
+    ("PROFIT", "one cosine"),
+    ("PROFIT", "target bits only"),
+    ("one cosine", "QAT"),
+)
 SUFFIX = {"nncf": ".xml", "brevitas": ".onnx"}
 
 
@@ -42,10 +55,14 @@ class Budget:
 def recipe_of(method, budget, seed):
     """The recipe of a method; all share rate, decay and number of epochs."""
     recipe = replace(budget.recipe, epochs=budget.epochs, seed=seed)
-    if method.startswith(("PROFIT", "lowering")):
-        parts = 1 if method.startswith("lowering") else 3
-        return replace(recipe, method="profit", profit=replace(recipe.profit, parts=parts))
-    return recipe
+    if method.startswith("QAT"):
+        return recipe
+    profit = recipe.profit
+    if method == "nothing frozen":
+        profit = replace(profit, parts=1)
+    if method == "target bits only":
+        profit = replace(profit, widths=())
+    return replace(recipe, method="profit", profit=profit, restarts=method != "one cosine")
 
 
 def data_of(case, budget):
@@ -53,7 +70,7 @@ def data_of(case, budget):
     if case.name == "digits":
         return shifted_digits
     # The float networks saw the rounds up to 6.
-    return lambda epoch: glyphs(train=True, n_images=budget.images, batch_size=128, seed=7 + epoch)
+    return lambda epoch: glyphs(train=True, n_images=budget.images, batch_size=64, seed=7 + epoch)
 
 
 def cell(case, bits, adapter_name, method, budget, seed, *, exported):
@@ -125,7 +142,7 @@ def summary(cells, options):
         differences = [
             cells.found[key]["accuracy"] - cells.found[other]["accuracy"]
             for key in cells.found
-            if key.split("/")[3] == first and (other := key.replace(f"/{first}/", f"/{second}/")) in cells.found
+            if key.split("/")[3] == first and (other := _other(key, second)) in cells.found
         ]
         if differences:
             wins = sum(value > 0 for value in differences)
@@ -136,10 +153,16 @@ def summary(cells, options):
     return "\n".join(lines)
 
 
+def _other(key, method):
+    net, text, adapter, _, seed = key.split("/")
+    return f"{net}/{text}/{adapter}/{method}/{0 if method == 'PTQ' else seed}"
+
+
 def budget_of(net, options):
     """Epochs, images and recipe for a network."""
-    profit = ProfitSchedule(float_epochs=0)
-    recipe = TrainingRecipe(learning_rate=options.learning_rate, profit=profit)
+    # Glyph networks get few steps: one width on the way to the target instead of two.
+    profit = ProfitSchedule(widths=(8, 5) if net == "digits" else (5,), float_epochs=0)
+    recipe = TrainingRecipe(learning_rate=options.learning_rate, range_factor=options.range_factor, profit=profit)
     return Budget(options.epochs, options.images, recipe)
 
 
@@ -149,11 +172,12 @@ def main():
     parser.add_argument("--nets", nargs="+", default=list(NETS), choices=NETS)
     parser.add_argument("--bits", nargs="+", default=list(BITS))
     parser.add_argument("--adapters", nargs="+", default=["brevitas", "nncf"], choices=list(SUFFIX))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=(*METHODS, *ABLATIONS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--images", type=int, default=3200, help="training images of an epoch (glyphs)")
-    parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--images", type=int, default=1600, help="training images of an epoch (glyphs)")
+    parser.add_argument("--learning-rate", type=float, default=0.03)
+    parser.add_argument("--range-factor", type=float, default=0.1)
     parser.add_argument("--test-images", type=int, default=2000)
     parser.add_argument("--print-only", action="store_true", help="print the table of what was measured")
     options = parser.parse_args()

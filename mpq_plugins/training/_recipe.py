@@ -21,10 +21,11 @@ MixedPrecision = Literal["no", "bf16", "fp16"]
 @final
 @dataclass(frozen=True)
 class TrainingRecipe:
-    """Quantization-aware training by SGD with Nesterov momentum, warm-up and cosine decay, restarted in every stage.
+    """Quantization-aware training by SGD with Nesterov momentum, warm-up and cosine decay.
 
     `method` "qat" trains at the target bits from the start; "profit" lowers bits and freezes layers by `profit` (Park and Yoo
-    2020), scaled to `epochs` in all. `warm_up` is the share of a stage's steps in which the rate rises. `range_factor` is the
+    2020), scaled to `epochs` in all. `warm_up` is the share of the steps in which the rate rises; with `restarts` every stage
+    rises and falls anew (as published), else all stages share one curve. `range_factor` is the
     rate of quantizer ranges relative to the weights'. `teacher_weight` and `temperature` are of the soft cross-entropy to a
     teacher, where one is given. `clip_norm` bounds the norm of all gradients together. `ema_decay` averages weights, ranges
     and statistics over the steps of a stage, and what is evaluated and kept is the average. `bn_reestimation` renews the
@@ -38,6 +39,7 @@ class TrainingRecipe:
     momentum: float = 0.9
     range_factor: float = 0.01
     warm_up: float = 0.1
+    restarts: bool = True
     label_smoothing: float = 0.0
     teacher_weight: float = 1.0
     temperature: float = 1.0

@@ -60,8 +60,8 @@ def adapter(name: str) -> AbstractAdapter:
     return BrevitasAdapter()
 
 
-def bits_for(model: nn.Module) -> BitConfig:
-    inventory = find_layers(model, data()[0].inputs)
+def bits_for(model: nn.Module, example: Any = None) -> BitConfig:
+    inventory = find_layers(model, data()[0].inputs if example is None else example)
     widths = {"stem": Precision(8, 8), "depthwise": Precision(4, 4), "fc": Precision(3, 4)}
     return BitConfig(widths, inventory.fingerprint)
 
@@ -70,7 +70,8 @@ def run(name: str, recipe: TrainingRecipe, **options: Any) -> Trained:
     """`train` on the tiny network, unless `options` say otherwise."""
     model = options.pop("model", None) or net()
     options = {"data": data(), "options": {"weight_range": "max"}, "calibration": data(), **options}
-    return train(model, bits_for(model), options.pop("data"), adapter=adapter(name), recipe=recipe, **options)
+    bits = bits_for(model, options.get("example"))
+    return train(model, bits, options.pop("data"), adapter=adapter(name), recipe=recipe, **options)
 
 
 def without_time(history: Sequence[EpochRecord]) -> list[EpochRecord]:

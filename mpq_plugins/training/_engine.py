@@ -48,6 +48,8 @@ def _accelerator(accelerate: Any, mixed_precision: MixedPrecision) -> Any:
         raise TrainingError(
             f"mixed_precision={mixed_precision!r} is not to be had here: {error}. Use bf16 or no, or another device."
         ) from error
+    if mixed_precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would train in float32 and say nothing
+        raise TrainingError("mixed_precision='fp16' is for GPUs, and here is none. Use bf16 or no.")
     if accelerator.num_processes != n_processes:
         raise TrainingError(
             f"{n_processes} processes were launched (WORLD_SIZE), and each of them would train alone: accelerate joined "

@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any, final
 
 import torch
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from mpq_plugins._errors import DataError
 from mpq_plugins._model import Batch, batches_of
@@ -62,7 +62,7 @@ class Epoch:
         if isinstance(items, Sequence):
             assert self._order is not None  # a sequence got one
             return batches_of(items[index] for index in self._order[first::step][: self._n])
-        if isinstance(items, DataLoader) and step > 1 and items.batch_sampler is not None:
+        if isinstance(items, DataLoader) and step > 1 and _is_indexed(items):
             items = _sharing(items, first, step)
         elif step > 1:
             items = islice(items, first, None, step)
@@ -74,6 +74,10 @@ class Epoch:
         if self._order is None:
             return text
         return f"{text}, item {self._order[self._process + step * self._n_processes]} of the data"
+
+
+def _is_indexed(loader: DataLoader[Any]) -> bool:
+    return loader.batch_sampler is not None and not isinstance(loader.dataset, IterableDataset)
 
 
 # accelerate's own way keeps a generator in the user's sampler, whose state no checkpoint holds.

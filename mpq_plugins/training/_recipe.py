@@ -63,7 +63,8 @@ class TrainingRecipe:
         decay, bound = self.ema_decay, self.clip_norm
         self._check(decay is None or (_is_number(decay) and 0 < decay < 1), "ema_decay", "between 0 and 1, or null")
         self._check(bound is None or (_is_number(bound) and bound > 0), "clip_norm", "a number above 0, or null")
-        self._check(isinstance(self.bn_reestimation, bool), "bn_reestimation", "true or false")
+        for name in ("restarts", "bn_reestimation"):
+            self._check(isinstance(getattr(self, name), bool), name, "true or false")
         self._check(_is_whole(self.seed), "seed", "a whole number")
 
     def _check(self, holds: bool, name: str, what: str) -> None:

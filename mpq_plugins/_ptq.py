@@ -19,12 +19,13 @@ Rounding = Literal["nearest", "gptq", "gpfq", "qronos", "learned"]
 class PTQ:
     """How a float model becomes a quantized one without training; an adapter refuses what its framework lacks.
 
-    `weight_range`: of least squared error, or the largest magnitude. `activation_range`: the framework's default, a high
-    percentile, the largest magnitude, or least squared error. `bias_correction`: add to biases what quantization takes from
-    a layer's mean output. `bn_reestimation`: new batch-normalisation statistics. `equalization`: move ranges between layers
-    ("cross-layer", Nagel et al. 2019) or from activations into weights ("smooth-quant", Xiao et al. 2023). `rounding`: to
-    the nearest code; by GPTQ (Frantar et al. 2023), GPFQ (Lybrand and Saab 2021) or Qronos (Zhang et al. 2025); or learned
-    layer by layer in `rounding_steps` steps (AdaRound, Nagel et al. 2020).
+    `weight_range`: of least squared error, or the largest magnitude. `activation_range`: of least squared error at the
+    quantizer's own width (the default wherever the adapter's scales allow it), a high percentile, or the largest magnitude.
+    `bias_correction`: add to biases what quantization takes from a layer's mean output. `bn_reestimation`: new
+    batch-normalisation statistics. `equalization`: move ranges between layers ("cross-layer", Nagel et al. 2019) or from
+    activations into weights ("smooth-quant", Xiao et al. 2023). `rounding`: to the nearest code; by GPTQ (Frantar et al.
+    2023), GPFQ (Lybrand and Saab 2021) or Qronos (Zhang et al. 2025); or learned layer by layer in `rounding_steps` steps
+    (AdaRound, Nagel et al. 2020).
     """
 
     weight_range: WeightRange = "mse"

@@ -5,10 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mpq_plugins._errors import AdapterError
-from mpq_plugins._ptq import PTQ
+from mpq_plugins._ptq import PTQ, ActivationRange
 
 if TYPE_CHECKING:
     from mpq_brevitas._adapter import BrevitasAdapter
+
+
+def activation_rule(adapter: BrevitasAdapter, ptq: PTQ) -> ActivationRange:
+    """The rule for activation ranges that "default" stands for: least squared error wherever the adapter's scales allow it."""
+    if ptq.activation_range != "default" or adapter.quantizer == "duq":
+        return ptq.activation_range
+    return "percentile" if adapter.scales == "power-of-two" else "mse"
 
 
 def check_options(adapter: BrevitasAdapter, ptq: PTQ) -> None:

@@ -14,7 +14,7 @@ from mpq_brevitas import _finn, _layerwise
 from mpq_brevitas._calibrate import calibrate, correct_bias, correctable, reestimate_merged_norms
 from mpq_brevitas._coverage import check_inputs, check_weights
 from mpq_brevitas._equalize import equalize
-from mpq_brevitas._options import check_options
+from mpq_brevitas._options import activation_rule, check_options
 from mpq_brevitas._ranges import fit_activations
 from mpq_brevitas._recipe import Recipe, attach_recipe
 from mpq_brevitas._rounding import check_rounding, originals_kept, round_weights
@@ -46,8 +46,8 @@ def prepare(
     module, merged = _convert(model, bits, recipe, batches, ptq)
     check_rounding(module, bits, ptq)
     calibrate(module, batches)
-    if ptq.activation_range in ("max", "mse"):
-        fit_activations(module, batches, ptq.activation_range)
+    if recipe.activation_range in ("max", "mse"):
+        fit_activations(module, batches, recipe.activation_range)
     check_weights(module, bits)
     _finn.check_activations(module, bits) if adapter.profile == "finn" else check_inputs(module, bits)
     with originals_kept(module, bits) if ptq.rounding != "nearest" else contextlib.nullcontext():
@@ -60,7 +60,8 @@ def prepare(
 def _recipe(model: nn.Module, bits: BitConfig, batches: tuple[Batch, ...], adapter: BrevitasAdapter, ptq: PTQ) -> Recipe:
     is_layerwise = adapter.profile == "layerwise"
     signed = _layerwise.signed_inputs(model, tuple(bits.layers), batches) if is_layerwise else {}
-    return Recipe(adapter.profile, ptq.weight_range, signed, ptq.activation_range, adapter.quantizer, adapter.scales)
+    rule = activation_rule(adapter, ptq)
+    return Recipe(adapter.profile, ptq.weight_range, signed, rule, adapter.quantizer, adapter.scales)
 
 
 def _convert(

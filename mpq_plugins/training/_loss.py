@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpq_plugins._errors import DataError, TrainingError
+from mpq_plugins._errors import DataError
 from mpq_plugins._model import Batch, Output, call, select, to_device
 
 Loss = Callable[[Any, Batch], Tensor]
@@ -49,12 +49,3 @@ def soft_cross_entropy(logits: Tensor, teacher: Tensor, temperature: float = 1.0
     """Mean over images of -T^2 sum softmax(teacher / T) log_softmax(logits / T), for logits [N, classes]."""
     target = F.softmax(teacher.float() / temperature, dim=1)
     return temperature**2 * F.cross_entropy(logits.float() / temperature, target)
-
-
-def check_loss(loss: object) -> None:
-    """Raise `TrainingError` for what a user's loss cannot be."""
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise TrainingError(f"the loss must be a scalar tensor, not {found}. Take its mean over the batch.")
-    if not loss.requires_grad:
-        raise TrainingError("the loss depends on no trainable parameter. Compute it from the module's result, undetached.")

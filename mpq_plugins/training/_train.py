@@ -7,7 +7,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -29,11 +29,12 @@ from mpq_plugins.training._checkpoints import TrainingFolder, history_from_json,
 from mpq_plugins.training._engine import agree, engine, in_parallel, seed_all
 from mpq_plugins.training._epochs import Epoch, TrainingData
 from mpq_plugins.training._job import Job
-from mpq_plugins.training._loss import Classification, Loss, check_loss
+from mpq_plugins.training._loss import Classification, Loss
 from mpq_plugins.training._metrics import EpochRecord, MetricFiles
 from mpq_plugins.training._parameter_groups import parameter_groups
 from mpq_plugins.training._profit import Profit
 from mpq_plugins.training._recipe import TrainingRecipe, rate_factor
+from mpq_plugins.training._refusals import abort_text, check_finite, check_loss, telling_lone_images
 
 _CALIBRATION_BATCHES = 8
 
@@ -181,12 +182,12 @@ class _Run:
     # Epochs and steps -----------------------------------------------------------------------------------------------------
 
     def _epoch(self, epoch: int) -> EpochRecord:
-        assert self.module is not None  # entering the stage made it
         stage, number = self.profit.stage, len(self.history)
         start = time.perf_counter()
         losses, n_images = self._steps(epoch)
         seconds = time.perf_counter() - start
-        self._check_finite(number + 1)
+        assert self.module is not None  # entering the stage made it
+        check_finite(self.module, f"after epoch {number + 1}", self.recipe, self._latest)
         if stage.samples and self.profit.meter is not None:
             self.profit.meter.average(self._mean)
         if self.average is not None and epoch + 1 == stage.epochs:
@@ -230,8 +231,9 @@ class _Run:
     def _train_mode(self) -> None:
         assert self.module is not None  # entering the stage made it
         self.module.train()
+        still = self.job.still
         for name, child in self.module.named_modules():
-            if name in self.job.still:
+            if name in still:
                 child.eval()
 
     def _step(self, batch: Batch, where: str) -> float:
@@ -239,12 +241,12 @@ class _Run:
         assert self.module is not None  # entering the stage made it
         batch = Batch(*to_device((batch.inputs, batch.labels), self.accelerator.device))
         self.optimizer.zero_grad()
-        with self.profit.forward(), self.accelerator.autocast(), _telling_lone_images(where):
+        with self.profit.forward(), self.accelerator.autocast(), telling_lone_images(where):
             loss = self.loss(call(self._parallel, batch.inputs), batch)
         check_loss(loss)
         value = float(self._mean(loss.detach()))
         if not math.isfinite(value):
-            raise TrainingError(self._abort_text(f"the loss is {value} at {where}"))
+            raise TrainingError(abort_text(f"the loss is {value} at {where}", self.recipe, self._latest))
         self.accelerator.backward(loss)
         self.profit.on_step()
         if self.recipe.clip_norm is not None:
@@ -261,22 +263,9 @@ class _Run:
         mean: Tensor = self.accelerator.reduce(value.to(self.accelerator.device), reduction="mean")
         return mean
 
-    def _check_finite(self, number: int) -> None:
-        """Refuse to keep what the last step of an epoch broke: only the loss of a next one would show it."""
-        assert self.module is not None  # entering the stage made it
-        for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad and not parameter.isfinite().all():
-                raise TrainingError(self._abort_text(f"{name} holds values that are not finite after epoch {number}"))
-
-    def _abort_text(self, fact: str) -> str:
-        latest = None if self.folder is None else self.folder.latest
-        kept = "No checkpoint was kept, because no folder was given" if self.folder is None else "No epoch was finished before"
-        if latest is not None:
-            kept = f"The last good checkpoint is {latest}"
-        return (
-            f"{fact}. {kept}. Lower the learning rate ({self.recipe.learning_rate:g}), bound the gradients (clip_norm), or "
-            "check the batch for values that are not finite."
-        )
+    @property
+    def _latest(self) -> Path | None:
+        return None if self.folder is None else self.folder.latest
 
     def _share_of_peak(self, epoch: int, step: int, n_steps: int) -> float:
         """Where a step of an epoch of `n_steps` stands on the curve of its stage, or of all stages together."""
@@ -364,19 +353,6 @@ class _Run:
             self.job.adapter.save(module, self.folder.path / "module.pt")
         self.accelerator.wait_for_everyone()
         return Trained(module, tuple(self.history), self.profit.instability)
-
-
-@contextlib.contextmanager
-def _telling_lone_images(where: str) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise DataError(
-            f"{where} has one image, and batch normalisation takes its statistics from at least two values per channel. "
-            "Leave short batches out (drop_last=True of a DataLoader), or choose another batch size."
-        ) from error
 
 
 def _first_batches(data: TrainingData) -> list[Batch]:

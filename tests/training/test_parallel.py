@@ -46,15 +46,15 @@ def test_both_processes_end_alike(runs):
 
 @pytest.mark.parametrize("case", ["frozen norms", "profit"])
 def test_the_loss_curve_is_that_of_one_process(runs, case):
-    """Without batch statistics only the order of sums differs: losses agree to 1e-3."""
+    """Without batch statistics only sums are of another order, which may round a value to the next code: within 1e-3."""
     _, one, (two, _) = runs
     assert two[case]["losses"] == pytest.approx(one[case]["losses"], rel=1e-3)
 
 
 def test_the_loss_curve_with_batch_norm_is_close(runs):
-    """Batch statistics are of 8 images in each process instead of 16: losses agree to 5 %, and fall."""
+    """Batch statistics are of 8 images in each process instead of 16: losses agree to 1 %."""
     _, one, (two, _) = runs
-    assert two["norms"]["losses"] == pytest.approx(one["norms"]["losses"], rel=0.05)
+    assert two["norms"]["losses"] == pytest.approx(one["norms"]["losses"], rel=0.01)
 
 
 def test_checkpoints_are_written_once(two):

@@ -1,0 +1,51 @@
+"""What training does not go on with, and how it says so."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from mpq_plugins._errors import DataError, TrainingError
+from mpq_plugins.training._recipe import TrainingRecipe
+
+
+def check_loss(loss: object) -> None:
+    """Raise `TrainingError` for what a user's loss cannot be."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise TrainingError(f"the loss must be a scalar tensor, not {found}. Take its mean over the batch.")
+    if not loss.requires_grad:
+        raise TrainingError("the loss depends on no trainable parameter. Compute it from the module's result, undetached.")
+
+
+def check_finite(module: nn.Module, when: str, recipe: TrainingRecipe, latest: Path | None) -> None:
+    """Raise `TrainingError` for what the last step of an epoch broke: only the loss of a next one would show it."""
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            raise TrainingError(abort_text(f"{name} holds values that are not finite {when}", recipe, latest))
+
+
+def abort_text(fact: str, recipe: TrainingRecipe, latest: Path | None) -> str:
+    """Why training stops, the checkpoint it can go on from, and what to change."""
+    kept = "No checkpoint was kept yet" if latest is None else f"The last good checkpoint is {latest}"
+    return (
+        f"{fact}. {kept}. Lower the learning rate ({recipe.learning_rate:g}), bound the gradients (clip_norm), or check the "
+        "batch for values that are not finite."
+    )
+
+
+@contextlib.contextmanager
+def telling_lone_images(where: str) -> Iterator[None]:
+    """Tell torch's refusal of batch statistics of one value as a `DataError`."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise DataError(
+            f"{where} has one image, and batch normalisation takes its statistics from at least two values per channel. "
+            "Leave short batches out (drop_last=True of a DataLoader), or choose another batch size."
+        ) from error

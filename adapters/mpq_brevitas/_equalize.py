@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,31 +42,37 @@ def _outputs(graph: Any, batch: Batch) -> list[Tensor]:
 
 def _scale_channels(graph: Any, norms: Mapping[str, Any], method: Equalization, batches: Sequence[Batch]) -> None:
     if method == "cross-layer":
-        with _following(graph, norms):
+        with _following(graph, norms) as fill_biases:
+            fill_biases()
             # Biases must not count: the factors are read off them.
             brevitas.EqualizeGraph(merge_bias=False).apply(graph)
     elif method == "smooth-quant":
         equalization = brevitas.GraphActivationEqualization(graph, add_mul_node=False)
-        equalization.setup()
-        with torch.no_grad():
-            for batch in batches:
-                call(graph, batch.inputs)
-        with _following(graph, norms):
+        # Entered first: while it observes, Brevitas hides layers inside modules of other names.
+        with _following(graph, norms) as fill_biases:
+            equalization.setup()
+            with torch.no_grad():
+                for batch in batches:
+                    call(graph, batch.inputs)
+            fill_biases()
             equalization.apply(_MIGRATION_STRENGTH)
 
 
 @contextlib.contextmanager
-def _following(graph: Any, norms: Mapping[str, Any]) -> Iterator[None]:
+def _following(graph: Any, norms: Mapping[str, Any]) -> Iterator[Callable[[], None]]:
     """Have biases and merged normalisations follow the factors that equalization gives their channels.
 
-    A bias of ones comes out as those factors.
+    A bias of ones comes out as those factors: what is yielded fills biases with ones, right before channels are scaled.
     """
     layers = {name: part for name, part in graph.named_modules() if isinstance(part, LAYER_TYPES) and part.bias is not None}
     biases: dict[str, Tensor] = {name: layer.bias.detach().clone() for name, layer in layers.items()}
-    with torch.no_grad():
+
+    def fill_biases() -> None:
         for layer in layers.values():
-            layer.bias.fill_(1.0)
-        yield
+            layer.bias.detach().fill_(1.0)
+
+    yield fill_biases
+    with torch.no_grad():
         for name, layer in layers.items():
             factors = layer.bias.detach().clone()
             layer.bias.copy_(biases[name] * factors)

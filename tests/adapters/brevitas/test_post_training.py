@@ -166,10 +166,11 @@ class TestEqualization:
             assert (module(images) - expected).abs().max() < 0.1 * expected.abs().max()
         assert not torch.allclose(module.get_submodule("conv1").weight, usual.get_submodule("conv1").weight)
 
+    @pytest.mark.parametrize("net", ["cnn", "residual"])
     @pytest.mark.parametrize("method", ["cross-layer", "smooth-quant"])
-    def test_normalisation_follows_the_channels(self, method):
+    def test_normalisation_follows_the_channels(self, method, net):
         """New statistics of an equalized net, each channel with its factor, leave the function of a well-normalised net."""
-        model, images = network("cnn"), smooth_images()
+        model, images = network(net), smooth_images()
         reestimate_batch_norm(model, [images])
         bits = uniform(model, images, "w8a8")
         module = BrevitasAdapter("finn").prepare(model, bits, images, [images], equalization=method, bias_correction=False)

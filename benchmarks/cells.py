@@ -37,12 +37,12 @@ class Case:
         return self.test[0].inputs[:1]
 
 
-def load_case(name, n_test):
+def load_case(name, n_test, n_calibration=512):
     """`digits`, or a glyph network (trained for a few minutes at its first use, then kept)."""
     if name == "digits":
         return Case(name, trained_digits_net(), digits(train=True)[:8], digits(train=False, batch_size=300))
     # The rounds up to 6 trained the float network, those from 7 on train the quantized one.
-    calibration = glyphs(train=True, n_images=512, batch_size=128, seed=6)
+    calibration = glyphs(train=True, n_images=n_calibration, batch_size=128, seed=6)
     return Case(name, trained_glyph_net(name), calibration, glyphs(train=False, n_images=n_test, batch_size=250))
 
 

@@ -1,10 +1,11 @@
 """Accuracy of post-training quantization, by method: both adapters, three networks, 4, 3 and mixed bits.
 
     python benchmarks/ptq.py                       # measures what is missing in --folder, then prints the table
-    python benchmarks/ptq.py --nets resnet20 --bits w4a8 --adapters brevitas
+    python benchmarks/ptq.py --nets resnet20 --bits w4a4 --adapters brevitas
 
 Each column changes the adapter's default (MSE weight ranges, bias correction, re-estimated batch normalisation) in what its
-name says. A dash is what the framework refuses. Accuracy in percent on held-out glyphs; 512 calibration images.
+name says; "nothing" has neither repair. A dash is what the framework refuses or was not run. Accuracy in percent on held-out
+glyphs.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from cells import NETS, Cells, bits_of_case, load_case, measured_accuracy
+from cells import BITS, NETS, Cells, bits_of_case, load_case, measured_accuracy
 
 from mpq_plugins._errors import AdapterError, MissingExtraError
 from mpq_plugins._plugins import make
@@ -31,7 +32,7 @@ METHODS = {
     "gptq": {"rounding": "gptq"},
     "gpfq": {"rounding": "gpfq"},
     "qronos": {"rounding": "qronos"},
-    "learned": {"rounding": "learned"},
+    "learned": {"rounding": "learned", "rounding_steps": 200},
 }
 ADAPTERS = {"brevitas": ("brevitas", {}), "brevitas finn": ("brevitas", {"profile": "finn"}), "nncf": ("nncf", {})}
 
@@ -66,16 +67,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("mpq-benchmark"))
     parser.add_argument("--nets", nargs="+", default=list(NETS[1:]), choices=NETS)
-    parser.add_argument("--bits", nargs="+", default=["w4a8", "w3a8", "mixed"])
+    parser.add_argument("--bits", nargs="+", default=list(BITS))
     parser.add_argument("--adapters", nargs="+", default=list(ADAPTERS), choices=list(ADAPTERS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--test-images", type=int, default=2000)
+    parser.add_argument("--calibration-images", type=int, default=256)
     parser.add_argument("--print-only", action="store_true", help="print the table of what was measured")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     cells = Cells(options.folder / "ptq.json")
     for net in [] if options.print_only else options.nets:
-        case = load_case(net, options.test_images)
+        case = load_case(net, options.test_images, options.calibration_images)
         print(f"{net}: float {measured_accuracy(case.net, case.test)}", flush=True)
         for text in options.bits:
             bits = bits_of_case(case, text, options.folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -54,6 +55,8 @@ def train(options: Namespace) -> int:
         tensorboard=options.tensorboard,
         on_epoch=lambda record: console.print(_line(record, recipe.epochs)),
     )
+    if int(os.environ.get("RANK", "0")):  # of several processes the first one reports
+        return 0
     if options.plot:
         plot_training(trained.history, options.plot)
     result = _result(trained, options)

@@ -17,6 +17,7 @@ from cells import BITS, NETS, Cells, bits_of_case, load_case, measured_accuracy
 
 from mpq_plugins._errors import AdapterError, MissingExtraError
 from mpq_plugins._plugins import make
+from mpq_plugins.small_nets import SMALL_NETS
 
 METHODS = {
     "nothing": {"bias_correction": False, "bn_reestimation": False},
@@ -66,7 +67,7 @@ def table(cells, nets, widths, adapters, methods):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("mpq-benchmark"))
-    parser.add_argument("--nets", nargs="+", default=list(NETS[1:]), choices=NETS)
+    parser.add_argument("--nets", nargs="+", default=list(SMALL_NETS), choices=NETS)
     parser.add_argument("--bits", nargs="+", default=list(BITS))
     parser.add_argument("--adapters", nargs="+", default=list(ADAPTERS), choices=list(ADAPTERS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))

@@ -25,6 +25,7 @@ from mpq_plugins._evaluate import exported_accuracy
 from mpq_plugins._plugins import make
 from mpq_plugins._training_sources import shifted_digits
 from mpq_plugins.glyphs import glyphs
+from mpq_plugins.small_nets import SMALL_NETS
 from mpq_plugins.training import ProfitSchedule, TrainingRecipe, train
 
 METHODS = ("PTQ", "QAT", "PROFIT", "PROFIT + teacher")
@@ -169,7 +170,7 @@ def budget_of(net, options):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("mpq-benchmark"))
-    parser.add_argument("--nets", nargs="+", default=list(NETS), choices=NETS)
+    parser.add_argument("--nets", nargs="+", default=["digits", *SMALL_NETS], choices=NETS)
     parser.add_argument("--bits", nargs="+", default=list(BITS))
     parser.add_argument("--adapters", nargs="+", default=["brevitas", "nncf"], choices=list(SUFFIX))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=(*METHODS, *ABLATIONS))

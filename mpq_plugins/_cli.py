@@ -139,6 +139,11 @@ def _add_model(parser: argparse.ArgumentParser, *, batch_size: int = 32) -> None
         help="torchvision:NAME, timm:NAME, file.py:BUILD or module:BUILD; options after '?': NAME?num_classes=10",
     )
     group.add_argument("--weights", metavar="FILE", help="state dict (.pt, .pth, .safetensors) loaded into the model")
+    group.add_argument(
+        "--negative-padding",
+        action="store_true",
+        help="shift hard swishes so that they quantize unsigned, and pad with -3/8 (PROFIT); give it to every verb",
+    )
     group.add_argument("--data", metavar="SPEC", help="digits, glyphs, imagefolder:DIR, file.py:LOADER or module:LOADER")
     group.add_argument("--input", metavar="SHAPE", help="input shape such as 1x3x224x224 (default: from the data)")
     group.add_argument(

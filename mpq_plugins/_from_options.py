@@ -43,17 +43,31 @@ def cache_of(options: Namespace) -> Path | None:
 
 def model_of(options: Namespace) -> tuple[nn.Module, Any]:
     """The model and one example input."""
-    from mpq_plugins._sources import example_input, load_model, parse_shape
+    from mpq_plugins._sources import load_model
 
     model = load_model(options.model, options.weights)
     if options.weights is None and options.model.startswith(("torchvision:", "timm:")):
         print("note: no --weights given, so the weights are random", file=sys.stderr)
+    example = _example_of(options)
+    if not options.negative_padding:
+        return model, example
+    from mpq_plugins.training import with_negative_padding
+
+    padded = with_negative_padding(model, example)
+    if not padded.rewritten:
+        print("note: --negative-padding finds no hard swish that only convolutions and linear layers read", file=sys.stderr)
+    return padded.model, example
+
+
+def _example_of(options: Namespace) -> Any:
+    from mpq_plugins._sources import example_input, parse_shape
+
     if options.input:
-        return model, example_input(parse_shape(options.input))
+        return example_input(parse_shape(options.input))
     if options.data:
-        return model, next(iter(take(data_of(options), 1))).inputs
+        return next(iter(take(data_of(options), 1))).inputs
     if options.model.startswith(("torchvision:", "timm:")):
-        return model, example_input((1, 3, 224, 224))
+        return example_input((1, 3, 224, 224))
     raise ModelError("the input shape is not known. Add --input, such as 1x3x32x32, or --data.")
 
 

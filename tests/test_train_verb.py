@@ -140,3 +140,24 @@ def test_user_data_may_be_a_loader_a_function_or_a_function_of_the_epoch(tmp_pat
     assert len(training_data("data.py:build")) == 1
     assert training_data("data.py:by_epoch")(5)[0][0][0] == 5
     assert len(calibration_data("data.py:loader", 4)) == 2
+
+
+def test_negative_padding_goes_through_every_verb(folder, capsys):
+    """A hard swish in front of a convolution gets an unsigned quantizer, the file verifies; without one a note is printed."""
+    Path("swish.py").write_text(
+        NET.replace(
+            "nn.Linear(8, 10)\n", "nn.Linear(8, 10)\n        self.act, self.mix = nn.Hardswish(), nn.Conv2d(8, 8, 3, 1, 1)\n"
+        ).replace("self.norm(self.conv(x)).relu()", "self.mix(self.act(self.norm(self.conv(x))))")
+    )
+    from mpq_plugins._sources import load_model
+
+    inventory = find_layers(load_model("swish.py:Net"), digits(train=True)[0].inputs[:1])
+    BitConfig({layer.name: Precision(8, 8) for layer in inventory}, inventory.fingerprint).save("swish.json")
+    common = ["--model", "swish.py:Net", "--data", "digits", "--adapter", "brevitas", "--quiet", "--negative-padding"]
+    assert main(["apply", "swish.json", *common]) == 0
+    state = torch.load("module.pt", weights_only=True)
+    assert json.loads(state["recipe"])["signed"] == {"conv": True, "mix": False, "fc": True}
+    assert main(["export", "module.pt", *common, "--out", "swish.onnx"]) == 0
+    capsys.readouterr()
+    assert main(["apply", "bits.json", "--model", "net.py:Net", *common[2:]]) == 0
+    assert "finds no hard swish" in capsys.readouterr().err

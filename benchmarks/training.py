@@ -42,6 +42,12 @@ PAIRS = (
     ("one cosine", "QAT"),
 )
 SUFFIX = {"nncf": ".xml", "brevitas": ".onnx"}
+ADAPTERS = {
+    "brevitas": ("brevitas", {}),
+    "nncf": ("nncf", {}),
+    "brevitas finn": ("brevitas", {"profile": "finn"}),
+    "brevitas duq": ("brevitas", {"quantizer": "duq"}),
+}
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ def data_of(case, budget):
 
 def cell(case, bits, adapter_name, method, budget, seed, *, exported):
     """Accuracy after one way to train, the losses on the way, and of the exported file when asked for."""
-    adapter = make("adapters", adapter_name)
+    adapter = make("adapters", *ADAPTERS[adapter_name])
     if method == "PTQ":
         module = adapter.prepare(case.net, bits, case.example, case.calibration)
         return {"accuracy": measured_accuracy(module, case.test)}
@@ -172,7 +178,7 @@ def main():
     parser.add_argument("--folder", type=Path, default=Path("mpq-benchmark"))
     parser.add_argument("--nets", nargs="+", default=["digits", *SMALL_NETS], choices=NETS)
     parser.add_argument("--bits", nargs="+", default=list(BITS))
-    parser.add_argument("--adapters", nargs="+", default=["brevitas", "nncf"], choices=list(SUFFIX))
+    parser.add_argument("--adapters", nargs="+", default=["brevitas", "nncf"], choices=list(ADAPTERS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=(*METHODS, *ABLATIONS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=8)

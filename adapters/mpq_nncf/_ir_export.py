@@ -15,7 +15,7 @@ from torch import nn
 from mpq_nncf._codes import stored_codes
 from mpq_nncf._declaration import ACTIVATION, CALL, KEY, WEIGHT, Declaration
 from mpq_nncf._ir_graph import Weight, feeding_quantizers, weights
-from mpq_nncf._ir_smoothing import fold_smoothing
+from mpq_nncf._ir_matrices import part_from_scaling
 from mpq_nncf._ir_storage import Storage, compact, pack, widest
 from mpq_nncf._positional import positional
 from mpq_nncf._quiet import quiet
@@ -34,7 +34,7 @@ def export_ir(module: nn.Module, path: Path, example: Any, declaration: Declarat
     for port, name in zip(model.inputs, names, strict=True):
         port.get_tensor().set_names({name})
         port.get_node().set_friendly_name(name)
-    fold_smoothing(model)
+    part_from_scaling(model)
     codes = stored_codes(module, declaration)
     for layer, found in _match(model, codes).items():
         storage = widest() if widen else compact(declaration.layers[layer].precision.weight)

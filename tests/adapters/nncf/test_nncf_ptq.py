@@ -169,6 +169,25 @@ def test_smooth_quant_keeps_the_function_and_the_round_trip(adapter, net, tmp_pa
         torch.testing.assert_close(float_module(inputs), case.model(inputs), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.LayerNorm])
+def test_arithmetic_per_column_in_front_of_a_quantizer(adapter, norm, tmp_path):
+    """Normalised matrices reach the next layer's quantizer as torch computes them, by default and exactly, at any width."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), norm(16), nn.Linear(16, 4)).eval()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.randn(16).exp())
+        model[1].bias.copy_(torch.randn(16))
+    inputs = torch.randn(32, 6)
+    for precision in ("w8a3", "w8a8"):
+        bits = uniform(model, inputs, precision)
+        module = adapter.prepare(model, bits, inputs, [inputs])
+        path = adapter.export(module, tmp_path / precision, inputs)
+        assert verify(adapter, path, bits, module=module, inputs=inputs).check().ok
+        with torch.no_grad():
+            expected = module(inputs).numpy()
+        assert np.abs(adapter.run(path, inputs, exact=False)[0] - expected).max() < 0.1 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("asymmetric", [False, True])
 def test_switched_bits_equal_prepared_ones(asymmetric, case, tmp_path):
     """From w8a8 to w4a4: the codes and weight ranges of a module prepared there, activation ranges to 5 %; files follow."""

@@ -171,13 +171,13 @@ def test_smooth_quant_keeps_the_function_and_the_round_trip(adapter, net, tmp_pa
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.LayerNorm])
 def test_arithmetic_per_column_in_front_of_a_quantizer(adapter, norm, tmp_path):
-    """Normalised matrices reach the next layer's quantizer as torch computes them, by default and exactly, at any width."""
+    """Normalised features reach the next layer's quantizer as torch computes them, by default and exactly, at any width."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 16), norm(16), nn.Linear(16, 4)).eval()
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), norm(16), nn.Linear(16, 4)).eval()
     with torch.no_grad():
-        model[1].weight.copy_(torch.randn(16).exp())
-        model[1].bias.copy_(torch.randn(16))
-    inputs = torch.randn(32, 6)
+        model[2].weight.copy_(torch.randn(16).exp())
+        model[2].bias.copy_(torch.randn(16))
+    inputs = torch.randn(32, 16, 2, 2)
     for precision in ("w8a3", "w8a8"):
         bits = uniform(model, inputs, precision)
         module = adapter.prepare(model, bits, inputs, [inputs])

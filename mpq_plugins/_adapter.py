@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mpq_plugins._bits import BitConfig
-from mpq_plugins._errors import AdapterError
-from mpq_plugins._layers import Inventory, Layer
+from mpq_plugins._errors import AdapterError, FingerprintError
+from mpq_plugins._layers import Inventory, Layer, unknown_layer
 from mpq_plugins._precision import Precision
 
 if TYPE_CHECKING:
@@ -56,11 +56,13 @@ class AbstractAdapter(abc.ABC):
         """
 
     def set_bits(self, module: nn.Module, bits: BitConfig, calibration: Iterable[Any] = ()) -> nn.Module:
-        """Switch a prepared module to `bits` in place and return it; its parameters stay the same objects.
+        """Switch a prepared module in place to `bits` of all its layers, and return it; its parameters stay the same objects.
 
-        Weight ranges are fitted to the new widths as `prepare` was told to. Activation ranges are fitted too when there are
-        `calibration` batches, else their thresholds stay. Raises `UnknownLayerError`, `FingerprintError` and `AdapterError`
-        before anything is changed. Needed for training that lowers bits in stages.
+        Quantizers that keep their width keep their range, be it calibrated or learned. The others get new ones, as `prepare`
+        was told to fit them: weights always; activations where there are `calibration` batches, from what reaches them in
+        the module as it stands before the switch, and else their thresholds stay. Weights trained under quantization and
+        batch normalisation that follows them make sense together only like that; a float computation would be another one.
+        Raises `UnknownLayerError`, `FingerprintError` and `AdapterError` before anything is changed.
         """
         raise AdapterError(f"the adapter {self.name!r} cannot switch the bits of a prepared module. Prepare it anew.")
 
@@ -114,3 +116,21 @@ def attach_bits(module: nn.Module, bits: BitConfig) -> nn.Module:
     """Let a quantized module remember the bit configuration it was prepared with; deepcopy keeps it."""
     object.__setattr__(module, "_mpq_bits", bits)
     return module
+
+
+def check_switch(old: BitConfig, new: BitConfig) -> None:
+    """Make sure that a module of `old` bits can be asked for `new` ones: the same layers of the same model.
+
+    Raises `UnknownLayerError`, `FingerprintError` and, for layers without new bits, `AdapterError`.
+    """
+    for name in new.layers:
+        if name not in old.layers:
+            raise unknown_layer(name, list(old.layers))
+    if new.fingerprint != old.fingerprint:
+        raise FingerprintError(
+            f"the bits are for a model with fingerprint {new.fingerprint[:19]}..., the module was prepared from one with "
+            f"{old.fingerprint[:19]}.... Give bits of the same model."
+        )
+    missing = sorted(set(old.layers) - set(new.layers))
+    if missing:
+        raise AdapterError(f"no bits are given for {', '.join(missing)}, which the module has quantized. Give them too.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import warnings
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ with warnings.catch_warnings():
         import brevitas.nn as qnn
         from brevitas import config
         from brevitas.core.bit_width import BitWidthStatefulConst
+        from brevitas.core.stats import stats_op
         from brevitas.fx import GraphModule as GraphModule
         from brevitas.fx.brevitas_tracer import symbolic_trace as symbolic_trace
         from brevitas.graph.base import FnToModule as FnToModule
@@ -162,6 +164,12 @@ def activation_format(proxy: Any) -> tuple[int, bool]:
     return int(activation_tensor_quant(proxy).msb_clamp_bit_width_impl()), is_signed(proxy.quant_injector)
 
 
+def unquantized(proxy: Any, value: Any) -> Tensor:
+    """What an activation's quantizer is given: the input of its proxy, behind the activation function that is part of it."""
+    result: Tensor = proxy.fused_activation_quant_proxy.activation_impl(plain(value))
+    return result
+
+
 def set_activation_threshold(proxy: Any, threshold: Tensor) -> None:
     """Let the largest code of a calibrated activation quantizer stand for `threshold` from now on, in place."""
     scaling = activation_tensor_quant(proxy).scaling_impl
@@ -172,13 +180,35 @@ def set_activation_threshold(proxy: Any, threshold: Tensor) -> None:
 
 def refit_weight_scale(layer: Any) -> None:
     """Search the range of a weight again as its quantizer does at first, for the bits it has now; in place."""
-    scaling = getattr(layer.weight_quant.tensor_quant, "scaling_impl", None)
-    if learned_scale(layer.weight_quant) is None or not hasattr(scaling, "init_done"):
+    proxy = layer.weight_quant
+    scaling = getattr(proxy.tensor_quant, "scaling_impl", None)
+    if learned_scale(proxy) is None or not hasattr(scaling, "init_done"):
         return
-    with torch.no_grad():
-        scaling.value.fill_(1.0)  # Brevitas multiplies what it finds into it
-        scaling.init_done = False
-        layer.quant_weight()
+    _rebind_searches(proxy)
+    was_off, proxy.disable_quant = proxy.disable_quant, False  # a weight that passes would leave the search undone
+    try:
+        with torch.no_grad():
+            scaling.value.fill_(1.0)  # Brevitas multiplies what it finds into it
+            scaling.init_done = False
+            layer.quant_weight()
+    finally:
+        proxy.disable_quant = was_off
+
+
+def _rebind_searches(proxy: Any) -> None:
+    """Let searches for a range switch the quantizer they stand in: in a deep copy they still switch that of the original."""
+    for search in proxy.modules():
+        if isinstance(search, stats_op.MSE):
+            before = search.previous_observer_mode
+            search.proxy_forward = proxy.forward
+            search.set_local_loss_mode = functools.partial(stats_op._set_local_loss_mode, proxy)
+            search.set_observer_mode = functools.partial(_observing, proxy, before)
+            search.restore_observer_mode = functools.partial(stats_op._restore_observer_mode, proxy, before)
+            search.restore_offload_param = functools.partial(stats_op._restore_params, proxy)
+
+
+def _observing(proxy: Any, before: dict[str, bool], enabled: bool) -> None:
+    stats_op._set_observer_mode(proxy, enabled, before)
 
 
 def set_weight_quantization(layer: Any, on: bool) -> None:

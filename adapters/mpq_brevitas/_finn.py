@@ -145,9 +145,15 @@ def _layer_map(bits: BitConfig | None, recipe: Recipe) -> dict[type[nn.Module], 
 
 def set_activation_bits(module: nn.Module, bits: BitConfig) -> None:
     """Give every quantizer the bits of the layers that read it; raises `AdapterError` where they disagree."""
-    for group, width in _asked(module, bits):
-        for quantizer in quantizers_of_group(module, group):
-            brevitas.set_activation_bits(quantizer.act_quant, width)
+    for proxy, width in activation_widths(module, bits).items():
+        brevitas.set_activation_bits(proxy, width)
+
+
+def activation_widths(module: nn.Module, bits: BitConfig) -> dict[Any, int]:
+    """The width that `bits` ask of every activation quantizer; raises `AdapterError` where its readers disagree."""
+    return {
+        quantizer.act_quant: width for group, width in _asked(module, bits) for quantizer in quantizers_of_group(module, group)
+    }
 
 
 def check_agreement(module: nn.Module, bits: BitConfig) -> None:

@@ -10,54 +10,51 @@ from torch import nn
 from mpq_brevitas import _brevitas_internals as brevitas
 from mpq_brevitas import _finn
 from mpq_brevitas._modules import get_layer
-from mpq_brevitas._ranges import fit_activations, fit_weights
+from mpq_brevitas._ranges import fit_weights, measured, set_thresholds
 from mpq_brevitas._recipe import Recipe, recipe_of
-from mpq_plugins._adapter import attach_bits, bits_of
+from mpq_plugins._adapter import attach_bits, bits_of, check_switch
 from mpq_plugins._bits import BitConfig
-from mpq_plugins._errors import AdapterError, FingerprintError
-from mpq_plugins._layers import unknown_layer
+from mpq_plugins._errors import AdapterError
 from mpq_plugins._model import batches_of
 
 
 def set_bits(module: nn.Module, bits: BitConfig, calibration: Iterable[Any] = ()) -> nn.Module:
-    """See `AbstractAdapter.set_bits`. `bits` may name some of the layers only; the others keep theirs.
+    """See `AbstractAdapter.set_bits`; bias correction and batch-normalisation statistics stay those of the bits before.
 
-    Raises `AdapterError` where weights would change between binary and integer codes.
+    DuQ's weights keep their learned ranges at any width. Raises `AdapterError` where weights would change between binary
+    and integer codes.
     """
     old, recipe = bits_of(module), recipe_of(module)
-    new = _merged(module, old, bits, recipe)
-    switched = [name for name, precision in new.layers.items() if precision.weight != old[name].weight]
-    for name in switched:
-        brevitas.set_weight_bits(get_layer(module, name).weight_quant, new[name].weight)
-    _set_activations(module, new, recipe)
-    fit_weights(module, switched)
-    batches = tuple(batches_of(calibration))
-    if batches:
-        fit_activations(module, batches, recipe.activation_range)
-    return attach_bits(module, new)
+    _check(module, old, bits, recipe)
+    reweighted = [name for name, precision in bits.layers.items() if precision.weight != old[name].weight]
+    widths = _new_widths(module, bits, recipe)
+    thresholds = measured(module, widths, batches_of(calibration), recipe.activation_range) if widths else {}
+    for name in reweighted:
+        brevitas.set_weight_bits(get_layer(module, name).weight_quant, bits[name].weight)
+    for proxy, width in widths.items():
+        brevitas.set_activation_bits(proxy, width)
+    fit_weights(module, reweighted)
+    set_thresholds(thresholds)
+    return attach_bits(module, bits)
 
 
-def _merged(module: nn.Module, old: BitConfig, bits: BitConfig, recipe: Recipe) -> BitConfig:
-    """The bits of every layer after the switch; refuses what cannot be done."""
-    if bits.fingerprint and old.fingerprint and bits.fingerprint != old.fingerprint:
-        raise FingerprintError(
-            f"the bits are for a model with fingerprint {bits.fingerprint[:19]}..., the module was prepared from one with "
-            f"{old.fingerprint[:19]}.... Give bits of the same model."
-        )
+def _check(module: nn.Module, old: BitConfig, bits: BitConfig, recipe: Recipe) -> None:
+    check_switch(old, bits)
     for name, precision in bits.layers.items():
-        if name not in old.layers:
-            raise unknown_layer(name, list(old.layers))
         if precision.weight != old[name].weight and 1 in (precision.weight, old[name].weight):
-            raise AdapterError(f"{name} cannot change between binary and integer weights in place. Prepare again.")
-    new = BitConfig({**old.layers, **bits.layers}, old.fingerprint, bits.origin, bits.costs)
+            raise AdapterError(
+                f"{name} cannot change from {old[name].weight} to {precision.weight} weight bits in place: binary weights have "
+                "another quantizer. Prepare the model again."
+            )
     if recipe.profile == "finn":
-        _finn.check_agreement(module, new)
-    return new
+        _finn.check_agreement(module, bits)
 
 
-def _set_activations(module: nn.Module, bits: BitConfig, recipe: Recipe) -> None:
-    if recipe.profile == "finn":
-        _finn.set_activation_bits(module, bits)
-        return
-    for name, precision in bits.layers.items():
-        brevitas.set_activation_bits(get_layer(module, name).input_quant, precision.activation)
+def _new_widths(module: nn.Module, bits: BitConfig, recipe: Recipe) -> dict[Any, int]:
+    """The activation quantizers whose width changes, and the width that they get."""
+    asked = (
+        _finn.activation_widths(module, bits)
+        if recipe.profile == "finn"
+        else {get_layer(module, name).input_quant: precision.activation for name, precision in bits.layers.items()}
+    )
+    return {proxy: width for proxy, width in asked.items() if brevitas.activation_format(proxy)[0] != width}

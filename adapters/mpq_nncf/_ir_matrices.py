@@ -2,9 +2,9 @@
 
 The plugin (2026.4) merges a multiplication or addition per column into the FakeQuantize behind it where the data are a matrix
 [N, column] of a number of rows that it does not know beforehand, and then computes something else: by default at widths other
-than 4 and 8 bits, with `EXACT` (see `_run.py`) at every width. That meets batch normalisation, layer normalisation and
-SmoothQuant's factors in front of a linear layer. The same arithmetic per channel of an image is merged correctly, and so is that
-of a fixed number of rows.
+than 4 and 8 bits, and without its low-precision transformations (`run` with `exact`) at every width. That meets batch
+normalisation and SmoothQuant's factors in front of a linear layer. The same arithmetic per channel of an image is merged
+correctly, and so is that of a fixed number of rows.
 """
 
 from __future__ import annotations

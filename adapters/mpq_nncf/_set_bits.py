@@ -14,21 +14,14 @@ from mpq_nncf._groups import check_groups
 from mpq_nncf._ptq import ptq_of
 from mpq_nncf._weight_range import fit_weight_ranges
 from mpq_nncf._wiring import Wiring, wiring_of
-from mpq_plugins._adapter import attach_bits, bits_of
+from mpq_plugins._adapter import attach_bits, bits_of, check_switch
 from mpq_plugins._bits import BitConfig
-from mpq_plugins._errors import AdapterError, FingerprintError
-from mpq_plugins._layers import unknown_layer
+from mpq_plugins._errors import AdapterError
 from mpq_plugins._model import batches_of
 
 
 def set_bits(module: nn.Module, bits: BitConfig, calibration: Iterable[Any] = ()) -> nn.Module:
-    """Switch every quantizer to the width that `bits` asks for; those whose width changes get new ranges.
-
-    Weight ranges are fitted as `prepare` was told to. Activation ranges are fitted to what the module, as it stands before the
-    switch, makes of the `calibration` batches; without any they stay. Quantizers that keep their width keep their range, be it
-    calibrated or learned; bias correction and batch-normalisation statistics stay those of the prepared bits.
-    Raises `UnknownLayerError`, `FingerprintError` and `AdapterError` before anything is changed.
-    """
+    """See `AbstractAdapter.set_bits`; bias correction and batch-normalisation statistics stay those of the bits before."""
     wiring, old = wiring_of(module), bits_of(module)
     _check(wiring, bits, old)
     reweighted = [name for name in wiring if bits[name].weight != old[name].weight]
@@ -59,14 +52,7 @@ def first_places(module: nn.Module, hooks: Iterable[str]) -> list[str]:
 
 
 def _check(wiring: Wiring, bits: BitConfig, old: BitConfig) -> None:
-    for name in bits.layers:
-        if name not in wiring:
-            raise unknown_layer(name, list(wiring))
-    if bits.fingerprint != old.fingerprint:
-        raise FingerprintError("the bits are for another model than this module was prepared from. Allocate for this model.")
-    missing = sorted(set(wiring) - set(bits.layers))
-    if missing:
-        raise AdapterError(f"no bits are given for {', '.join(missing)}, which the module has quantized. Give them too.")
+    check_switch(old, bits)
     for name, precision in bits.layers.items():
         check_precision(name, precision)
     check_groups(_sharing(wiring), bits.layers)

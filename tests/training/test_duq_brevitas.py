@@ -14,7 +14,7 @@ from mpq_brevitas._recipe import Recipe, attach_recipe
 from torch import nn
 
 from mpq_plugins import BitConfig, Precision, find_layers
-from mpq_plugins._adapter import attach_bits
+from mpq_plugins._adapter import attach_bits, bits_of
 from mpq_plugins._model import Batch
 from mpq_plugins.training import duq, parameter_groups
 
@@ -94,7 +94,8 @@ def test_every_range_learns(net, images, labels):
 def test_bits_switch_in_place_and_are_saved(net, images):
     """`set_bits` gives the codes of the new width; the width is in the state dict and survives reloading."""
     other = copy.deepcopy(net)
-    BrevitasAdapter().set_bits(net, BitConfig({"0": Precision(8, 4)}, ""))
+    bits = bits_of(net)
+    BrevitasAdapter().set_bits(net, BitConfig({**bits.layers, "0": Precision(8, 4)}, bits.fingerprint))
     assert int(net[0].quant_weight().int().abs().max()) > 100
     assert len(net[0].input_quant(images).value.unique()) <= 15
     other.load_state_dict(net.state_dict())

@@ -34,10 +34,14 @@ def uniform(model, example, precision):
     return BitConfig(dict.fromkeys((layer.name for layer in inventory), Precision.parse(precision)), inventory.fingerprint)
 
 
+def activation_scales(module):
+    return [float(proxy.scale().detach()) for proxy in brevitas.activation_proxies(module)]
+
+
 class TestSetBits:
     @pytest.mark.parametrize(("name", "weight_range", "activation_range"), WAYS)
     def test_equals_preparing_at_the_new_bits(self, name, weight_range, activation_range, tmp_path):
-        """8 bits switched to a mixture: codes, outputs and state of a fresh module; saved, loaded and exported as such."""
+        """8 bits switched to a mixture: codes and names of a fresh module, close activation scales; saved and exported."""
         model, example, adapter = network("residual"), images(), ADAPTERS[name]
         options = {**PLAIN, "weight_range": weight_range, "activation_range": activation_range}
         module = adapter.prepare(model, uniform(model, example, "w8a8"), example, [example], **options)
@@ -50,10 +54,52 @@ class TestSetBits:
         assert list(module.state_dict()) == list(fresh.state_dict())
         for layer, codes in adapter.codes(fresh).items():
             np.testing.assert_array_equal(adapter.codes(module)[layer], codes)
-        torch.testing.assert_close(module(example), fresh(example), rtol=0, atol=1e-5)
+        # Activations are measured with 8-bit quantizers in front, those of a fresh module without any; DuQ's clip 5 % of them.
+        for ours, theirs in zip(activation_scales(module), activation_scales(fresh), strict=True):
+            assert ours == pytest.approx(theirs, rel=0.1 if name == "duq" else 0.02)
         loaded = adapter.load(model, adapter.save(module, tmp_path / "m.pt"), example)
         assert torch.equal(loaded(example), module(example))
         assert adapter.read_bits(adapter.export(loaded, tmp_path / "m.onnx", example)) == target
+
+    def test_ranges_are_those_of_the_module_as_it_stands(self):
+        """Statistics of a trained module belong to its quantized activations: ranges are fitted to those."""
+        model, example, adapter = network("residual"), images(), BrevitasAdapter()
+        module = adapter.prepare(model, uniform(model, example, "w8a3"), example, [example], **PLAIN)
+        seen = []
+        handle = module.conv2.register_forward_pre_hook(lambda _layer, inputs: seen.append(brevitas.plain(inputs[0])))
+        with torch.no_grad():
+            module(example)
+        handle.remove()
+        kept = float(module.fc.input_quant.scale().detach())
+        bits = uniform(model, example, "w8a2")
+        adapter.set_bits(module, BitConfig({**bits.layers, "fc": Precision(8, 3)}, bits.fingerprint), [example])
+        steps = torch.linspace(0.01, 1, 3000) * float(seen[0].max()) / 3
+        errors = [float((seen[0] - torch.round(seen[0] / step).clamp(0, 3) * step).square().sum()) for step in steps]
+        found = float(module.conv2.input_quant.scale().detach())
+        assert found == pytest.approx(float(steps[int(np.argmin(errors))]), rel=0.02)
+        assert float(module.fc.input_quant.scale().detach()) == kept
+
+    def test_copies_are_switched_on_their_own(self):
+        """A deep copy gets the codes of the module switched itself, which stays as it was."""
+        model, example, adapter = network("residual"), images(), BrevitasAdapter()
+        module = adapter.prepare(model, uniform(model, example, "w8a8"), example, [example], **PLAIN)
+        before = adapter.codes(module)
+        switched = adapter.set_bits(copy.deepcopy(module), uniform(model, example, "w3a8"))
+        for layer, codes in adapter.codes(module).items():
+            np.testing.assert_array_equal(codes, before[layer])
+        for layer, codes in adapter.codes(adapter.set_bits(module, uniform(model, example, "w3a8"))).items():
+            np.testing.assert_array_equal(codes, adapter.codes(switched)[layer])
+
+    def test_float_weights_meanwhile(self):
+        """Weights switched while they pass unquantized have, quantized again, the codes of those switched as usual."""
+        model, example, adapter = network("residual"), images(), BrevitasAdapter()
+        module = adapter.prepare(model, uniform(model, example, "w8a8"), example, [example], **PLAIN)
+        usual = adapter.set_bits(copy.deepcopy(module), uniform(model, example, "w3a8"))
+        adapter.set_bits(adapter.use_float_weights(module), uniform(model, example, "w3a8"))
+        assert torch.equal(brevitas.plain(module.conv1.quant_weight()), module.conv1.weight)
+        assert all(torch.equal(value, module.state_dict()[name]) for name, value in usual.state_dict().items())
+        for layer, codes in adapter.codes(adapter.use_float_weights(module, False)).items():
+            np.testing.assert_array_equal(codes, adapter.codes(usual)[layer])
 
     def test_thresholds_stay_without_data(self):
         """Without calibration an activation's threshold stays: its scale grows by the ratio of the numbers of codes."""
@@ -74,6 +120,7 @@ class TestSetBits:
             (UnknownLayerError, BitConfig({"conv1": Precision(2, 2), "none": Precision(2, 2)}, "")),
             (FingerprintError, BitConfig({"conv1": Precision(2, 2)}, "sha256:other")),
             (AdapterError, BitConfig(unequal, bits.fingerprint)),
+            (AdapterError, BitConfig({"conv1": Precision(2, 2)}, bits.fingerprint)),
         ):
             with pytest.raises(error):
                 adapter.set_bits(module, wrong)

@@ -45,8 +45,8 @@ def _first_images(batches: Sequence[Batch]) -> list[Batch]:
     for batch in batches:
         if n_images >= _N_IMAGES:
             break
-        used.append(batch)
-        n_images += len(batch)
+        used.append(batch.part(0, _N_IMAGES - n_images))
+        n_images += len(used[-1])
     return used
 
 

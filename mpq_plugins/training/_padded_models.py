@@ -64,8 +64,11 @@ class _ReaderWatch(AbstractWatch):
         self.n_calls: dict[nn.Module, int] = {}
         self._open: dict[int, tuple[Tensor, str]] = {}  # by id of the tensor
         self._produced: dict[int, tuple[Tensor, nn.Module]] = {}
-        self._owner = {id(layer.weight): layer for layer in model.modules() if isinstance(layer, _FOLDABLE)}
+        # A parametrized weight is computed anew at every call: it is no parameter of its layer.
+        layers = [layer for layer in model.modules() if isinstance(layer, _FOLDABLE) and "weight" in layer._parameters]
+        self._owner = {id(layer.weight): layer for layer in layers}
         self._norms = {id(norm.running_mean): norm for norm in model.modules() if isinstance(norm, _NORMS)}
+        self.n_norm_calls: dict[nn.Module, int] = {}
         self._inside = 0
 
     def enter(self, _module: nn.Module, inputs: Any) -> None:
@@ -101,20 +104,31 @@ class _ReaderWatch(AbstractWatch):
 
     def on_other(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
         name = function_name(function)
+        if name == "__get__" and isinstance(output, Tensor):  # x.T, x.data
+            self._close(args, "an attribute of its output")
         if name in METADATA_NAMES:
             return
         source = input_argument(args, kwargs)
-        if name in _SHIFT_PASSES and id(source) in self._open and isinstance(output, Tensor):
-            self._open[id(output)] = (output, self._open[id(source)][1])
+        if name in _SHIFT_PASSES and id(source) in self._open:
+            if isinstance(output, Tensor):
+                self._open[id(output)] = (output, self._open[id(source)][1])
+            else:
+                self._close(source, name)
+        norm = self._norm_of(args, kwargs) if name == "batch_norm" else None
+        if norm is not None:
+            self.n_norm_calls[norm] = self.n_norm_calls.get(norm, 0) + 1
         for read in tensors((args, kwargs)):
             if id(read) in self._produced:
-                self._note_reader(self._produced[id(read)][1], name, args, kwargs)
+                self._note_reader(self._produced[id(read)][1], norm)
 
-    def _note_reader(self, layer: nn.Module, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def _note_reader(self, layer: nn.Module, norm: nn.Module | None) -> None:
         self.n_reads[layer] = self.n_reads.get(layer, 0) + 1
-        norm = self._norms.get(id(args[1] if len(args) > 1 else kwargs.get("running_mean")))
-        if name == "batch_norm" and norm is not None:
+        if norm is not None:
             self.norm_of[layer] = norm
+
+    def _norm_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> nn.Module | None:
+        mean = args[1] if len(args) > 1 else kwargs.get("running_mean")
+        return None if mean is None else self._norms.get(id(mean))
 
     def _close(self, read: Any, reader: str) -> None:
         """Note that the tensors in `read` are read by something that cannot take a shift up."""
@@ -180,10 +194,13 @@ def _reason(swish: _Swish, watch: _ReaderWatch) -> str | None:
 
 
 def _replace(model: nn.Module, name: str) -> None:
-    parent, _, attribute = name.rpartition(".")
+    """Shift the hard swish `name` wherever it is registered."""
     old = model.get_submodule(name)
-    new = ShiftedHardswish(inplace=bool(old.inplace))
-    setattr(model.get_submodule(parent), attribute, new.train(old.training))
+    assert isinstance(old, nn.Hardswish)
+    new = ShiftedHardswish(inplace=old.inplace).train(old.training)
+    for place in [place for place, module in model.named_modules(remove_duplicate=False) if module is old]:
+        parent, _, attribute = place.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, new)
 
 
 @torch.no_grad()
@@ -192,6 +209,8 @@ def _take_up(layer: nn.Module, watch: _ReaderWatch) -> None:
     assert isinstance(layer.weight, Tensor)
     constant = folded_offset(layer.weight)
     norm = watch.norm_of.get(layer) if watch.n_reads.get(layer) == 1 else None
+    if norm is not None and watch.n_norm_calls[norm] != 1:
+        norm = None  # its statistics serve other layers too
     if isinstance(layer.bias, Tensor):
         layer.bias += constant
     elif norm is not None and isinstance(norm.running_mean, Tensor):

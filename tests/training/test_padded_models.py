@@ -111,6 +111,41 @@ def test_what_has_other_readers_stays():
     }
 
 
+class OddReaders(nn.Module):
+    """A hard swish of two names, and readers that need care: `kind` says which."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.stem, self.act = kind, nn.Conv2d(3, 6, 3), nn.Hardswish()
+        self.again = self.act
+        self.a, self.b = nn.Conv2d(6, 4, 1, bias=False), nn.Conv2d(3, 4, 1, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        nn.init.normal_(self.norm.running_mean)
+        if kind == "parametrized":
+            nn.utils.parametrizations.weight_norm(self.a)
+
+    def forward(self, x):
+        y = self.again(self.stem(x))
+        if self.kind == "attribute":
+            return self.a(y) + F.conv2d(y.data, self.a.weight)
+        if self.kind == "indices":
+            return self.a(F.max_pool2d(y, 2, return_indices=True)[0])
+        if self.kind == "norm of two":
+            return self.norm(self.a(y)), self.norm(self.b(x))
+        return self.a(y)
+
+
+@pytest.mark.parametrize("kind", ["two names", "attribute", "indices", "norm of two", "parametrized"])
+def test_odd_readers_keep_the_function(kind):
+    """Second names, attributes, several results, shared norms and computed weights: the function stays, shifted or not."""
+    torch.manual_seed(0)
+    model = OddReaders(kind).eval()
+    padded = with_negative_padding(model, image())
+    assert padded.rewritten == (("act",) if kind in ("two names", "norm of two") else ())
+    with torch.no_grad():
+        torch.testing.assert_close(padded.model(image(2)), model(image(2)), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["small", "torchvision"])
 def test_mobilenets(name):
     """In MobileNetV3 every hard swish goes that feeds no squeeze-excite or shortcut, and what readers see is never negative."""

@@ -46,6 +46,9 @@ class PTQ:
         for name, choices in allowed.items():
             if getattr(self, name) not in choices:
                 raise AdapterError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}.")
+        for name in ("bias_correction", "bn_reestimation"):
+            if not isinstance(getattr(self, name), bool):
+                raise AdapterError(f"{name} must be true or false, not {getattr(self, name)!r}.")
         if self.rounding_steps < 1:
             raise AdapterError(f"rounding_steps must be at least 1, not {self.rounding_steps}.")
 

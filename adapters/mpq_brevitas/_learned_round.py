@@ -88,6 +88,7 @@ def _seen(module: nn.Module, layer: Any, batches: Sequence[Batch], of: Callable[
 def _learn(layer: Any, inputs: Sequence[Tensor], targets: Sequence[Tensor], n_steps: int) -> None:
     x, wanted = torch.cat(list(inputs)), torch.cat(list(targets))
     bias = None if layer.bias is None else layer.bias.detach()
+    channels = -1 if isinstance(layer, nn.Linear) else 1
     generator = torch.Generator().manual_seed(0)
     with brevitas.learned_rounding(layer) as rounding, torch.enable_grad():
         regularisation = brevitas.rounding_regularisation(layer, n_steps)
@@ -95,7 +96,7 @@ def _learn(layer: Any, inputs: Sequence[Tensor], targets: Sequence[Tensor], n_st
         for _ in range(n_steps):
             chosen = torch.randint(len(x), (min(_BATCH_SIZE, len(x)),), generator=generator)
             output = layer.inner_forward_impl(x[chosen], brevitas.plain(layer.quant_weight()), bias)
-            error = (output - wanted[chosen]).square().sum(1).mean()
+            error = (output - wanted[chosen]).square().sum(channels).mean()
             optimizer.zero_grad()
             (error + regularisation(output, output)).backward()
             optimizer.step()

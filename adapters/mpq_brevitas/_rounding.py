@@ -30,6 +30,14 @@ def check_rounding(module: nn.Module, bits: BitConfig, ptq: PTQ) -> None:
             f'rounding="{ptq.rounding}" chooses between neighbouring integer codes, which the binary weights of '
             f'{", ".join(binary)} do not have. Use rounding="nearest", or give them 2 bits.'
         )
+    holders: dict[int, str] = {}
+    for name in bits.layers:
+        first = holders.setdefault(id(get_layer(module, name).weight), name)
+        if first != name:
+            raise AdapterError(
+                f'rounding="{ptq.rounding}" would choose the codes of the weight that {first} and {name} share twice, '
+                'once for each. Use rounding="nearest".'
+            )
     transposed = [name for name in bits.layers if isinstance(get_layer(module, name), _TRANSPOSED)]
     if transposed and ptq.rounding != "learned":
         raise AdapterError(

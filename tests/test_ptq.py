@@ -1,0 +1,48 @@
+"""The options of post-training quantization: what is refused before any work is done."""
+
+import pytest
+import torch
+from mpq_brevitas import BrevitasAdapter
+from torch import nn
+
+from mpq_plugins import PTQ, BitConfig, Precision, find_layers
+from mpq_plugins._errors import AdapterError
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"rounding": "gtpq"}, "rounding must be one of nearest, gptq, gpfq, qronos, learned, not 'gtpq'"),
+        ({"rouding": "gptq"}, "no option 'rouding'; it has weight_range"),
+        ({"bias_correction": "false"}, "bias_correction must be true or false, not 'false'"),
+        ({"rounding_steps": 0}, "rounding_steps must be at least 1, not 0"),
+    ],
+)
+def test_wrong_options_are_told(options, told):
+    """The value, and what it could be."""
+    with pytest.raises(AdapterError, match=told):
+        PTQ.of(options)
+
+
+def test_known_options_are_kept():
+    """Keyword options become fields, the others keep their defaults."""
+    assert PTQ.of({"rounding": "gptq", "bn_reestimation": False}) == PTQ(rounding="gptq", bn_reestimation=False)
+
+
+def test_a_shared_weight_has_one_rounding():
+    """Two layers that share a weight would each choose its codes: refused by name."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.second.weight = self.first.weight
+
+        def forward(self, x):
+            return self.second(self.first(x).relu())
+
+    model, x = Tied().eval(), torch.randn(8, 4)
+    inventory = find_layers(model, x)
+    bits = BitConfig({layer.name: Precision(4, 8) for layer in inventory}, inventory.fingerprint)
+    with pytest.raises(AdapterError, match="weight that first and second share"):
+        BrevitasAdapter().prepare(model, bits, x, [x], rounding="gptq")

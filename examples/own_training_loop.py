@@ -18,6 +18,7 @@ def main(folder: Path) -> None:
     adapter = NNCFAdapter()
     inventory = mpq.find_layers(model, example)
     bits = mpq.BitConfig({layer.name: mpq.Precision(3, 4) for layer in inventory}, inventory.fingerprint)
+    bits.save(folder / "bits.json")
 
     # Four epochs at the target bits: measure AIWQ, train all layers, freeze the most unstable third, then two thirds.
     schedule = ProfitSchedule(widths=(), float_epochs=0, settle_epochs=0, train_epochs=1, sample_epochs=1)

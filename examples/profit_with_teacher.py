@@ -1,4 +1,4 @@
-"""PROFIT on a Brevitas module with a teacher, then QONNX: training that a stop only delays."""
+"""PROFIT on a Brevitas module with the float network as teacher, to QONNX; training that a stop only delays."""
 
 import sys
 from pathlib import Path
@@ -23,6 +23,7 @@ def main(folder: Path) -> None:
         choices=mpq.menu(weight=(2, 3, 4, 6), activation=(4,)),
         adapter=adapter,
     )
+    allocation.bits.save(folder / "bits.json")
 
     # The published schedule takes 200 epochs and lowers bits by way of 8 and 5; this one goes straight to the target.
     schedule = ProfitSchedule(widths=(), float_epochs=0, settle_epochs=0)

@@ -21,6 +21,7 @@ from mpq_plugins.training import reestimate_batch_norm, with_negative_padding
 PADDED = "mobilenet_v3 padded"
 NETS = ("digits", *SMALL_NETS, PADDED)
 BITS = ("w4a4", "w3a3", "mixed")
+RESULTS = Path(__file__).parent / "results"  # what the tables of the docs were printed from
 _FORMAT = "mpq-benchmark-cells/1"
 
 

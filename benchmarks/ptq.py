@@ -1,6 +1,6 @@
 """Accuracy of post-training quantization, by method: both adapters, three networks, 4, 3 and mixed bits.
 
-    python benchmarks/ptq.py                       # measures what is missing in --folder, then prints the table
+    python benchmarks/ptq.py                       # measures what results/ lacks, then prints the table
     python benchmarks/ptq.py --nets resnet20 --bits w4a4 --adapters brevitas
 
 Each column changes the adapter's default (MSE weight ranges, bias correction, re-estimated batch normalisation) in what its
@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from cells import BITS, NETS, Cells, bits_of_case, load_case, measured_accuracy
+from cells import BITS, NETS, RESULTS, Cells, bits_of_case, load_case, measured_accuracy
 
 from mpq_plugins._errors import AdapterError, MissingExtraError
 from mpq_plugins._plugins import make
@@ -66,7 +66,7 @@ def table(cells, nets, widths, adapters, methods):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("mpq-benchmark"))
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="measured cells and bit configurations")
     parser.add_argument("--nets", nargs="+", default=list(SMALL_NETS), choices=NETS)
     parser.add_argument("--bits", nargs="+", default=list(BITS))
     parser.add_argument("--adapters", nargs="+", default=list(ADAPTERS), choices=list(ADAPTERS))

@@ -1,6 +1,6 @@
 """What training recovers: PTQ alone, plain QAT, PROFIT, and both with the float network as teacher, at equal epochs.
 
-    python benchmarks/training.py                    # measures what is missing in --folder, then prints the table
+    python benchmarks/training.py                    # measures what results/ lacks, then prints the table
     python benchmarks/training.py --nets mobilenet_v2 --bits w3a3 --adapters nncf --seeds 1
     python benchmarks/training.py --print-only
 
@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from cells import BITS, NETS, Cells, bits_of_case, load_case, measured_accuracy
+from cells import BITS, NETS, RESULTS, Cells, bits_of_case, load_case, measured_accuracy
 
 import mpq_plugins as mpq
 from mpq_plugins._evaluate import exported_accuracy
@@ -175,7 +175,7 @@ def budget_of(net, options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("mpq-benchmark"))
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="measured cells and bit configurations")
     parser.add_argument("--nets", nargs="+", default=["digits", *SMALL_NETS], choices=NETS)
     parser.add_argument("--bits", nargs="+", default=list(BITS))
     parser.add_argument("--adapters", nargs="+", default=["brevitas", "nncf"], choices=list(ADAPTERS))

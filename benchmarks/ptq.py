@@ -58,7 +58,9 @@ def table(cells, nets, widths, adapters, methods):
         for text in widths:
             for adapter in adapters:
                 found = [cells.found.get(f"{net}/{text}/{adapter}/{method}", {}).get("accuracy") for method in methods]
-                best = max((value for value in found if value is not None), default=None)
+                if all(value is None for value in found):
+                    continue
+                best = max(value for value in found if value is not None)
                 shown = ["-" if value is None else f"**{value:.1f}**" if value == best else f"{value:.1f}" for value in found]
                 lines.append(f"| {net} | {text} | {adapter} | " + " | ".join(shown) + " |")
     return "\n".join(lines)

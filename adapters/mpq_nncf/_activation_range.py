@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpq_nncf import _nncf_internals as internals
+from mpq_nncf import _nncf_quantizers as nncf_quantizers
 from mpq_nncf._histogram import Histogram
 from mpq_nncf._quiet import quiet
 from mpq_plugins._errors import DataError
@@ -27,10 +27,10 @@ def measured(module: nn.Module, hooks: Iterable[str], inputs: Iterable[Any]) -> 
 
     `inputs` are forward arguments in any form that `call` takes. Raises `DataError` for a quantizer that saw no finite values.
     """
-    histograms = {hook: Histogram(internals.channels_of(internals.quantizer_at(module, hook))) for hook in hooks}
+    histograms = {hook: Histogram(nncf_quantizers.channels_of(nncf_quantizers.quantizer_at(module, hook))) for hook in hooks}
     with contextlib.ExitStack() as stack:
         for hook, histogram in histograms.items():
-            quantizer = internals.quantizer_at(module, hook)
+            quantizer = nncf_quantizers.quantizer_at(module, hook)
             handle = quantizer.register_forward_pre_hook(_feeding(histogram))
             stack.callback(handle.remove)
         stack.enter_context(quiet())
@@ -56,14 +56,14 @@ def _feeding(histogram: Histogram) -> Callable[[nn.Module, tuple[Any, ...]], Non
 def fit(module: nn.Module, histograms: Mapping[str, Histogram], *, method: ActivationRange) -> None:
     """Give each quantizer the range that `method` finds for its width on its histogram, in place."""
     for hook, histogram in histograms.items():
-        quantizer = internals.quantizer_at(module, hook)
-        kind = internals.activation_kind(quantizer)
+        quantizer = nncf_quantizers.quantizer_at(module, hook)
+        kind = nncf_quantizers.activation_kind(quantizer)
         rows = [_range(histogram, row, kind, method) for row in range(histogram.n_channels)]
         lows, highs = (torch.stack(values) for values in zip(*rows, strict=True))
-        internals.set_activation_range(quantizer, lows, highs)
+        nncf_quantizers.set_activation_range(quantizer, lows, highs)
 
 
-def _range(histogram: Histogram, row: int, kind: internals.ActivationKind, method: ActivationRange) -> Range:
+def _range(histogram: Histogram, row: int, kind: nncf_quantizers.ActivationKind, method: ActivationRange) -> Range:
     if method == "max":
         low, high = histogram.least[row], histogram.most[row]
     elif method == "percentile":
@@ -73,7 +73,7 @@ def _range(histogram: Histogram, row: int, kind: internals.ActivationKind, metho
     return _covering(low, high, kind)
 
 
-def _covering(low: Tensor, high: Tensor, kind: internals.ActivationKind) -> Range:
+def _covering(low: Tensor, high: Tensor, kind: nncf_quantizers.ActivationKind) -> Range:
     """The range of a quantizer of this kind that reaches from `low` to `high`; one around 0 where both are 0."""
     low, high = low.clamp(max=0), high.clamp(min=0)
     if kind.asymmetric:
@@ -82,11 +82,11 @@ def _covering(low: Tensor, high: Tensor, kind: internals.ActivationKind) -> Rang
     return _symmetric(torch.where(threshold > 0, threshold, torch.ones_like(threshold)), kind)
 
 
-def _symmetric(threshold: Tensor, kind: internals.ActivationKind) -> Range:
+def _symmetric(threshold: Tensor, kind: nncf_quantizers.ActivationKind) -> Range:
     return threshold * (kind.lowest / kind.highest), threshold
 
 
-def _of_least_error(histogram: Histogram, row: int, kind: internals.ActivationKind) -> Range:
+def _of_least_error(histogram: Histogram, row: int, kind: nncf_quantizers.ActivationKind) -> Range:
     low, high = _covering(histogram.least[row], histogram.most[row], kind)
     centres, counts = histogram.of_row(row)
 
@@ -119,12 +119,12 @@ def _best(largest: Tensor, error: Callable[[Tensor], Tensor]) -> Tensor:
 @contextlib.contextmanager
 def unquantized(module: nn.Module) -> Iterator[None]:
     """All quantizers of a freshly placed module let everything through meanwhile."""
-    quantizers = [internals.quantizer_at(module, hook.name) for hook in internals.hooks(module)]
-    passing = [internals.passes_through(quantizer) for quantizer in quantizers]
+    quantizers = [nncf_quantizers.quantizer_at(module, hook.name) for hook in nncf_quantizers.hooks(module)]
+    passing = [nncf_quantizers.passes_through(quantizer) for quantizer in quantizers]
     try:
         for quantizer in quantizers:
-            internals.pass_through(quantizer, on=True)
+            nncf_quantizers.pass_through(quantizer, on=True)
         yield
     finally:
         for quantizer, before in zip(quantizers, passing, strict=True):
-            internals.pass_through(quantizer, on=before)
+            nncf_quantizers.pass_through(quantizer, on=before)

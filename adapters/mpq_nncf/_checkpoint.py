@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from mpq_nncf import _nncf_internals as internals
+from mpq_nncf import _nncf_quantizers as nncf_quantizers
 from mpq_nncf._hookable import as_hookable
 from mpq_nncf._ptq import attach_ptq, ptq_of
 from mpq_nncf._ptq import from_json as ptq_from_json
@@ -27,7 +27,7 @@ _ADAPTER = "nncf"
 def save(module: nn.Module, path: str | Path) -> Path:
     """See `AbstractAdapter.save`."""
     with quiet():
-        placement = internals.placement(module)
+        placement = nncf_quantizers.placement(module)
     contents = {
         "placement": json.dumps(placement),
         "wiring": json.dumps(to_json(wiring_of(module))),
@@ -43,15 +43,15 @@ def load(model: nn.Module, path: str | Path, example: Any) -> nn.Module:
     bits, document = read_checkpoint(path, keys, adapter=_ADAPTER, optional={"ptq"})  # older ones lack it
     check_same_model(path, bits, find_layers(model, example))
     with quiet():
-        module = internals.place(as_hookable(copy.deepcopy(model)), json.loads(document["placement"]))
+        module = nncf_quantizers.place(as_hookable(copy.deepcopy(model)), json.loads(document["placement"]))
     try:
         module.load_state_dict(document["state"])
     except RuntimeError as error:
         raise FormatError(
             f"{path} holds other tensors than this model: {error}. Give the model it was prepared from."
         ) from error
-    for hook in internals.hooks(module):
-        internals.refresh_levels(internals.quantizer_at(module, hook.name))
+    for hook in nncf_quantizers.hooks(module):
+        nncf_quantizers.refresh_levels(nncf_quantizers.quantizer_at(module, hook.name))
     attach_wiring(module, from_json(json.loads(document["wiring"])))
     attach_ptq(module, ptq_from_json(document.get("ptq", "{}")))
     return attach_bits(module.eval(), bits)

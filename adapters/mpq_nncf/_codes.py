@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mpq_nncf import _nncf_internals as internals
+from mpq_nncf import _nncf_quantizers as nncf_quantizers
 from mpq_nncf._declaration import Declaration
 from mpq_nncf._wiring import LayerWiring, wiring_of
 
@@ -23,14 +23,14 @@ def stored_codes(module: nn.Module, declared: Declaration) -> dict[str, np.ndarr
 
 def layer_codes(module: nn.Module, layer: LayerWiring) -> Tensor:
     """The codes of one layer, as floats."""
-    step = internals.weight_step(internals.quantizer_at(module, layer.weight[0]))
+    step = nncf_quantizers.weight_step(nncf_quantizers.quantizer_at(module, layer.weight[0]))
     rounded: Tensor = torch.round(quantized_weight(module, layer) / step)
     return rounded
 
 
 def quantized_weight(module: nn.Module, layer: LayerWiring) -> Tensor:
     """The weight that the layer computes with: codes times step."""
-    quantizer = internals.quantizer_at(module, layer.weight[0])
+    quantizer = nncf_quantizers.quantizer_at(module, layer.weight[0])
     with torch.no_grad():
-        weight: Tensor = internals.quantized(quantizer, module.get_parameter(layer.parameter).detach())
+        weight: Tensor = nncf_quantizers.quantized(quantizer, module.get_parameter(layer.parameter).detach())
     return weight

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from mpq_nncf import _nncf_internals as internals
+from mpq_nncf import _nncf_quantizers as nncf_quantizers
 from mpq_nncf._wiring import wiring_of
 
 
@@ -15,5 +15,5 @@ def use_float_weights(module: nn.Module, *, on: bool) -> nn.Module:
     """
     for layer in wiring_of(module).values():
         for hook in layer.weight:
-            internals.pass_through(internals.quantizer_at(module, hook), on=on)
+            nncf_quantizers.pass_through(nncf_quantizers.quantizer_at(module, hook), on=on)
     return module

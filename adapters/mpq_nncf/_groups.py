@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from mpq_nncf import _nncf_internals as internals
+from mpq_nncf import _nncf_setup as nncf_setup
 from mpq_nncf._hookable import as_hookable
 from mpq_nncf._quiet import quiet
 from mpq_nncf._wiring import calls_of, owners
@@ -27,35 +27,35 @@ def activation_groups(
     graph = traced_copy(model, example)
     calls = calls_of(layers, graph)
     setup = planned(graph, calls, merge_branches=merge_branches, asymmetric=asymmetric)
-    return shared_inputs(internals.points(setup), owners(calls), [layer.name for layer in layers])
+    return shared_inputs(nncf_setup.points(setup), owners(calls), [layer.name for layer in layers])
 
 
-def traced_copy(model: nn.Module, example: Any) -> internals.Graph:
+def traced_copy(model: nn.Module, example: Any) -> nncf_setup.Graph:
     """NNCF's graph of a copy of `model`; the model stays as it was."""
     with quiet(), evaluating(model):
-        return internals.trace(as_hookable(copy.deepcopy(model)), to_device(example, device_of(model)))
+        return nncf_setup.trace(as_hookable(copy.deepcopy(model)), to_device(example, device_of(model)))
 
 
 def planned(
-    graph: internals.Graph,
-    calls: Mapping[str, Sequence[internals.WeightedOp]],
+    graph: nncf_setup.Graph,
+    calls: Mapping[str, Sequence[nncf_setup.WeightedOp]],
     *,
     merge_branches: bool,
     asymmetric: bool,
 ) -> Any:
     """NNCF's quantizer setup when only the given layers are quantized."""
     with quiet():
-        return internals.plan(graph, merge_branches=merge_branches, ignored=others(graph, calls), asymmetric=asymmetric)
+        return nncf_setup.plan(graph, merge_branches=merge_branches, ignored=others(graph, calls), asymmetric=asymmetric)
 
 
-def others(graph: internals.Graph, calls: Mapping[str, Sequence[internals.WeightedOp]]) -> tuple[str, ...]:
+def others(graph: nncf_setup.Graph, calls: Mapping[str, Sequence[nncf_setup.WeightedOp]]) -> tuple[str, ...]:
     """Operations NNCF might quantize that are no call of a layer: residual adds, pools, means, float layers."""
     wanted = owners(calls)
     return tuple(name for name in graph.quantizable if name not in wanted)
 
 
 def shared_inputs(
-    points: Iterable[internals.Point], owner: Mapping[str, str], order: Sequence[str]
+    points: Iterable[nncf_setup.Point], owner: Mapping[str, str], order: Sequence[str]
 ) -> tuple[tuple[str, ...], ...]:
     """Layers joined by a common activation quantizer or by quantizers with one scale."""
     clusters: list[set[str]] = []

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mpq_nncf import _nncf_internals as internals
+from mpq_nncf import _nncf_setup as nncf_setup
 from mpq_nncf._groups import traced_copy
 from mpq_nncf._quiet import quiet
 from mpq_nncf._wiring import calls_of, owners
@@ -50,12 +50,12 @@ def bitwidth_per_scope(model: nn.Module, bits: BitConfig, example: Any) -> list[
     calls = calls_of([layer for layer in inventory if layer.name in bits.layers], graph)
     owner = owners(calls)
     with quiet():
-        setup = internals.plan(graph, merge_branches=True, ignored=(), asymmetric=False)
-    inputs = internals.input_names(graph)
+        setup = nncf_setup.plan(graph, merge_branches=True, ignored=(), asymmetric=False)
+    inputs = nncf_setup.input_names(graph)
     rows: list[list[Any]] = [
         [bits[name].weight, f"{_scope(model, op.name)}|WEIGHT"] for name, ops in calls.items() for op in ops
     ]
-    for point in internals.points(setup):
+    for point in nncf_setup.points(setup):
         asked = [bits[owner[operation]].activation for operation in point.operations if operation in owner]
         if asked and not point.is_weight:
             place = f"/nncf_model_input_{inputs.index(point.target)}" if point.target in inputs else _scope(model, point.target)

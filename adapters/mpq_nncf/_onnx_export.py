@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mpq_nncf import _nncf_internals as internals
+from mpq_nncf import _nncf_quantizers as nncf_quantizers
 from mpq_nncf._codes import layer_codes, quantized_weight
 from mpq_nncf._declaration import CALL, KEY, WEIGHT, Declaration
 from mpq_nncf._positional import positional
@@ -54,7 +54,7 @@ class _WeightFunction(torch.autograd.Function):
 
 class _ActivationFunction(torch.autograd.Function):
     @staticmethod
-    def symbolic(g: Any, value: Any, grid: internals.Grid) -> Any:
+    def symbolic(g: Any, value: Any, grid: nncf_quantizers.Grid) -> Any:
         node = g.op(
             f"{_DOMAIN}::Activation",
             value,
@@ -67,12 +67,12 @@ class _ActivationFunction(torch.autograd.Function):
         return node
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, grid: internals.Grid) -> Tensor:
+    def forward(ctx: Any, value: Tensor, grid: nncf_quantizers.Grid) -> Tensor:
         return value.clone()
 
 
 class _Placeholder(nn.Module):
-    def __init__(self, function: type[torch.autograd.Function], facts: _WeightFacts | internals.Grid) -> None:
+    def __init__(self, function: type[torch.autograd.Function], facts: _WeightFacts | nncf_quantizers.Grid) -> None:
         super().__init__()
         self._function, self._facts = function, facts
 
@@ -122,16 +122,16 @@ def _put_placeholders(module: nn.Module) -> None:
     wiring = wiring_of(module)
     weights = {hook: (name, layer) for name, layer in wiring.items() for hook in layer.weight}
     made = {hook: _weight_placeholder(module, name, layer) for hook, (name, layer) in weights.items()}
-    for hook in internals.hooks(module):
+    for hook in nncf_quantizers.hooks(module):
         if hook.name not in made:
-            grid = internals.activation_grid(internals.quantizer_at(module, hook.name))
+            grid = nncf_quantizers.activation_grid(nncf_quantizers.quantizer_at(module, hook.name))
             made[hook.name] = _Placeholder(_ActivationFunction, grid)
     for name, placeholder in made.items():
-        internals.replace_quantizer(module, name, placeholder)
+        nncf_quantizers.replace_quantizer(module, name, placeholder)
 
 
 def _weight_placeholder(module: nn.Module, name: str, layer: LayerWiring) -> _Placeholder:
-    step = internals.weight_step(internals.quantizer_at(module, layer.weight[0]))
+    step = nncf_quantizers.weight_step(nncf_quantizers.quantizer_at(module, layer.weight[0]))
     n_channels = quantized_weight(module, layer).shape[layer.channel_axis]
     scale = step.reshape(-1).expand(n_channels).contiguous()
     facts = _WeightFacts(name, layer_codes(module, layer).to(torch.int8), scale, layer.channel_axis)

@@ -11,7 +11,8 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from mpq_nncf import _nncf_internals as internals
+from mpq_nncf import _nncf_quantizers as nncf_quantizers
+from mpq_nncf import _nncf_setup as nncf_setup
 from mpq_nncf._activation_range import fit, measured, unquantized
 from mpq_nncf._advice import check_precision
 from mpq_nncf._groups import check_groups, check_tied_weights, others, planned, shared_inputs, traced_copy
@@ -64,13 +65,13 @@ def prepare(model: nn.Module, bits: BitConfig, example: Any, calibration: Iterab
     options: dict[str, Any] = {"merge_branches": recipe.merge_branches, "asymmetric": recipe.asymmetric}
     plan = planned(graph, calls, **options)
     owner = owners(calls)
-    check_groups(shared_inputs(internals.points(plan), owner, [layer.name for layer in layers]), bits.layers)
+    check_groups(shared_inputs(nncf_setup.points(plan), owner, [layer.name for layer in layers]), bits.layers)
 
-    placed_points: list[internals.Point] = []
+    placed_points: list[nncf_setup.Point] = []
 
     def on_setup(setup: Any) -> None:
         assign_bits(setup, owner, bits.layers)
-        placed_points.extend(internals.points(setup))
+        placed_points.extend(nncf_setup.points(setup))
 
     def on_placed(module: nn.Module) -> None:
         wiring = find_wiring(module, layers, calls, placed_points)
@@ -81,8 +82,8 @@ def prepare(model: nn.Module, bits: BitConfig, example: Any, calibration: Iterab
         if ptq.activation_range in ("default", "mse"):
             _fit_activation_ranges(module, wiring, inputs, ptq)
 
-    with quiet(), evaluating(model), internals.edited_quantization(on_setup, on_placed):
-        module = internals.quantize(
+    with quiet(), evaluating(model), nncf_setup.edited_quantization(on_setup, on_placed):
+        module = nncf_setup.quantize(
             as_hookable(model),
             inputs,
             ignored=others(graph, calls),
@@ -101,21 +102,21 @@ def prepare(model: nn.Module, bits: BitConfig, example: Any, calibration: Iterab
 def assign_bits(setup: Any, owner: Mapping[str, str], bits: Mapping[str, Precision]) -> None:
     """Give every planned quantizer its layer's bits, drop those of nothing searched, and add those NNCF left out."""
     weighted, fed = set(), set()
-    for point in internals.points(setup):
+    for point in nncf_setup.points(setup):
         readers = [operation for operation in point.operations if operation in owner]
         if not readers:
-            internals.drop_point(setup, point)
+            nncf_setup.drop_point(setup, point)
         elif point.is_weight:
-            internals.set_point_bits(setup, point, bits[owner[readers[0]]].weight)
+            nncf_setup.set_point_bits(setup, point, bits[owner[readers[0]]].weight)
             weighted.update(readers)
         else:
-            internals.set_point_bits(setup, point, bits[owner[readers[0]]].activation)
+            nncf_setup.set_point_bits(setup, point, bits[owner[readers[0]]].activation)
             fed.update(readers)
     for operation, layer in owner.items():
         if operation not in weighted:
-            internals.add_weight_point(setup, operation, bits[layer].weight)
+            nncf_setup.add_weight_point(setup, operation, bits[layer].weight)
         if operation not in fed:
-            internals.add_activation_point(setup, operation, bits[layer].activation)
+            nncf_setup.add_activation_point(setup, operation, bits[layer].activation)
 
 
 def _share_weight_quantizers(module: nn.Module, wiring: Iterable[Any]) -> None:
@@ -123,8 +124,8 @@ def _share_weight_quantizers(module: nn.Module, wiring: Iterable[Any]) -> None:
     first: dict[str, nn.Module] = {}
     for layer in wiring:
         for name in layer.weight:
-            quantizer = first.setdefault(layer.parameter, internals.quantizer_at(module, name))
-            internals.replace_quantizer(module, name, quantizer)
+            quantizer = first.setdefault(layer.parameter, nncf_quantizers.quantizer_at(module, name))
+            nncf_quantizers.replace_quantizer(module, name, quantizer)
 
 
 def _fit_activation_ranges(module: nn.Module, wiring: Wiring, inputs: Sequence[Any], ptq: PTQ) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from mpq_nncf import _nncf_internals as internals
+from mpq_nncf import _nncf_quantizers as nncf_quantizers
 from mpq_nncf._activation_range import fit, measured
 from mpq_nncf._advice import check_precision
 from mpq_nncf._groups import check_groups
@@ -35,9 +35,9 @@ def set_bits(module: nn.Module, bits: BitConfig, calibration: Iterable[Any] = ()
     histograms = measured(module, first_places(module, widths), inputs) if inputs else {}
     for name in reweighted:
         for hook in wiring[name].weight:
-            internals.set_quantizer_bits(internals.quantizer_at(module, hook), bits[name].weight)
+            nncf_quantizers.set_quantizer_bits(nncf_quantizers.quantizer_at(module, hook), bits[name].weight)
     for hook, width in widths.items():
-        internals.set_quantizer_bits(internals.quantizer_at(module, hook), width)
+        nncf_quantizers.set_quantizer_bits(nncf_quantizers.quantizer_at(module, hook), width)
     fit_weight_ranges(module, [wiring[name] for name in reweighted], method=ptq_of(module).weight_range)
     fit(module, histograms, method=ptq_of(module).activation_range)
     return attach_bits(module, bits)
@@ -47,7 +47,7 @@ def first_places(module: nn.Module, hooks: Iterable[str]) -> list[str]:
     """One of `hooks` for each quantizer: those of joined inputs stand in several places."""
     places: dict[int, str] = {}
     for hook in hooks:
-        places.setdefault(id(internals.quantizer_at(module, hook)), hook)
+        places.setdefault(id(nncf_quantizers.quantizer_at(module, hook)), hook)
     return list(places.values())
 
 

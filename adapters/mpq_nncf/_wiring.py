@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from mpq_nncf import _nncf_internals as internals
+from mpq_nncf import _nncf_quantizers as nncf_quantizers
+from mpq_nncf import _nncf_setup as nncf_setup
 from mpq_plugins._errors import AdapterError
 from mpq_plugins._layers import Layer
 
@@ -42,16 +43,16 @@ def wiring_of(module: nn.Module) -> Wiring:
     return wiring
 
 
-def calls_of(layers: Iterable[Layer], graph: internals.Graph) -> dict[str, tuple[internals.WeightedOp, ...]]:
+def calls_of(layers: Iterable[Layer], graph: nncf_setup.Graph) -> dict[str, tuple[nncf_setup.WeightedOp, ...]]:
     """Layer name -> the traced operations that are its calls, found through the weight parameter they read.
 
     Layers that hold the same weight are told apart by the module path in the operation's name.
     """
-    readers: dict[str, list[internals.WeightedOp]] = {}
+    readers: dict[str, list[nncf_setup.WeightedOp]] = {}
     for op in graph.weighted:
         readers.setdefault(op.parameter, []).append(op)
     layers = tuple(layers)
-    calls: dict[str, tuple[internals.WeightedOp, ...]] = {}
+    calls: dict[str, tuple[nncf_setup.WeightedOp, ...]] = {}
     claimed: set[str] = set()
     for layer in layers:
         mine = [op for op in readers.get(layer.weight_name, ()) if _module_path(op.name) in (layer.name, *layer.aliases)]
@@ -68,7 +69,7 @@ def _module_path(operation: str) -> str:
     return ".".join(operation.split("/")[:-2])
 
 
-def owners(calls: Mapping[str, Sequence[internals.WeightedOp]]) -> dict[str, str]:
+def owners(calls: Mapping[str, Sequence[nncf_setup.WeightedOp]]) -> dict[str, str]:
     """Operation name -> layer name."""
     return {op.name: name for name, ops in calls.items() for op in ops}
 
@@ -81,11 +82,11 @@ def channel_axis(layer: Layer) -> int:
 def find_wiring(
     module: nn.Module,
     layers: Iterable[Layer],
-    calls: Mapping[str, Sequence[internals.WeightedOp]],
-    points: Sequence[internals.Point],
+    calls: Mapping[str, Sequence[nncf_setup.WeightedOp]],
+    points: Sequence[nncf_setup.Point],
 ) -> dict[str, LayerWiring]:
     """The places of all quantizers of a freshly quantized module; raises `AdapterError` when a layer lacks one."""
-    hooks = internals.hooks(module)
+    hooks = nncf_quantizers.hooks(module)
     wiring = {}
     for layer in layers:
         ops = {op.name: op for op in calls[layer.name]}
@@ -102,7 +103,7 @@ def find_wiring(
     return wiring
 
 
-def _stands_at(hook: internals.Hook, point: internals.Point) -> bool:
+def _stands_at(hook: nncf_quantizers.Hook, point: nncf_setup.Point) -> bool:
     if hook.operation != point.target:
         return False
     return hook.before and hook.port == point.port if point.port is not None else not hook.before

@@ -7,7 +7,7 @@ import torch
 from mpq_brevitas import BrevitasAdapter
 from mpq_brevitas._recipe import recipe_of
 from mpq_nncf import NNCFAdapter
-from mpq_nncf import _nncf_internals as internals
+from mpq_nncf import _nncf_quantizers as nncf_quantizers
 from mpq_nncf._wiring import wiring_of
 from nncf_nets import images
 from torch import nn
@@ -36,7 +36,7 @@ def signed_readers(adapter, module: nn.Module) -> list[bool]:
     if isinstance(adapter, BrevitasAdapter):
         return [recipe_of(module).signed[name] for name in READERS]
     places = [wiring_of(module)[name].activation[0] for name in READERS]
-    return [internals.activation_kind(internals.quantizer_at(module, place)).signed for place in places]
+    return [nncf_quantizers.activation_kind(nncf_quantizers.quantizer_at(module, place)).signed for place in places]
 
 
 @pytest.mark.parametrize("new", [NNCFAdapter, BrevitasAdapter], ids=["nncf", "brevitas"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from mpq_nncf import NNCFAdapter
 from mpq_nncf import _nncf_internals as internals
+from mpq_nncf import _nncf_quantizers as nncf_quantizers
 from mpq_nncf._wiring import wiring_of
 from nncf_cases import mixed_bits
 from nncf_nets import Residual, images
@@ -53,7 +54,7 @@ def test_conflicting_activation_bits_are_refused_unless_split(adapter, prepared)
     split = NNCFAdapter(merge_branches=False)
     module = split.prepare(case.model, asked, case.example, [images(4)], bn_reestimation=False)
     widths = {
-        name: {internals.quantizer_at(module, hook).num_bits for hook in wiring_of(module)[name].activation}
+        name: {nncf_quantizers.quantizer_at(module, hook).num_bits for hook in wiring_of(module)[name].activation}
         for name in ("b1", "downsample.0")
     }
     assert widths == {"b1": {8}, "downsample.0": {3}}
@@ -75,7 +76,7 @@ def test_shared_weights_have_one_quantizer(prepared):
     places = [*wiring["shared"].weight], [*wiring["tied_a"].weight, *wiring["tied_b"].weight]
     for hooks in places:
         assert len(hooks) == 2
-        assert len({id(internals.quantizer_at(module, hook)) for hook in hooks}) == 1
+        assert len({id(nncf_quantizers.quantizer_at(module, hook)) for hook in hooks}) == 1
 
 
 def test_only_searched_layers_are_quantized(adapter, prepared):
@@ -84,9 +85,9 @@ def test_only_searched_layers_are_quantized(adapter, prepared):
     bits = replace(case.bits, layers={k: v for k, v in case.bits.layers.items() if k not in ("a1", "fc")})
     module = adapter.prepare(case.model, bits, case.example, [images(4)], bn_reestimation=False)
     wired = {hook for layer in wiring_of(module).values() for hook in (*layer.weight, *layer.activation)}
-    assert {hook.name for hook in internals.hooks(module)} == wired
+    assert {hook.name for hook in nncf_quantizers.hooks(module)} == wired
     assert set(wiring_of(module)) == set(bits.layers)
-    assert not any(hook.operation.startswith(("a1/", "fc/")) for hook in internals.hooks(module))
+    assert not any(hook.operation.startswith(("a1/", "fc/")) for hook in nncf_quantizers.hooks(module))
 
 
 def test_weights_use_every_code_and_the_best_range(adapter, prepared):
@@ -98,7 +99,7 @@ def test_weights_use_every_code_and_the_best_range(adapter, prepared):
         module = adapter.prepare(
             case.model, bits, case.example, [images(4)], weight_range=weight_range, bn_reestimation=False, bias_correction=False
         )
-        quantizer = internals.quantizer_at(module, wiring_of(module)["b2"].weight[0])
+        quantizer = nncf_quantizers.quantizer_at(module, wiring_of(module)["b2"].weight[0])
         weight = case.model.b2.weight.detach()
         errors[weight_range] = float((quantizer(weight).detach() - weight).square().sum())
         codes = adapter.codes(module)["b2"]
@@ -122,7 +123,7 @@ def test_model_and_screen_stay_as_they_were(adapter, prepared, tmp_path, capfd):
     for format in ("openvino-compact", "onnx"):
         adapter.export(module, tmp_path / format, case.example, format=format)
     assert model.training
-    assert not internals.is_quantized(model)
+    assert not nncf_quantizers.is_quantized(model)
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -210,7 +211,7 @@ def test_attention_internals_stay_float(adapter):
     bits = uniform(model, example, "w4a8")
     assert set(bits.layers) == {"patch", "head"}
     module = adapter.prepare(model, bits, example, [example])
-    assert not any("attention" in hook.operation for hook in internals.hooks(module) if hook.before)
+    assert not any("attention" in hook.operation for hook in nncf_quantizers.hooks(module) if hook.before)
 
 
 def test_advice_tells_what_is_simulated(adapter, prepared):
@@ -229,14 +230,14 @@ def test_other_versions_are_refused(monkeypatch):
     """A version outside the supported range, and a missing private name, are told with what to install."""
     import nncf
 
-    internals._private.cache_clear()
+    internals.private.cache_clear()
     try:
         monkeypatch.setattr(nncf, "__version__", "2.19.0")
         with pytest.raises(AdapterError, match=r"NNCF 2\.19\.0 is installed.*pip install 'nncf>=3\.0,<4'"):
-            internals._private()
+            internals.private()
         monkeypatch.undo()
         monkeypatch.setitem(internals._NAMES, "MinMaxQuantization.gone", internals._MIN_MAX)
         with pytest.raises(AdapterError, match=r"has no .*MinMaxQuantization\.gone"):
-            internals._private()
+            internals.private()
     finally:
-        internals._private.cache_clear()
+        internals.private.cache_clear()

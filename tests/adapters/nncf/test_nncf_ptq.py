@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from mpq_nncf import NNCFAdapter
-from mpq_nncf import _nncf_internals as internals
+from mpq_nncf import _nncf_quantizers as nncf_quantizers
 from mpq_nncf._histogram import Histogram
 from mpq_nncf._wiring import wiring_of
 from nncf_cases import calibration, make, mixed_bits
@@ -66,7 +66,7 @@ def case():
 
 def scales(module: nn.Module) -> dict[str, torch.Tensor]:
     wiring = wiring_of(module)
-    return {name: internals.quantizer_at(module, wiring[name].activation[0]).scale.detach().flatten() for name in wiring}
+    return {name: nncf_quantizers.quantizer_at(module, wiring[name].activation[0]).scale.detach().flatten() for name in wiring}
 
 
 @pytest.mark.parametrize("precision", ["w8a4", "w8a8"])
@@ -127,7 +127,7 @@ def test_asymmetric_ranges(case):
     model, data, inputs = case
     module = adapter.prepare(model, uniform(model, data[0], "w8a3"), data[0], data, activation_range="mse", **PLAIN)
     for name, layer in wiring_of(module).items():
-        quantizer, values = internals.quantizer_at(module, layer.activation[0]), inputs[name]
+        quantizer, values = nncf_quantizers.quantizer_at(module, layer.activation[0]), inputs[name]
         with torch.no_grad():
             found = float((quantizer(values) - values).square().sum())
             quantizer.input_low.copy_(values.amin().expand_as(quantizer.input_low).clamp(max=0))
@@ -162,8 +162,8 @@ def test_smooth_quant_keeps_the_function_and_the_round_trip(adapter, net, tmp_pa
         assert verify(adapter, path, case.bits, module=case.module, inputs=inputs).check().ok
     loaded = adapter.load(case.model, adapter.save(case.module, tmp_path / "module.pt"), case.example)
     float_module = copy.deepcopy(case.module)
-    for hook in internals.hooks(float_module):
-        internals.pass_through(internals.quantizer_at(float_module, hook.name), on=True)
+    for hook in nncf_quantizers.hooks(float_module):
+        nncf_quantizers.pass_through(nncf_quantizers.quantizer_at(float_module, hook.name), on=True)
     with torch.no_grad():
         assert torch.equal(loaded(inputs), case.module(inputs))
         torch.testing.assert_close(float_module(inputs), case.model(inputs), rtol=1e-4, atol=1e-4)

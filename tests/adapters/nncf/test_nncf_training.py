@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mpq_nncf import NNCFAdapter
-from mpq_nncf import _nncf_internals as internals
+from mpq_nncf import _nncf_quantizers as nncf_quantizers
 from mpq_nncf._wiring import wiring_of
 from nncf_nets import images
 from torch import nn
@@ -69,7 +69,7 @@ def test_ranges_learn_and_files_hold_the_result(asymmetric, tmp_path):
     assert len(before) == (9 if asymmetric else 6)
     steps(module, 3)
     assert all(value.grad is not None and not torch.equal(value, before[name]) for name, value in ranges(module).items())
-    quantizers = [internals.quantizer_at(module, hook) for layer in wiring_of(module).values() for hook in layer.weight]
+    quantizers = [nncf_quantizers.quantizer_at(module, hook) for layer in wiring_of(module).values() for hook in layer.weight]
     assert {(quantizer.level_low, quantizer.level_high) for quantizer in quantizers} == {(-4, 3)}
     for format in ("openvino-compact", "onnx"):
         path = adapter.export(module, tmp_path / format, EXAMPLE, format=format)
@@ -82,11 +82,11 @@ def test_negative_and_vanished_scales(adapter, tmp_path):
     expected = adapter.codes(module)
     places = wiring_of(module)
     for name in ("stem", "depthwise"):
-        internals.quantizer_at(module, places[name].weight[0]).scale.data[0].neg_()
-    internals.quantizer_at(module, places["head"].activation[0]).scale.data.neg_()
+        nncf_quantizers.quantizer_at(module, places[name].weight[0]).scale.data[0].neg_()
+    nncf_quantizers.quantizer_at(module, places["head"].activation[0]).scale.data.neg_()
     codes = adapter.codes(module)
     assert all(np.array_equal(codes[name], expected[name]) for name in codes)
-    internals.quantizer_at(module, places["stem"].weight[0]).scale.data[1] = 0
+    nncf_quantizers.quantizer_at(module, places["stem"].weight[0]).scale.data[1] = 0
     with torch.no_grad():
         assert module(EXAMPLE).isfinite().all()
     for format in ("openvino-compact", "onnx"):

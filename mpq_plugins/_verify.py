@@ -118,7 +118,12 @@ class Verification:
             if check.n_different
         ]
         found += [f"{name}: quantized in the file, not asked for" for name in self.unexpected]
-        if self.outputs is not None and not self.outputs.ok:
+        if self.outputs is not None and self.outputs.mean_relative >= _NOT_FINITE:
+            found.append(
+                "the outputs of the file, or of the module, are not finite: look for weights that training blew up, or for "
+                "inputs that are not finite themselves"
+            )
+        elif self.outputs is not None and not self.outputs.ok:
             found.append(
                 f"outputs differ by {self.outputs.mean_relative:.2e} of their standard deviation on average, "
                 f"more than the {self.outputs.allowed:.1e} allowed (tolerance {self.outputs.tolerance:.0e}; the module differs "

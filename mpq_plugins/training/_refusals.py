@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from mpq_plugins._errors import DataError, TrainingError
 from mpq_plugins.training._recipe import TrainingRecipe
+
+_EXPLODED = 1e9  # no weight, and no range of inputs in use, is as large
 
 
 def check_loss(loss: object) -> None:
@@ -22,10 +25,19 @@ def check_loss(loss: object) -> None:
 
 
 def check_finite(module: nn.Module, when: str, recipe: TrainingRecipe, latest: Path | None) -> None:
-    """Raise `TrainingError` for what the last step of an epoch broke: only the loss of a next one would show it."""
+    """Raise `TrainingError` for what an epoch broke and its losses need not show.
+
+    The last step may leave values that are not finite; and where quantizers give zeros only, the loss stays the same while
+    normalisation of nothing blows gradients and weights up.
+    """
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad and not parameter.isfinite().all():
+        if not parameter.requires_grad or not parameter.numel():
+            continue
+        largest = parameter.detach().abs().max().item()
+        if not math.isfinite(largest):
             raise TrainingError(abort_text(f"{name} holds values that are not finite {when}", recipe, latest))
+        if largest > _EXPLODED:
+            raise TrainingError(abort_text(f"{name} holds values up to {largest:.1e} {when}", recipe, latest))
 
 
 def abort_text(fact: str, recipe: TrainingRecipe, latest: Path | None) -> str:

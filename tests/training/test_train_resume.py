@@ -115,15 +115,16 @@ def test_a_loss_that_is_not_finite_stops_and_the_last_good_state_stays(tmp_path)
     assert_same(run("brevitas", QAT, folder=tmp_path, evaluation=data()), whole("brevitas", "qat"))
 
 
-def test_weights_that_are_not_finite_are_never_kept(tmp_path):
-    """What the last step of an epoch breaks is told before it becomes a checkpoint."""
+@pytest.mark.parametrize(("factor", "fact"), [(float("nan"), "that are not finite"), (1e12, r"up to \d\.\de\+\d\d")])
+def test_weights_that_training_broke_are_never_kept(tmp_path, factor, fact):
+    """What gradients break while the loss stays as it is is told before it becomes a checkpoint."""
 
     def loss(result, batch):
         value = torch.nn.functional.cross_entropy(result, batch.labels)
-        value.register_hook(lambda gradient: gradient * float("nan"))  # the loss itself stays finite
+        value.register_hook(lambda gradient: gradient * factor)
         return value
 
-    with pytest.raises(TrainingError, match=r"holds values that are not finite after epoch 1\. No checkpoint was kept yet"):
+    with pytest.raises(TrainingError, match=rf"holds values {fact} after epoch 1\. No checkpoint was kept yet"):
         run("brevitas", replace(QAT, clip_norm=None), data=data(1), loss=loss, folder=tmp_path)
     assert not list(tmp_path.glob("epoch-*"))
 

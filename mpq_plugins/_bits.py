@@ -43,6 +43,11 @@ class BitConfig:
         for name in self.layers:
             if name not in known:
                 raise unknown_layer(name, known)
+        if not self.fingerprint:
+            raise FingerprintError(
+                f"the bit configuration does not say which model it is for: its fingerprint is empty, this model has "
+                f"{inventory.fingerprint}. Put that into it if it is meant for this model."
+            )
         if self.fingerprint != inventory.fingerprint:
             raise FingerprintError(
                 f"the bit configuration is for a model with fingerprint {self.fingerprint[:19]}..., this model has "

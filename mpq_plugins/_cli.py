@@ -323,7 +323,3 @@ def _add_demo(verbs: Any) -> None:
     parser.add_argument("--out", default="mpq-demo", metavar="DIR", help="folder for all files (default mpq-demo)")
     parser.add_argument("--seeds", type=_count, default=5, metavar="N", help="seeds of the random control (default 5)")
     parser.add_argument("--adapters", default="nncf,brevitas", metavar="LIST", help="adapters to go through (default both)")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

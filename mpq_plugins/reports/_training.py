@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def plot_training(history: Sequence[EpochRecord], path: str | Path) -> Path:
-    """Loss and accuracy over the epochs, stages shaded in turn; below it AIWQ of every layer, where PROFIT measured it."""
+    """Loss and accuracy over the epochs, stages shaded in turn; below it AIWQ of every layer, the most unstable first."""
     measured = next((record.instability for record in reversed(history) if record.instability), {})
     n_panels = 2 if measured else 1
     width = max(8.0, 0.3 * len(measured))
@@ -46,10 +46,10 @@ def _draw_curves(axis: Any, history: Sequence[EpochRecord]) -> None:
 
 def _draw_instability(axis: Any, measured: Mapping[str, float], n_frozen: int) -> None:
     order = sorted(measured, key=lambda name: -measured[name])
-    frozen = set(order[:n_frozen])
-    colours = ["#1f77b4" if name in frozen else "#9aa0a6" for name in measured]
-    axis.bar(range(len(measured)), list(measured.values()), color=colours)
-    axis.set_xticks(range(len(measured)), list(measured), rotation=90, fontsize=7)
+    frozen = set(order[:n_frozen])  # layers freeze in this order
+    colours = ["#1f77b4" if name in frozen else "#9aa0a6" for name in order]
+    axis.bar(range(len(order)), [measured[name] for name in order], color=colours)
+    axis.set_xticks(range(len(order)), order, rotation=90, fontsize=7)
     if any(value > 0 for value in measured.values()):
         axis.set_yscale("log")
     frozen_text = f"; blue: the {n_frozen} frozen in the end" if n_frozen else ""

@@ -227,8 +227,8 @@ def _report_verification(options: Namespace, report: Verification, accuracies: M
         )
         if report.outputs.own_difference:
             console.print(
-                "note: that is above the tolerance, and so is what the module differs from itself when torch sums in "
-                f"another order ({report.outputs.own_difference:.1e}): it amplifies rounding, as untrained networks do",
+                "note: that is above the tolerance, and so is what the module differs from itself when its sums are rounded "
+                f"otherwise ({report.outputs.own_difference:.1e}): it amplifies rounding, as untrained networks do",
                 highlight=False,
             )
     if accuracies:

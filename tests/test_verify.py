@@ -1,12 +1,15 @@
-"""The comparison of a file with a module, where adapters have no part."""
+"""The comparison of a file with a module: what it allows and what it does not."""
 
 import types
 
 import numpy as np
 import pytest
+import torch
+import torchvision
 
-from mpq_plugins import BitConfig, Precision, verify
+from mpq_plugins import BitConfig, Precision, find_layers, verify
 from mpq_plugins._errors import VerificationError
+from mpq_plugins._plugins import make
 from mpq_plugins._verify import OutputCheck, compare_outputs
 
 
@@ -50,3 +53,20 @@ def test_what_is_allowed_is_bounded():
     """The tolerance, or three times the module's own difference, never more than a quarter of a standard deviation."""
     allowed = [OutputCheck(1.0, 1.0, 0.0, 1e-3, own_difference=own).allowed for own in (0.0, 0.01, 10.0)]
     assert allowed == pytest.approx([1e-3, 0.03, 0.25])
+
+
+@pytest.mark.parametrize(("name", "suffix"), [("nncf", ".xml"), ("brevitas", ".onnx")])
+def test_a_slightly_wrong_file_of_a_chaotic_network_is_told(tmp_path, name, suffix):
+    """An untrained ResNet-18 at 3 bits differs from itself by rounding ties; a wrong batch norm still does not pass."""
+    torch.manual_seed(0)
+    net, images = torchvision.models.resnet18(num_classes=10).eval(), torch.randn(8, 3, 64, 64)
+    inventory = find_layers(net, images[:1])
+    bits = BitConfig({layer.name: Precision(3, 3) for layer in inventory}, inventory.fingerprint)
+    adapter = make("adapters", name)
+    module = adapter.prepare(net, bits, images[:1], [images])
+    path = adapter.export(module, tmp_path / f"net{suffix}", images[:1])
+    verify(adapter, path, bits, module=module, inputs=images).check()
+    with torch.no_grad():
+        dict(module.named_parameters())["layer2.0.bn1.bias"] += 0.01
+    with pytest.raises(VerificationError, match="outputs differ by"):
+        verify(adapter, path, bits, module=module, inputs=images).check()

@@ -49,6 +49,8 @@ class Job:
         return {
             "adapter": {"name": self.adapter.name, **adapter},
             "bits": {"fingerprint": self.bits.fingerprint, "layers": layers},
+            # Without calibration data of their own these are of the training data, and tell their batch size.
+            "calibration": {"batches": len(self.calibration), "images": sum(len(batch) for batch in self.calibration)},
             "options": dict(self.options),
             "recipe": self.recipe.to_json(),
             "teacher": None if self.teacher is None else type(self.teacher).__name__,

@@ -136,6 +136,8 @@ def test_another_job_is_refused(finished):
         run("brevitas", replace(QAT, learning_rate=0.01), folder=finished)
     with pytest.raises(TrainingError, match="teacher: None then, 'Net' now"):
         run("brevitas", QAT, folder=finished, teacher=cases.net())
+    with pytest.raises(TrainingError, match=r"calibration\.images: 48 then, 24 now"):
+        run("brevitas", QAT, calibration=data(batch_size=8), folder=finished)
     assert (finished / "job.json").read_text() == before
 
 

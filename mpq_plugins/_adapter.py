@@ -67,7 +67,10 @@ class AbstractAdapter(abc.ABC):
         raise AdapterError(f"the adapter {self.name!r} cannot switch the bits of a prepared module. Prepare it anew.")
 
     def use_float_weights(self, module: nn.Module, on: bool = True) -> nn.Module:
-        """Leave the weights of a prepared module unquantized, or quantize them again, in place; returns the module."""
+        """Leave the weights of a prepared module unquantized, or quantize them again, in place; returns the module.
+
+        Quantizers that begin again get ranges for what the weights have become.
+        """
         raise AdapterError(f"the adapter {self.name!r} cannot leave weights unquantized. Train without that stage.")
 
     @abc.abstractmethod

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mpq_plugins._errors import DataError
-from mpq_plugins._model import Output, batches_of, call, evaluating, select
+from mpq_plugins._errors import DataError, ModelError
+from mpq_plugins._model import Output, batches_of, call, evaluating, select, tensors
 
 if TYPE_CHECKING:
     from mpq_plugins._adapter import AbstractAdapter
@@ -48,6 +48,21 @@ def exported_accuracy(adapter: AbstractAdapter, path: str | Path, batches: Itera
     if not n_images:
         raise DataError("accuracy needs at least one batch, and there was none. Pass labelled data.")
     return n_right / n_images
+
+
+def output_index(module: nn.Module, inputs: Any, output: Output) -> int | None:
+    """Where the output that counts stands among those of an exported file: depth first in the module's result, as there.
+
+    None when the result holds one tensor. Raises `ModelError` where `output` selects nothing, or a tensor made from others.
+    """
+    with evaluating(module):
+        result = call(module, inputs)
+    found = list(tensors(result))
+    chosen = select(result, output)
+    for index, tensor in enumerate(found):
+        if tensor is chosen:
+            return index if len(found) > 1 else None
+    raise ModelError(f"output={output!r} gives a tensor that is not among the model's outputs, so no exported file has it.")
 
 
 def labels_of(labels: Tensor | None) -> Tensor:

@@ -41,14 +41,14 @@ def cache_of(options: Namespace) -> Path | None:
     return folder
 
 
-def model_of(options: Namespace) -> tuple[nn.Module, Any]:
-    """The model and one example input."""
+def model_of(options: Namespace, inputs: Any = None) -> tuple[nn.Module, Any]:
+    """The model and one example input: of the shape asked for, else `inputs`, else of the data."""
     from mpq_plugins._sources import load_model
 
     model = load_model(options.model, options.weights)
     if options.weights is None and options.model.startswith(("torchvision:", "timm:")):
         print("note: no --weights given, so the weights are random", file=sys.stderr)
-    example = _example_of(options)
+    example = _example_of(options) if inputs is None or options.input else inputs
     if not options.negative_padding:
         return model, example
     from mpq_plugins.training import with_negative_padding

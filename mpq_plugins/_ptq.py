@@ -49,8 +49,8 @@ class PTQ:
         for name in ("bias_correction", "bn_reestimation"):
             if not isinstance(getattr(self, name), bool):
                 raise AdapterError(f"{name} must be true or false, not {getattr(self, name)!r}.")
-        if self.rounding_steps < 1:
-            raise AdapterError(f"rounding_steps must be at least 1, not {self.rounding_steps}.")
+        if not isinstance(self.rounding_steps, int) or isinstance(self.rounding_steps, bool) or self.rounding_steps < 1:
+            raise AdapterError(f"rounding_steps must be a whole number of at least 1, not {self.rounding_steps!r}.")
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> PTQ:

@@ -14,6 +14,7 @@ from mpq_plugins._errors import DataError
 from mpq_plugins._model import Batch, batches_of
 from mpq_plugins._plugins import require
 from mpq_plugins._sources import IMAGENET_MEAN, IMAGENET_STD, ImageFolder, user_object
+from mpq_plugins.training._epochs import seed_loader
 
 if TYPE_CHECKING:
     from mpq_plugins.training import TrainingData
@@ -57,6 +58,7 @@ def calibration_data(spec: str, n_images: int, *, size: int = 224, batch_size: i
         items = data(0) if callable(data) else data
     with torch.random.fork_rng():
         torch.manual_seed(0)
+        seed_loader(items)
         batches = batches_of(items)
         first = next(batches, None)
         if first is None:
@@ -99,7 +101,6 @@ def _image_loader(root: Path, *, size: int, batch_size: int, workers: int) -> An
         shuffle=True,
         drop_last=True,
         num_workers=workers,
-        persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
     )
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def train(options: Namespace) -> int:
     """`mpq train`."""
     from mpq_plugins._evaluate import accuracy
-    from mpq_plugins._sources import load_data
+    from mpq_plugins._sources import load_data, parse_shape
     from mpq_plugins._training_sources import calibration_data, training_data
     from mpq_plugins.reports import plot_training
     from mpq_plugins.training import train as run
@@ -32,9 +32,10 @@ def train(options: Namespace) -> int:
     if options.data is None:
         raise DataError("training needs data. Add --data: digits, glyphs, imagefolder:DIR, file.py:LOADER or module:LOADER.")
     bits, adapter, recipe = BitConfig.load(options.bits_file), adapter_of(options), _recipe(options)
-    model, example = model_of(options)
-    shape = tuple(example.shape) if hasattr(example, "shape") else None
+    shape = parse_shape(options.input) if options.input else None
     source: dict[str, Any] = {"size": shape[-1] if shape else 224, "batch_size": options.batch_size}
+    calibration = calibration_data(options.data, options.images, **source)
+    model, example = model_of(options, calibration[0].inputs)
     evaluation = None
     if options.eval_data:
         evaluation = load_data(options.eval_data, input_shape=shape, batch_size=options.batch_size)
@@ -46,7 +47,7 @@ def train(options: Namespace) -> int:
         adapter=adapter,
         recipe=recipe,
         example=example,
-        calibration=calibration_data(options.data, options.images, **source),
+        calibration=calibration,
         evaluation=evaluation,
         teacher=_teacher(options, model),
         output=options.output,
@@ -61,8 +62,9 @@ def train(options: Namespace) -> int:
         plot_training(trained.history, options.plot)
     result = _result(trained, options)
     if evaluation is not None:
-        result |= {"accuracy": accuracy(trained.module, evaluation, output=options.output)}
-        result |= {"float_accuracy": accuracy(model, evaluation, output=options.output)}
+        measured = None if recipe.bn_reestimation else trained.history[-1].accuracy
+        result["accuracy"] = accuracy(trained.module, evaluation, output=options.output) if measured is None else measured
+        result["float_accuracy"] = accuracy(model, evaluation, output=options.output)
     if options.json:
         print(json.dumps(result, indent=2, sort_keys=True))
         return 0

@@ -104,12 +104,13 @@ def apply(options: Namespace) -> int:
 def export(options: Namespace) -> int:
     """`mpq export`."""
     from mpq_plugins._adapter import bits_of
-    from mpq_plugins._evaluate import accuracy, exported_accuracy
+    from mpq_plugins._evaluate import accuracy, exported_accuracy, output_index
     from mpq_plugins._verify import verify as verify_artifact
 
     adapter = adapter_of(options)
     model, example = model_of(options)
     module = adapter.load(model, options.module_file, example)
+    index = output_index(module, example, options.output) if options.evaluate else None
     path = adapter.export(module, options.out, example, format=options.format)
     inputs = example if options.data is None else next(iter(take(data_of(options), options.batch_size))).inputs
     report = verify_artifact(
@@ -118,7 +119,7 @@ def export(options: Namespace) -> int:
     accuracies = {}
     if options.evaluate:
         accuracies["accuracy"] = accuracy(module, data_of(options), output=options.output)
-        accuracies["exported_accuracy"] = exported_accuracy(adapter, path, data_of(options), output=options.output)
+        accuracies["exported_accuracy"] = exported_accuracy(adapter, path, data_of(options), output=index)
     return _report_verification(options, report, accuracies)
 
 

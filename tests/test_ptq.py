@@ -15,7 +15,8 @@ from mpq_plugins._errors import AdapterError
         ({"rounding": "gtpq"}, "rounding must be one of nearest, gptq, gpfq, qronos, learned, not 'gtpq'"),
         ({"rouding": "gptq"}, "no option 'rouding'; it has weight_range"),
         ({"bias_correction": "false"}, "bias_correction must be true or false, not 'false'"),
-        ({"rounding_steps": 0}, "rounding_steps must be at least 1, not 0"),
+        ({"rounding_steps": 0}, "rounding_steps must be a whole number of at least 1, not 0"),
+        ({"rounding_steps": 1e3}, "rounding_steps must be a whole number of at least 1, not 1000.0"),
     ],
 )
 def test_wrong_options_are_told(options, told):

@@ -61,6 +61,24 @@ def test_a_trained_module_is_exported_and_its_file_is_as_accurate(folder, capsys
     assert abs(exported["exported_accuracy"] - exported["accuracy"]) < 0.002
 
 
+def test_data_by_epoch_and_a_named_output_go_through_training_and_export(folder, capsys):
+    """The example comes from the first epoch, the accuracy of the file from the output that the name stands for."""
+    Path("data.py").write_text(
+        "from mpq_plugins.digits import digits\n\n"
+        "def by_epoch(epoch):\n    return digits(train=True, batch_size=64 + epoch)[:4]\n"
+    )
+    Path("named.py").write_text(
+        NET.replace("return self.fc(", "return {'image': x, 'logits': self.fc(").replace("mean((2, 3)))", "mean((2, 3)))}")
+    )
+    words = ["--model", "named.py:Net", "--adapter", "brevitas", "--output", "logits", "--quiet"]
+    assert main(["train", "bits.json", *words, "--data", "data.py:by_epoch", "--epochs", "2"]) == 0
+    exported = ["export", "mpq-train/module.pt", *words, "--data", "digits", "--out", "net.onnx", "--evaluate", "--json"]
+    capsys.readouterr()
+    assert main(exported) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["exported_accuracy"] == pytest.approx(result["accuracy"], abs=0.002)
+
+
 def test_exported_accuracy_counts_what_the_file_says(folder):
     """Against argmax over the outputs of the runtime, image by image."""
     from mpq_brevitas import BrevitasAdapter

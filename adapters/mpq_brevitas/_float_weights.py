@@ -6,14 +6,18 @@ from torch import nn
 
 from mpq_brevitas import _brevitas_internals as brevitas
 from mpq_brevitas._modules import get_layer
+from mpq_brevitas._ranges import restart_weights
 from mpq_plugins._adapter import bits_of
 from mpq_plugins._errors import AdapterError
 
 
 def use_float_weights(module: nn.Module, on: bool) -> nn.Module:
-    """Pass the weights of quantized layers as they are, or quantize them again; tensors and state dict stay."""
-    for name in bits_of(module).layers:
-        brevitas.set_weight_quantization(get_layer(module, name), not on)
+    """Pass the weights of quantized layers as they are, or quantize them again, with ranges for what they have become."""
+    layers = {name: get_layer(module, name) for name in bits_of(module).layers}
+    beginning = [name for name, layer in layers.items() if not on and not brevitas.is_quantized_layer(layer)]
+    for layer in layers.values():
+        brevitas.set_weight_quantization(layer, not on)
+    restart_weights(module, beginning)
     return module
 
 

@@ -97,10 +97,8 @@ def _learn(layer: Any, inputs: Sequence[Tensor], targets: Sequence[Tensor], n_st
             chosen = torch.randint(len(x), (min(_BATCH_SIZE, len(x)),), generator=generator)
             output = layer.inner_forward_impl(x[chosen], brevitas.plain(layer.quant_weight()), bias)
             error = (output - wanted[chosen]).square().sum(channels).mean()
-            optimizer.zero_grad()
-            (error + regularisation(output, output)).backward()
+            (rounding.value.grad,) = torch.autograd.grad(error + regularisation(output, output), [rounding.value])
             optimizer.step()
         rounding.eval()
         with torch.no_grad():
             layer.weight.copy_(brevitas.plain(layer.quant_weight()))
-    layer.weight.grad = None

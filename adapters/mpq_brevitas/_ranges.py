@@ -29,6 +29,16 @@ def fit_weights(module: nn.Module, names: Iterable[str]) -> None:
             brevitas.refit_weight_scale(get_layer(module, name))
 
 
+def restart_weights(module: nn.Module, names: Iterable[str]) -> None:
+    """Give the named layers the weight ranges that preparing the module with the weights of now would give."""
+    names = list(names)
+    for name in names:
+        layer = get_layer(module, name)
+        if isinstance(layer.weight_quant.tensor_quant, DuQTensorQuant):
+            layer.weight_quant.tensor_quant.duq.calibrate_weight(layer.weight)
+    fit_weights(module, names)
+
+
 def fit_activations(module: nn.Module, batches: Iterable[Batch], rule: ActivationRange) -> None:
     """Fit every activation range to what the float model computes on `batches`, at the bits the quantizers have."""
     widths = {proxy: brevitas.activation_format(proxy)[0] for proxy in brevitas.activation_proxies(module)}

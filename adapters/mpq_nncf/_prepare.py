@@ -35,7 +35,6 @@ _LOG = logging.getLogger("mpq_plugins.nncf")
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # On the small networks of docs/nncf.md 8 images repaired as well as 192; fewer were not tried.
 LEAST_IMAGES_FOR_STATISTICS = 8
-_JOINED_IMAGES = 32
 
 
 @final
@@ -162,11 +161,4 @@ def _reestimate(module: nn.Module, model: nn.Module, inputs: Sequence[Any]) -> N
         if isinstance(theirs.bias, Tensor):
             with torch.no_grad():
                 ours.bias.copy_(theirs.bias)  # type: ignore[operator, union-attr]  # same structure as theirs
-    reestimate_batch_norm(module, _whole_batches(inputs))
-
-
-def _whole_batches(inputs: Sequence[Any]) -> list[Any]:
-    """Inputs as pairs that `Batch.of` reads, single images joined to batches when they are plain tensors."""
-    if all(isinstance(item, Tensor) for item in inputs) and any(batch_size(item) < 2 for item in inputs):
-        return [(batch, None) for batch in torch.cat(list(inputs)).split(_JOINED_IMAGES)]
-    return [(item, None) for item in inputs]
+    reestimate_batch_norm(module, [(item, None) for item in inputs])

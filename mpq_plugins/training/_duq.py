@@ -97,7 +97,7 @@ class DuQ(nn.Module):
         self.set_range(weight_range(weight))
 
     def calibrate_activation(self, values: Tensor) -> None:
-        """Start at the 95th percentile of |x| (of relu(x) when unsigned)."""
+        """Start at the 95th percentile of |x| (of relu(x) when unsigned) without zeros."""
         self.set_range(activation_range(values, signed=self.signed))
 
     @torch.no_grad()
@@ -118,7 +118,10 @@ def weight_range(weight: Tensor) -> Tensor:
 
 
 def activation_range(values: Tensor, *, signed: bool) -> Tensor:
-    """The 95th percentile of |x|, or of relu(x): the smallest value that 95 % of them do not exceed."""
+    """The 95th percentile of |x|, or of relu(x), without zeros: the smallest value that 95 % of the others do not exceed."""
     magnitudes = (values.detach().abs() if signed else values.detach().relu()).flatten()
-    rank = max(1, math.ceil(_ACTIVATION_QUANTILE * magnitudes.numel()))
+    magnitudes = magnitudes[magnitudes > 0]  # as the published code does; pruned units would pull the range to 0
+    if not len(magnitudes):
+        return values.new_zeros(())
+    rank = math.ceil(_ACTIVATION_QUANTILE * len(magnitudes))
     return magnitudes.kthvalue(rank).values

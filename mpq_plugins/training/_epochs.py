@@ -30,7 +30,10 @@ class Epoch:
         self._items = data(number) if callable(data) else data
         self._process, self._n_processes = process, n_processes
         if isinstance(self._items, DataLoader):
-            self._begin(self._items, number)
+            seed_loader(self._items)
+            if isinstance(self._items.sampler, DistributedSampler):
+                self._items.sampler.set_epoch(number)
+                self._process, self._n_processes = 0, 1
         try:
             n_batches = len(self._items)  # type: ignore[arg-type]  # asked, not assumed
         except TypeError as error:
@@ -46,14 +49,6 @@ class Epoch:
             )
         self._order = torch.randperm(n_batches).tolist() if isinstance(self._items, Sequence) else None
 
-    def _begin(self, loader: DataLoader[Any], number: int) -> None:
-        for generator in {loader.generator, getattr(loader.sampler, "generator", None)}:
-            if isinstance(generator, torch.Generator):
-                generator.manual_seed(torch.initial_seed())
-        if isinstance(loader.sampler, DistributedSampler):
-            loader.sampler.set_epoch(number)
-            self._process, self._n_processes = 0, 1
-
     def __len__(self) -> int:
         return self._n
 
@@ -62,7 +57,7 @@ class Epoch:
         if isinstance(items, Sequence):
             assert self._order is not None  # a sequence got one
             return batches_of(items[index] for index in self._order[first::step][: self._n])
-        if isinstance(items, DataLoader) and step > 1 and _is_indexed(items):
+        if isinstance(items, DataLoader) and (step > 1 or items.persistent_workers) and _is_indexed(items):
             items = _sharing(items, first, step)
         elif step > 1:
             items = islice(items, first, None, step)
@@ -76,13 +71,24 @@ class Epoch:
         return f"{text}, item {self._order[self._process + step * self._n_processes]} of the data"
 
 
+def seed_loader(items: Any) -> None:
+    """Seed the generators that a loader has of its own with torch's; other data have none."""
+    if isinstance(items, DataLoader):
+        for generator in {items.generator, getattr(items.sampler, "generator", None)}:
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(torch.initial_seed())
+
+
 def _is_indexed(loader: DataLoader[Any]) -> bool:
     return loader.batch_sampler is not None and not isinstance(loader.dataset, IterableDataset)
 
 
 # accelerate's own way keeps a generator in the user's sampler, whose state no checkpoint holds.
 def _sharing(loader: DataLoader[Any], first: int, step: int) -> DataLoader[Any]:
-    """A loader of every `step`-th batch from number `first` on, which loads no others."""
+    """A loader of every `step`-th batch from number `first` on, which loads no others.
+
+    Its workers begin with the epoch, so that what they draw depends on nothing before it.
+    """
     names = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "generator")
     same = {name: getattr(loader, name) for name in (*names, "prefetch_factor")}
     return DataLoader(loader.dataset, batch_sampler=_EveryNth(loader.batch_sampler, first, step), **same)

@@ -41,7 +41,8 @@ class Classification:
         if self.teacher is None or self.teacher_weight == 0:
             return loss
         with torch.no_grad():
-            taught = select(call(self.teacher, batch.inputs), self.output)
+            answer = call(self.teacher, batch.inputs)
+            taught = answer if isinstance(answer, Tensor) else select(answer, self.output)
         return loss + self.teacher_weight * soft_cross_entropy(logits, taught, self.temperature)
 
 

@@ -25,13 +25,16 @@ class Profit:
 
     The loop stays the user's; it makes these calls:
 
-        profit = Profit(ProfitSchedule().stages(bits, epochs=60))
+        profit = Profit(ProfitSchedule(float_epochs=0).stages(bits, epochs=60))
+        module = adapter.prepare(model, profit.stages[0].bits, example, calibration)
         for index, stage in enumerate(profit.stages):
-            ...                                                  # bring the module to stage.bits
+            adapter.set_bits(module, stage.bits, calibration)
+            adapter.use_float_weights(module, stage.float_weights)
             profit.on_stage(index, module)
             optimizer = SGD(parameter_groups(module, learning_rate=0.04, weight_decay=4e-5), momentum=0.9, nesterov=True)
             for epoch in range(stage.epochs):
                 profit.on_epoch()
+                module.train()
                 for images, labels in batches:
                     optimizer.zero_grad()
                     with profit.forward():

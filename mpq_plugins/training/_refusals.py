@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from mpq_plugins._errors import DataError, TrainingError
+from mpq_plugins._evaluate import labels_of
+from mpq_plugins._model import first_batch
 from mpq_plugins.training._recipe import TrainingRecipe
 
 _EXPLODED = 1e9  # no weight, and no range of inputs in use, is as large
@@ -22,6 +25,18 @@ def check_loss(loss: object) -> None:
         raise TrainingError(f"the loss must be a scalar tensor, not {found}. Take its mean over the batch.")
     if not loss.requires_grad:
         raise TrainingError("the loss depends on no trainable parameter. Compute it from the module's result, undetached.")
+
+
+def check_evaluation(evaluation: Iterable[Any] | None) -> None:
+    """Raise `DataError` for evaluation data that would fail after an epoch of training."""
+    if evaluation is None:
+        return
+    if isinstance(evaluation, Iterator):
+        raise DataError(
+            f"the evaluation data are a {type(evaluation).__name__}, which can be read once, but every epoch reads them. "
+            "Give a list, a DataLoader, or another object that begins anew."
+        )
+    labels_of(first_batch(evaluation, purpose="the evaluation").labels)
 
 
 def check_finite(module: nn.Module, when: str, recipe: TrainingRecipe, latest: Path | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -24,18 +25,19 @@ from mpq_plugins._evaluate import accuracy
 from mpq_plugins._model import Batch, Output, batches_of, call, device_of, to_device
 from mpq_plugins._progress import track
 from mpq_plugins.training._average import Averaged
-from mpq_plugins.training._batch_norm import reestimate_batch_norm
+from mpq_plugins.training._batch_norm import copy_statistics, reestimate_batch_norm
 from mpq_plugins.training._checkpoints import TrainingFolder, history_from_json, history_to_json, telling_damage
 from mpq_plugins.training._engine import agree, engine, in_parallel, seed_all
-from mpq_plugins.training._epochs import Epoch, TrainingData
+from mpq_plugins.training._epochs import Epoch, TrainingData, seed_loader
 from mpq_plugins.training._job import Job
 from mpq_plugins.training._loss import Classification, Loss
 from mpq_plugins.training._metrics import EpochRecord, MetricFiles
 from mpq_plugins.training._parameter_groups import parameter_groups
 from mpq_plugins.training._profit import Profit
 from mpq_plugins.training._recipe import TrainingRecipe, rate_factor
-from mpq_plugins.training._refusals import abort_text, check_finite, check_loss, telling_lone_images
+from mpq_plugins.training._refusals import abort_text, check_evaluation, check_finite, check_loss, telling_lone_images
 
+_LOG = logging.getLogger("mpq_plugins.training")
 _CALIBRATION_BATCHES = 8
 
 
@@ -84,12 +86,14 @@ def train(
     recipe = recipe or TrainingRecipe()
     if tensorboard and folder is None:
         raise TrainingError("TensorBoard's files need a folder to lie in, and none was given. Give folder= (--folder).")
-    calibration = list(batches_of(calibration)) or _first_batches(data)
-    example = calibration[0].inputs if example is None else example
-    bits.check(find_layers(model, example))
-    job = Job(model, bits, data, adapter, recipe, example, calibration, evaluation, teacher, loss, output, dict(options or {}))
     kept = None if folder is None else TrainingFolder(folder)
     with engine(recipe.mixed_precision) as accelerator:
+        check_evaluation(evaluation)
+        calibration = list(batches_of(calibration)) or _first_batches(data)
+        example = calibration[0].inputs if example is None else example
+        bits.check(find_layers(model, example))
+        own = dict(options or {})
+        job = Job(model, bits, data, adapter, recipe, example, calibration, evaluation, teacher, loss, output, own)
         return _Run(job, accelerator, kept, tensorboard=tensorboard).to_the_end(on_epoch or (lambda _: None))
 
 
@@ -149,6 +153,7 @@ class _Run:
         elif self.module is None or not is_prepared(self.module):
             source = self.module or job.model
             self.module = job.adapter.prepare(source, stage.bits, job.example, job.calibration, **job.options)
+            copy_statistics(source, self.module, job.still)
         elif bits_of(self.module).layers != stage.bits.layers:
             job.adapter.set_bits(self.module, stage.bits, job.calibration)
 
@@ -346,8 +351,8 @@ class _Run:
         module = self.module.to(device_of(self.job.model)).eval()
         for parameter in module.parameters():
             parameter.grad = None
-        if self.recipe.bn_reestimation:
-            reestimate_batch_norm(module, self.job.calibration)
+        if self.recipe.bn_reestimation and not reestimate_batch_norm(module, self.job.calibration, held=self.job.still):
+            _LOG.warning("bn_reestimation changes nothing: no batch normalisation of the module has statistics to estimate")
         if self.metrics is not None:
             assert self.folder is not None  # metrics are written into it
             self.job.adapter.save(module, self.folder.path / "module.pt")
@@ -356,10 +361,11 @@ class _Run:
 
 
 def _first_batches(data: TrainingData) -> list[Batch]:
-    """A few batches, the same ones each time, whatever order a loader draws."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        found = list(islice(batches_of(data(0) if callable(data) else data), _CALIBRATION_BATCHES))
+    """A few batches, the same ones each time, whatever a loader draws."""
+    seed_all(0, "calibration")
+    items = data(0) if callable(data) else data
+    seed_loader(items)
+    found = list(islice(batches_of(items), _CALIBRATION_BATCHES))
     if not found:
         raise DataError("the training data are empty. Give batches of inputs and labels.")
     return found

@@ -62,7 +62,9 @@ def test_learned_ranges_and_their_start():
     assert F.softplus(quantizer.alpha).item() == quantizer.a.item()
     unsigned = DuQ(4, signed=False)
     unsigned.calibrate_activation(torch.cat([torch.arange(1.0, 41.0), -torch.full((60,), 99.0)]))
-    assert unsigned.a.item() == pytest.approx(35.0)  # the 95th of 100 values, 60 of which relu makes 0
+    assert unsigned.a.item() == pytest.approx(38.0)  # the 38th of the 40 values that relu leaves
+    unsigned.calibrate_activation(torch.full((8,), -1.0))
+    assert unsigned.a.item() == pytest.approx(1.0)
     quantizer(torch.randn(8)).sum().backward()
     assert quantizer.alpha.grad is not None
     assert quantizer.gamma.grad is not None

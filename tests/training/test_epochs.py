@@ -45,6 +45,21 @@ def test_processes_share_the_batches(name):
     assert [read(DATA[name], process=rank, n_processes=2) for rank in (0, 1)] == [whole[0::2], whole[1::2]]
 
 
+class Noisy(TensorDataset):
+    """Draws a number for every item, as random crops do."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(index)[0] + torch.rand(())
+
+
+def test_workers_draw_the_same_whatever_they_read_before():
+    """Also those that live on between epochs: an epoch after a restart is the one that it would have been."""
+    options = {"batch_size": 4, "num_workers": 2, "persistent_workers": True}
+    old, new = DataLoader(Noisy(NUMBERS), **options), DataLoader(Noisy(NUMBERS), **options)
+    assert read(old, 0) != read(old, 1)
+    assert read(old, 2) == read(new, 2)
+
+
 def test_what_does_not_give_one_batch_to_each_is_left_out():
     """Of six batches four processes read one each."""
     assert [len(read(DATA["list"], process=rank, n_processes=4)) for rank in range(4)] == [1] * 4

@@ -7,14 +7,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 import training_cases as cases
+from mpq_brevitas import BrevitasAdapter
 from torch import nn
 from training_cases import QAT, data, run, tensors
 
-from mpq_plugins._errors import TrainingError
+from mpq_plugins._errors import DataError, TrainingError
 from mpq_plugins.training import TrainingRecipe, parameter_groups, reestimate_batch_norm
 
 ADAPTERS = ("brevitas", "nncf")
 SHORT = TrainingRecipe(epochs=1, learning_rate=0.05, warm_up=0.0)
+
+
+class InList(cases.Net):
+    """The network with a list of logits and something else as its result."""
+
+    def forward(self, images):
+        return [super().forward(images), images]
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -77,7 +85,7 @@ def test_what_the_user_holds_still_stays_still(name):
     model.bn.eval()
     for parameter in (model.stem.weight, *model.bn.parameters()):
         parameter.requires_grad_(False)
-    trained = run(name, replace(SHORT, ema_decay=0.5), model=model, options={"weight_range": "max", "bn_reestimation": False})
+    trained = run(name, replace(SHORT, ema_decay=0.5, bn_reestimation=True), model=model)
     own = dict(tensors(trained.module))
     for key in ("stem.weight", "bn.running_mean", "bn.running_var", "bn.weight"):
         assert torch.equal(own[key], dict(tensors(model))[key]), key
@@ -85,12 +93,26 @@ def test_what_the_user_holds_still_stays_still(name):
         assert not torch.equal(own[key], dict(tensors(model))[key]), key
 
 
-def test_nothing_to_train_is_told():
-    """A model without a trainable parameter whose quantizers learn nothing either is an error."""
-    model = cases.net().requires_grad_(False)
-    module = cases.adapter("brevitas").prepare(model, cases.bits_for(model), data()[0].inputs, data(), weight_range="max")
-    module.requires_grad_(False)
-    assert not any(group["params"] for group in parameter_groups(module, learning_rate=1.0, weight_decay=0.0))
+def test_nothing_to_train_is_told(monkeypatch):
+    """A module without a trainable parameter, and whose quantizers learn nothing either, is an error."""
+    prepare = BrevitasAdapter.prepare
+    monkeypatch.setattr(BrevitasAdapter, "prepare", lambda *given, **named: prepare(*given, **named).requires_grad_(False))
+    with pytest.raises(TrainingError, match="no parameter of the module is trainable"):
+        run("brevitas", SHORT)
+
+
+def test_evaluation_data_that_would_fail_are_told_before_training():
+    """A generator, which the second epoch would find empty, and batches without labels."""
+    for evaluation, fact in ((iter(data()), "can be read once"), ([data()[0].inputs], "carries no labels")):
+        with pytest.raises(DataError, match=fact):
+            run("brevitas", SHORT, evaluation=evaluation, data=lambda number: pytest.fail("an epoch was begun"))
+
+
+def test_a_teacher_may_return_plain_logits():
+    """The student's output is named; the teacher is its own network."""
+    teacher, wrapped = cases.net(), InList()
+    taught = run("brevitas", SHORT, model=wrapped, output=0, teacher=teacher, data=data(1))
+    assert taught.history[0].loss > run("brevitas", SHORT, model=wrapped, output=0, data=data(1)).history[0].loss
 
 
 def test_the_teacher_stays_the_users():

@@ -173,6 +173,20 @@ class TestFloatWeights:
         for layer, expected in codes.items():
             np.testing.assert_array_equal(adapter.codes(module)[layer], expected)
 
+    @pytest.mark.parametrize("name", ["layerwise", "duq"])
+    def test_ranges_follow_the_weights(self, name):
+        """Weights that doubled meanwhile get the codes and twice the scale that they had."""
+        model, example, adapter = network("residual"), images(), ADAPTERS[name]
+        module = adapter.prepare(model, uniform(model, example, "w3a8"), example, [example], **PLAIN)
+        codes, layer = adapter.codes(module), module.conv1
+        before = brevitas.plain(layer.quant_weight()).detach().clone()
+        adapter.use_float_weights(module)
+        with torch.no_grad():
+            layer.weight.mul_(2)
+        adapter.use_float_weights(module, False)
+        np.testing.assert_array_equal(adapter.codes(module)["conv1"], codes["conv1"])
+        assert torch.allclose(brevitas.plain(layer.quant_weight()), 2 * before, rtol=1e-3)
+
     def test_only_weights(self):
         """With float weights and 8-bit activations the module is close to the float model whatever its weight bits."""
         model, example, adapter = network("residual"), images(), BrevitasAdapter()

@@ -94,6 +94,20 @@ def test_negative_and_vanished_scales(adapter, tmp_path):
         assert verify(adapter, path, bits_for(model, "w4a8"), module=module, inputs=EXAMPLE).check().ok
 
 
+def test_ranges_follow_float_weights(adapter):
+    """Weights that doubled while they were left in float get the codes that they had."""
+    _, module = prepared_tiny(adapter, "w3a8")
+    codes = adapter.codes(module)
+    adapter.use_float_weights(module)
+    with torch.no_grad():
+        for layer in module.modules():
+            if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
+                layer.weight.mul_(2)
+    found = adapter.codes(adapter.use_float_weights(module, False))
+    for name, expected in codes.items():
+        np.testing.assert_array_equal(found[name], expected)
+
+
 def test_float_weights_and_back(adapter, tmp_path):
     """Without weight quantizers the weights are the parameters, in training too; state, codes and files show nothing of it."""
     model, module = prepared_tiny(adapter, "w2a8")

@@ -4,15 +4,18 @@
     python benchmarks/training.py --nets mobilenet_v2 --bits w3a3 --adapters nncf --seeds 1
     python benchmarks/training.py --print-only
 
-The float network is the same for all seeds; a seed draws the order of the batches. Ablations (--methods) change one thing in
-PROFIT: "nothing frozen" keeps its lowering and restarts, "one cosine" has no restarts, "target bits only" does not lower.
-"file" is the accuracy of the exported file (OpenVINO's or onnxruntime's) for the last method of the first seed. Accuracy in
-percent on held-out images.
+The float network is the same for all seeds; a seed draws the order of the batches. Ablations (--methods) keep PROFIT's stages
+and their lengths and change one thing: "nothing frozen" freezes no layer, "target bits only" is at the target bits from the
+first stage on, "one cosine" has no restarts, "longer warm-up" warms up over a fifth of a stage instead of a tenth. "freezing
+alone" is plain QAT, with its one learning-rate curve, that measures AIWQ and freezes as PROFIT does. "file" is the accuracy
+of the exported file (OpenVINO's or onnxruntime's) for the last method of the first seed. Accuracy in percent on held-out
+images.
 """
 
 import argparse
 import statistics
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,20 +29,22 @@ from mpq_plugins._plugins import make
 from mpq_plugins._training_sources import shifted_digits
 from mpq_plugins.glyphs import glyphs
 from mpq_plugins.small_nets import SMALL_NETS
-from mpq_plugins.training import ProfitSchedule, TrainingRecipe, train
+from mpq_plugins.training import ProfitSchedule, Stage, TrainingRecipe, train
 
 METHODS = ("PTQ", "QAT", "PROFIT", "PROFIT + teacher")
-ABLATIONS = ("QAT + teacher", "nothing frozen", "one cosine", "target bits only")
+ABLATIONS = ("QAT + teacher", "nothing frozen", "target bits only", "one cosine", "longer warm-up", "freezing alone")
 PAIRS = (
     ("QAT", "PTQ"),
     ("PROFIT", "QAT"),
     ("PROFIT + teacher", "PROFIT"),
+    ("PROFIT + teacher", "QAT"),
     ("PROFIT + teacher", "QAT + teacher"),
     ("QAT + teacher", "QAT"),
-    ("PROFIT", "nothing frozen"),
-    ("PROFIT", "one cosine"),
-    ("PROFIT", "target bits only"),
-    ("one cosine", "QAT"),
+    ("nothing frozen", "PROFIT"),
+    ("target bits only", "PROFIT"),
+    ("one cosine", "PROFIT"),
+    ("longer warm-up", "PROFIT"),
+    ("freezing alone", "QAT"),
 )
 SUFFIX = {"nncf": ".xml", "brevitas": ".onnx"}
 ADAPTERS = {
@@ -59,17 +64,38 @@ class Budget:
     recipe: TrainingRecipe
 
 
+@dataclass(frozen=True)
+class EditedRecipe(TrainingRecipe):
+    """A recipe whose stages are changed one by one, their number and lengths kept."""
+
+    edit: Callable[[Stage, mpq.BitConfig], Stage] | None = None
+
+    def stages(self, target):
+        """Those of the recipe, edited."""
+        return tuple(self.edit(stage, target) for stage in super().stages(target))
+
+
+def at_target(stage, target):
+    return replace(stage, bits=target, float_weights=False)
+
+
 def recipe_of(method, budget, seed):
     """The recipe of a method; all share rate, decay and number of epochs."""
     recipe = replace(budget.recipe, epochs=budget.epochs, seed=seed)
     if method.startswith("QAT"):
         return recipe
-    profit = recipe.profit
+    recipe = replace(recipe, method="profit", restarts=method not in ("one cosine", "freezing alone"))
     if method == "nothing frozen":
-        profit = replace(profit, parts=1)
+        return edited(recipe, lambda stage, _: replace(stage, n_frozen=0))
     if method == "target bits only":
-        profit = replace(profit, widths=())
-    return replace(recipe, method="profit", profit=profit, restarts=method != "one cosine")
+        return edited(recipe, at_target)
+    if method == "freezing alone":
+        return edited(replace(recipe, profit=replace(recipe.profit, widths=(), settle_epochs=0)), at_target)
+    return replace(recipe, warm_up=0.2) if method == "longer warm-up" else recipe
+
+
+def edited(recipe, edit):
+    return EditedRecipe(**vars(recipe), edit=edit)
 
 
 def data_of(case, budget):
@@ -138,14 +164,9 @@ def _shown(values):
 
 
 def summary(cells, options):
-    """How often and by how much PROFIT ends above plain QAT, cell by cell."""
+    """How often and by how much one method ends above another, cell by cell."""
     lines = []
-    for first, second in (
-        ("PROFIT", "QAT"),
-        ("lowering only", "QAT"),
-        ("PROFIT + teacher", "QAT + teacher"),
-        ("QAT + teacher", "QAT"),
-    ):
+    for first, second in PAIRS:
         differences = [
             cells.found[key]["accuracy"] - cells.found[other]["accuracy"]
             for key in cells.found

@@ -62,8 +62,8 @@ def train(options: Namespace) -> int:
         plot_training(trained.history, options.plot)
     result = _result(trained, options)
     if evaluation is not None:
-        measured = None if recipe.bn_reestimation else trained.history[-1].accuracy
-        result["accuracy"] = accuracy(trained.module, evaluation, output=options.output) if measured is None else measured
+        # Not the last epoch's: a run that was finished before may have been evaluated on other data.
+        result["accuracy"] = accuracy(trained.module, evaluation, output=options.output)
         result["float_accuracy"] = accuracy(model, evaluation, output=options.output)
     if options.json:
         print(json.dumps(result, indent=2, sort_keys=True))

@@ -17,8 +17,8 @@ from mpq_plugins.digits import digits, trained_digits_net
 
 MENUS = {"2,4,8": (2, 4, 8), "2..8": range(2, 9)}
 REPAIRS = {
-    "no repair": {"bias_correction": False, "bn_reestimation": False},
-    "repaired": {"bias_correction": True, "bn_reestimation": True},
+    "no repair": {"bias_correction": False, "batch_norm": "kept"},
+    "repaired": {"bias_correction": True, "batch_norm": "re-estimated"},
 }
 WIDTHS = ("3", "2.5")
 

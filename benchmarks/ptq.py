@@ -20,8 +20,8 @@ from mpq_plugins._plugins import make
 from mpq_plugins.small_nets import SMALL_NETS
 
 METHODS = {
-    "nothing": {"bias_correction": False, "bn_reestimation": False},
-    "bias correction": {"bn_reestimation": False},
+    "nothing": {"bias_correction": False, "batch_norm": "kept"},
+    "bias correction": {"batch_norm": "kept"},
     "BN": {"bias_correction": False},
     "default": {},
     "max weights": {"weight_range": "max"},

@@ -16,10 +16,10 @@ from mpq_plugins.digits import digits, trained_digits_net
 
 ROUTES = {"nncf": ("nncf", {}), "brevitas": ("brevitas", {}), "brevitas, finn": ("brevitas", {"profile": "finn"})}
 REPAIRS = {
-    "no repair": {"bias_correction": False, "bn_reestimation": False},
-    "bias correction": {"bias_correction": True, "bn_reestimation": False},
-    "BN": {"bias_correction": False, "bn_reestimation": True},
-    "both (default)": {"bias_correction": True, "bn_reestimation": True},
+    "no repair": {"bias_correction": False, "batch_norm": "kept"},
+    "bias correction": {"bias_correction": True, "batch_norm": "kept"},
+    "BN": {"bias_correction": False, "batch_norm": "re-estimated"},
+    "both (default)": {"bias_correction": True, "batch_norm": "re-estimated"},
 }
 PRECISIONS = ("w4a4", "w3a4", "w2a8", "w2a4")
 

@@ -12,6 +12,9 @@ WeightRange = Literal["mse", "max"]
 ActivationRange = Literal["default", "percentile", "max", "mse"]
 Equalization = Literal["none", "cross-layer", "smooth-quant"]
 Rounding = Literal["nearest", "gptq", "gpfq", "qronos", "learned"]
+BatchNorm = Literal["corrected", "re-estimated", "kept"]
+# Until release 0.1 a switch between the last two.
+_BEFORE = {True: "re-estimated", False: "kept"}
 
 
 @final
@@ -21,40 +24,55 @@ class PTQ:
 
     `weight_range`: of least squared error, or the largest magnitude. `activation_range`: of least squared error at the
     quantizer's own width (the default wherever the adapter's scales allow it), a high percentile, or the largest magnitude.
-    `bias_correction`: add to biases what quantization takes from a layer's mean output. `bn_reestimation`: new
-    batch-normalisation statistics. `equalization`: move ranges between layers ("cross-layer", Nagel et al. 2019) or from
-    activations into weights ("smooth-quant", Xiao et al. 2023). `rounding`: to the nearest code; by GPTQ (Frantar et al.
-    2023), GPFQ (Lybrand and Saab 2021) or Qronos (Zhang et al. 2025); or learned layer by layer in `rounding_steps` steps
-    (AdaRound, Nagel et al. 2020).
+
+    `batch_norm`: what happens to running statistics. "corrected" moves the trained ones by what quantization did to the
+    calibration images; "re-estimated" takes those of the images, which must then look like the training data; "kept" leaves
+    them. `bias_correction`: biases that no batch normalisation reads take back what quantization adds to their layer's mean.
+
+    `equalization`: move ranges between layers ("cross-layer", Nagel et al. 2019) or from activations into weights
+    ("smooth-quant", Xiao et al. 2023). `rounding`: to the nearest code; by GPTQ (Frantar et al. 2023), GPFQ (Lybrand and Saab
+    2021) or Qronos (Zhang et al. 2025); or learned layer by layer in `rounding_steps` steps (AdaRound, Nagel et al. 2020).
+
+    `held_out`: the most calibration images (an eighth of them at least stays free) that are held back to judge each of these
+    by the outputs of the float network; what does not help there is not kept. With 0, or fewer than 16 images, all is kept.
     """
 
     weight_range: WeightRange = "mse"
     activation_range: ActivationRange = "default"
+    batch_norm: BatchNorm = "corrected"
     bias_correction: bool = True
-    bn_reestimation: bool = True
     equalization: Equalization = "none"
     rounding: Rounding = "nearest"
     rounding_steps: int = 500
+    held_out: int = 32
 
     def __post_init__(self) -> None:
         allowed = {
             "weight_range": get_args(WeightRange),
             "activation_range": get_args(ActivationRange),
+            "batch_norm": get_args(BatchNorm),
             "equalization": get_args(Equalization),
             "rounding": get_args(Rounding),
         }
         for name, choices in allowed.items():
             if getattr(self, name) not in choices:
                 raise AdapterError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}.")
-        for name in ("bias_correction", "bn_reestimation"):
-            if not isinstance(getattr(self, name), bool):
-                raise AdapterError(f"{name} must be true or false, not {getattr(self, name)!r}.")
-        if not isinstance(self.rounding_steps, int) or isinstance(self.rounding_steps, bool) or self.rounding_steps < 1:
-            raise AdapterError(f"rounding_steps must be a whole number of at least 1, not {self.rounding_steps!r}.")
+        if not isinstance(self.bias_correction, bool):
+            raise AdapterError(f"bias_correction must be true or false, not {self.bias_correction!r}.")
+        for name, least in (("rounding_steps", 1), ("held_out", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise AdapterError(f"{name} must be a whole number of at least {least}, not {value!r}.")
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> PTQ:
-        """From keyword options; raises `AdapterError` for one that does not exist."""
+        """From keyword options; raises `AdapterError` for one that does not exist.
+
+        `bn_reestimation`, the switch that `batch_norm` replaces, is still read.
+        """
+        if isinstance(options.get("bn_reestimation"), bool) and "batch_norm" not in options:
+            rest = {name: value for name, value in options.items() if name != "bn_reestimation"}
+            options = {**rest, "batch_norm": _BEFORE[options["bn_reestimation"]]}
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(options) - set(known))
         if unknown:

@@ -16,6 +16,8 @@ from mpq_plugins._errors import AdapterError
         ({"rouding": "gptq"}, "no option 'rouding'; it has weight_range"),
         ({"bias_correction": "false"}, "bias_correction must be true or false, not 'false'"),
         ({"rounding_steps": 0}, "rounding_steps must be a whole number of at least 1, not 0"),
+        ({"batch_norm": "moved"}, "batch_norm must be one of corrected, re-estimated, kept, not 'moved'"),
+        ({"held_out": -1}, "held_out must be a whole number of at least 0, not -1"),
         ({"rounding_steps": 1e3}, "rounding_steps must be a whole number of at least 1, not 1000.0"),
     ],
 )
@@ -27,7 +29,13 @@ def test_wrong_options_are_told(options, told):
 
 def test_known_options_are_kept():
     """Keyword options become fields, the others keep their defaults."""
-    assert PTQ.of({"rounding": "gptq", "bn_reestimation": False}) == PTQ(rounding="gptq", bn_reestimation=False)
+    assert PTQ.of({"rounding": "gptq", "batch_norm": "kept"}) == PTQ(rounding="gptq", batch_norm="kept")
+
+
+@pytest.mark.parametrize(("switch", "meant"), [(True, "re-estimated"), (False, "kept")])
+def test_the_switch_of_release_0_1_is_still_read(switch, meant):
+    """Checkpoints and scripts of the first release name `bn_reestimation`."""
+    assert PTQ.of({"bn_reestimation": switch}) == PTQ(batch_norm=meant)
 
 
 def test_a_shared_weight_has_one_rounding():

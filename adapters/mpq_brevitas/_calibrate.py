@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from mpq_brevitas import _brevitas_internals as brevitas
 from mpq_brevitas._modules import get_layer, set_layer
-from mpq_plugins._bits import BitConfig
-from mpq_plugins._layers import Inventory
+from mpq_plugins._batch_norm import AbstractSite, Shift, reestimate_batch_norm
 from mpq_plugins._model import Batch, call
-from mpq_plugins.training import reestimate_batch_norm
 
 
 def calibrate(module: nn.Module, batches: Sequence[Batch]) -> None:
@@ -30,35 +28,50 @@ def calibrate(module: nn.Module, batches: Sequence[Batch]) -> None:
         call(module, batches[0].inputs)
 
 
-def correctable(bits: BitConfig, inventory: Inventory, *, normed: bool = False) -> tuple[str, ...]:
-    """Layers whose bias Brevitas can correct with an effect: called once, and no batch normalisation behind.
+@final
+class MergedSite(AbstractSite):
+    """A layer into which a normalisation is merged: the correction of that is folded into weights and bias.
 
-    Re-estimated statistics of a batch normalisation already centre the layer before it; with `normed` such layers count too.
+    With o the layer's output, b the normalisation's bias and r the trained deviation over the moved one, the corrected
+    normalisation gives (o - b - shift) r + b. Scaling a channel's weights, and its scale with them, changes no weight code.
     """
-    return tuple(
-        layer.name
-        for layer in inventory
-        if layer.name in bits.layers and layer.n_calls == 1 and (normed or not layer.n_norm_parameters)
-    )
 
+    def __init__(self, layer: Any, swallowed: Any) -> None:
+        super().__init__()
+        self.axis = 1 - layer.weight.dim()
+        self._layer, self._norm = layer, swallowed
+        self._scale = brevitas.learned_scale(layer.weight_quant)
+        self._trained = [
+            (tensor, tensor.detach().clone()) for tensor in (layer.weight, layer.bias, self._scale) if tensor is not None
+        ]
 
-def correct_bias(module: nn.Module, names: Iterable[str], batches: Sequence[Batch]) -> None:
-    """Add to the biases of the named layers what quantization takes from their mean output; Brevitas' method.
+    def corrected(self, values: Any, shift: Shift) -> Tensor:
+        """See `AbstractSite.corrected`."""
+        factor, offset = self._map(shift)
+        shape = [-1, *[1] * (-1 - self.axis)]
+        return brevitas.plain(values) * factor.reshape(shape) + offset.reshape(shape)
 
-    Layers without a bias stay without one, so that the module keeps the parameters of the float model.
-    """
-    from brevitas.graph.calibrate import bias_correction_mode
+    def finish(self) -> None:
+        """See `AbstractSite.finish`."""
+        self.undo()
+        if self.shift is None:
+            return
+        factor, offset = self._map(self.shift)
+        _scale_channels(self._layer, factor)
+        self._layer.bias.mul_(factor).add_(offset)
 
-    layers = [get_layer(module, name) for name in names]
-    corrected = [layer for layer in layers if layer.bias is not None]
-    if not corrected:
-        return
-    with brevitas.guarded(), torch.no_grad(), contextlib.ExitStack() as modes:
-        for layer in corrected:
-            modes.enter_context(bias_correction_mode(layer, skip_if_no_bias=True))
-        for batch in batches:
-            call(module, batch.inputs)
-    module.eval()
+    def undo(self) -> None:
+        """See `AbstractSite.undo`."""
+        for tensor, before in self._trained:
+            tensor.copy_(before)
+
+    def _map(self, shift: Shift) -> tuple[Tensor, Tensor]:
+        """Factor and offset of the output.  # [channel] both"""
+        norm, like = self._norm, self._layer.weight
+        variance = norm.running_var.to(like)
+        factor = torch.sqrt((variance + norm.eps) / (variance * shift.log_ratio.exp().to(like) + norm.eps))
+        bias = _or(norm.bias, 0.0, factor).to(like)
+        return factor, (1 - factor) * bias - factor * shift.mean.to(like)
 
 
 def reestimate_merged_norms(module: nn.Module, merged: Mapping[str, nn.Module], batches: Sequence[Batch]) -> None:
@@ -120,7 +133,11 @@ def _fold(chain: _ThenNorm) -> None:
     folded = (bias * chain.unmerge - norm.running_mean) * slope + norm.bias
     layer.bias = nn.Parameter(folded, requires_grad=layer.weight.requires_grad)
     # A channel whose affine weight is 0 has weights 0 already; its scale must not become 0.
-    factor = torch.where(slope > 0, slope * chain.unmerge, torch.ones_like(slope))
+    _scale_channels(layer, torch.where(slope > 0, slope * chain.unmerge, torch.ones_like(slope)))
+
+
+def _scale_channels(layer: Any, factor: Tensor) -> None:
+    """Multiply the weights of every output channel, and its scale; the codes stay."""
     shape = [1] * layer.weight.dim()
     shape[layer.output_channel_dim] = -1
     layer.weight.mul_(factor.view(shape))

@@ -35,10 +35,11 @@ class QuantizedGraph(brevitas.GraphModule):
 
 @dataclass(frozen=True)
 class Graph:
-    """A converted graph, and per layer the affine parameters of the batch normalisation that was merged into it."""
+    """A converted graph, per layer the batch normalisation that was merged into it, and the same graph in float."""
 
     module: nn.Module
     merged: Mapping[str, nn.Module]
+    reference: nn.Module
 
 
 Equalizer = Callable[[Any, Mapping[str, nn.Module]], None]
@@ -67,6 +68,7 @@ def build_graph(model: nn.Module, bits: BitConfig | None, recipe: Recipe, equali
             traced = brevitas.MergeBatchNorm().apply(traced)
             if equalizer is not None:
                 equalizer(traced, {layer: norm for layer, (_, norm) in merged.items()})
+            reference = copy.deepcopy(traced)
             module = brevitas.quantize(
                 traced,
                 quant_identity_map=_identity_map(recipe),
@@ -83,9 +85,8 @@ def build_graph(model: nn.Module, bits: BitConfig | None, recipe: Recipe, equali
                 'Use profile="layerwise", which traces nothing, or remove data-dependent control flow.'
             ) from error
     kept = dict(module.named_modules())
-    return Graph(
-        QuantizedGraph(module, module.graph).eval(), {layer: norm for layer, (name, norm) in merged.items() if name not in kept}
-    )
+    swallowed = {layer: norm for layer, (name, norm) in merged.items() if name not in kept}
+    return Graph(QuantizedGraph(module, module.graph).eval(), swallowed, reference.eval())
 
 
 def _traced(model: nn.Module) -> Any:

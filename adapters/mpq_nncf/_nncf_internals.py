@@ -44,7 +44,6 @@ _NAMES = {
     "WeightQuantizationInsertionPoint": f"{_STRUCTS}.quantizer_setup",
     "OverflowFix": "nncf.quantization.advanced_parameters",
     "AdvancedSmoothQuantParameters": "nncf.quantization.advanced_parameters",
-    "RangeEstimatorParametersSet": "nncf.quantization.range_estimator",
     "AdvancedQuantizationParameters": "nncf.quantization.advanced_parameters",
     "track": "nncf.common.logging.track_progress",
 }

@@ -189,14 +189,11 @@ def quantize(
     merge_branches: bool,
     asymmetric: bool,
     batchwise: bool,
-    bias_correction: bool,
     smooth: bool,
-    activation_range: str,
 ) -> nn.Module:
     """The public `nncf.quantize` on all `inputs`, as this adapter always calls it.
 
-    NNCF estimates activation ranges by its default for any `activation_range` but "max" and "percentile"; `smooth` lets
-    SmoothQuant move ranges from activations into linear layers.
+    `smooth` lets SmoothQuant move ranges from activations into linear layers. Biases are not corrected: see `_repairs`.
     """
     nncf, names = require("nncf", "nncf"), private()
     module: nn.Module = nncf.quantize(
@@ -208,16 +205,10 @@ def quantize(
         advanced_parameters=names["AdvancedQuantizationParameters"](
             overflow_fix=names["OverflowFix"].DISABLE,  # its doubled first-layer scale is wrong below 8 bits
             batchwise_statistics=batchwise,
-            disable_bias_correction=not bias_correction,
+            disable_bias_correction=True,
             quantizer_propagation_rule=propagation_rule(merge_branches=merge_branches),
-            activations_range_estimator_params=_estimator(activation_range),
         ),
         # NNCF runs SmoothQuant for this type only, by default on linear layers; the preset is ours all the same.
         model_type=nncf.ModelType.TRANSFORMER if smooth else None,
     )
     return module
-
-
-def _estimator(activation_range: str) -> Any:
-    name = {"max": "MINMAX", "percentile": "MEAN_QUANTILE"}.get(activation_range)
-    return None if name is None else getattr(private()["RangeEstimatorParametersSet"], name)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, final
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mpq_nncf import _nncf_quantizers as nncf_quantizers
 from mpq_nncf import _nncf_setup as nncf_setup
@@ -23,17 +22,18 @@ from mpq_nncf._set_bits import first_places
 from mpq_nncf._weight_range import fit_weight_ranges
 from mpq_nncf._wiring import Wiring, attach_wiring, calls_of, find_wiring, owners
 from mpq_plugins._adapter import attach_bits
+from mpq_plugins._batch_norm import bias_sites, norm_sites, reestimate_batch_norm
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._discover import find_layers
 from mpq_plugins._errors import DataError
-from mpq_plugins._model import batch_size, batches_of, device_of, evaluating, to_device
+from mpq_plugins._layers import Layer
+from mpq_plugins._model import Batch, batch_size, batches_of, device_of, evaluating, to_device
 from mpq_plugins._precision import Precision
 from mpq_plugins._ptq import PTQ
-from mpq_plugins.training import reestimate_batch_norm
+from mpq_plugins._repairs import Judge, Repair, attach_repairs, better, hold_out, repair
 
 _LOG = logging.getLogger("mpq_plugins.nncf")
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-# On the small networks of docs/nncf.md 8 images repaired as well as 192; fewer were not tried.
+# On the small networks of docs/nncf.md 8 images gave statistics as good as 192; fewer were not tried.
 LEAST_IMAGES_FOR_STATISTICS = 8
 
 
@@ -54,11 +54,56 @@ def prepare(model: nn.Module, bits: BitConfig, example: Any, calibration: Iterab
     bits.check(inventory)
     for name, precision in bits.layers.items():
         check_precision(name, precision)
-    ptq = recipe.ptq
-    check_supported(ptq, [layer for layer in inventory if layer.name in bits.layers])
-    inputs = _inputs(calibration, recipe.subset, model)
     layers = [layer for layer in inventory if layer.name in bits.layers]
+    check_supported(recipe.ptq, layers)
+    batches = _batches(calibration, recipe.subset, model)
     check_tied_weights(layers, bits.layers)
+    used, held = hold_out(batches, recipe.ptq.held_out)
+    judge = Judge(model, held) if held else None
+    module, repairs = _repaired(model, bits, layers, example, batches, used, recipe, judge)
+    if recipe.ptq.equalization != "none" and judge is not None:
+        without = replace(recipe, ptq=replace(recipe.ptq, equalization="none"))
+        plain, of_plain = _repaired(model, bits, layers, example, batches, used, without, judge)
+        option = f"equalization={recipe.ptq.equalization}"
+        chosen, made = better(option, judge, plain, module)
+        repairs = [*(repairs if made.kept else of_plain), made]
+        module = chosen
+    attach_repairs(module, repairs)
+    return attach_bits(attach_ptq(module.eval(), recipe.ptq), bits)
+
+
+def _repaired(
+    model: nn.Module,
+    bits: BitConfig,
+    layers: Sequence[Layer],
+    example: Any,
+    batches: Sequence[Batch],
+    used: Sequence[Batch],
+    recipe: Recipe,
+    judge: Judge | None,
+) -> tuple[nn.Module, list[Repair]]:
+    """The module with ranges fitted to `batches` and repaired on those of them that are `used`."""
+    module = _quantized(model, bits, layers, example, [batch.inputs for batch in batches], recipe)
+    # What a normalisation reads is centred by its statistics; only the other layers need another bias.
+    unnormed = {layer.name: layer.kind for layer in layers if not layer.n_norm_parameters}
+    repairs = repair(
+        module,
+        recipe.ptq,
+        used,
+        judge,
+        reference=model,
+        norms=lambda: norm_sites(module),
+        biases=lambda: bias_sites(module, unnormed),
+        reestimate=lambda: _reestimate(module, used),
+    )
+    return module, repairs
+
+
+def _quantized(
+    model: nn.Module, bits: BitConfig, layers: Sequence[Layer], example: Any, inputs: list[Any], recipe: Recipe
+) -> nn.Module:
+    """The module with quantizers of fitted ranges, and nothing repaired."""
+    ptq = recipe.ptq
     graph = traced_copy(model, example)
     calls = calls_of(layers, graph)
     options: dict[str, Any] = {"merge_branches": recipe.merge_branches, "asymmetric": recipe.asymmetric}
@@ -76,26 +121,22 @@ def prepare(model: nn.Module, bits: BitConfig, example: Any, calibration: Iterab
         wiring = find_wiring(module, layers, calls, placed_points)
         _share_weight_quantizers(module, wiring.values())
         attach_wiring(module, wiring)
-        if ptq.weight_range == "mse":
-            fit_weight_ranges(module, wiring.values(), method="mse")
-        if ptq.activation_range in ("default", "mse"):
-            _fit_activation_ranges(module, wiring, inputs, ptq)
+        fit_weight_ranges(module, wiring.values(), method=ptq.weight_range)
+        _fit_activation_ranges(module, wiring, inputs, ptq)
 
+    smooth = ptq.equalization == "smooth-quant"
     with quiet(), evaluating(model), nncf_setup.edited_quantization(on_setup, on_placed):
         module = nncf_setup.quantize(
             as_hookable(model),
-            inputs,
+            # The ranges are fitted anew to all of them; only SmoothQuant's factors are NNCF's own.
+            inputs if smooth else inputs[:1],
             ignored=others(graph, calls),
             batchwise=batch_size(inputs[0]) > 1,
-            bias_correction=ptq.bias_correction,
-            smooth=ptq.equalization == "smooth-quant",
-            activation_range=ptq.activation_range,
+            smooth=smooth,
             **options,
         )
     attach_wiring(module, find_wiring(module, layers, calls, placed_points))
-    if ptq.bn_reestimation:
-        _reestimate(module, model, inputs)
-    return attach_bits(attach_ptq(module.eval(), ptq), bits)
+    return module
 
 
 def assign_bits(setup: Any, owner: Mapping[str, str], bits: Mapping[str, Precision]) -> None:
@@ -135,19 +176,16 @@ def _fit_activation_ranges(module: nn.Module, wiring: Wiring, inputs: Sequence[A
     fit(module, histograms, method=ptq.activation_range)
 
 
-def _inputs(calibration: Iterable[Any], subset: int, model: nn.Module) -> list[Any]:
+def _batches(calibration: Iterable[Any], subset: int, model: nn.Module) -> list[Batch]:
     device = device_of(model)
-    inputs = [to_device(batch.inputs, device) for batch in islice(batches_of(calibration), subset)]
-    if not inputs:
+    found = [Batch(to_device(batch.inputs, device)) for batch in islice(batches_of(calibration), subset)]
+    if not found:
         raise DataError("no calibration batches were given, but activation ranges need them. Pass some (--data).")
-    return [tuple(item) if isinstance(item, list) else item for item in inputs]
+    return [Batch(tuple(batch.inputs)) if isinstance(batch.inputs, list) else batch for batch in found]
 
 
-def _reestimate(module: nn.Module, model: nn.Module, inputs: Sequence[Any]) -> None:
-    n_images = sum(batch_size(item) for item in inputs)
-    norms = [name for name, child in model.named_modules() if isinstance(child, _NORMS)]
-    if not norms:
-        return
+def _reestimate(module: nn.Module, batches: Sequence[Batch]) -> None:
+    n_images = sum(map(len, batches))
     if n_images < LEAST_IMAGES_FOR_STATISTICS:
         _LOG.warning(
             "batch normalisation keeps its float statistics: %d calibration images are fewer than the %d that new ones need",
@@ -155,10 +193,4 @@ def _reestimate(module: nn.Module, model: nn.Module, inputs: Sequence[Any]) -> N
             LEAST_IMAGES_FOR_STATISTICS,
         )
         return
-    # Bias correction moved these biases by the shift that new statistics remove: both together would correct twice.
-    for name in norms:
-        ours, theirs = module.get_submodule(name), model.get_submodule(name)
-        if isinstance(theirs.bias, Tensor):
-            with torch.no_grad():
-                ours.bias.copy_(theirs.bias)  # type: ignore[operator, union-attr]  # same structure as theirs
-    reestimate_batch_norm(module, [(item, None) for item in inputs])
+    reestimate_batch_norm(module, batches)

@@ -1,6 +1,6 @@
 """Repairing and training quantized modules."""
 
-from mpq_plugins.training._batch_norm import reestimate_batch_norm as reestimate_batch_norm
+from mpq_plugins._batch_norm import reestimate_batch_norm as reestimate_batch_norm
 from mpq_plugins.training._duq import DuQ as DuQ
 from mpq_plugins.training._duq import duq as duq
 from mpq_plugins.training._epochs import TrainingData as TrainingData

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq_plugins._adapter import AbstractAdapter, bits_of, is_prepared
+from mpq_plugins._batch_norm import copy_statistics, reestimate_batch_norm
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._discover import find_layers
 from mpq_plugins._errors import DataError, TrainingError
@@ -25,7 +26,6 @@ from mpq_plugins._evaluate import accuracy
 from mpq_plugins._model import Batch, Output, batches_of, call, device_of, to_device
 from mpq_plugins._progress import track
 from mpq_plugins.training._average import Averaged
-from mpq_plugins.training._batch_norm import copy_statistics, reestimate_batch_norm
 from mpq_plugins.training._checkpoints import TrainingFolder, history_from_json, history_to_json, telling_damage
 from mpq_plugins.training._engine import agree, engine, in_parallel, seed_all
 from mpq_plugins.training._epochs import Epoch, TrainingData, seed_loader

@@ -78,29 +78,26 @@ class TestPowersOfTwo:
                 assert np.log2(scale.astype(np.float64)) % 1 == 0
             verify(adapter, path, bits, module=part, inputs=example).check()
 
-    def test_biases_are_corrected_behind_merged_normalisations(self):
-        """Without new statistics, each layer's mean output is brought back to that of its float weights, norm or not."""
+    def test_means_of_merged_normalisations_go_into_the_biases(self):
+        """A scale per tensor cannot follow channels: weights stay, and each mean output is that of the float normalisation."""
         model, example, adapter = network("cnn"), images(), BrevitasAdapter("finn", scales="power-of-two")
         bits = mixed_bits("cnn", model)
         bits = BitConfig(dict.fromkeys(bits.layers, Precision(2, 8)), bits.fingerprint)
-        plain, corrected = (
-            adapter.prepare(model, bits, example, [example], bias_correction=choice) for choice in (False, True)
+        kept, corrected = (
+            adapter.prepare(model, bits, example, [example], batch_norm=choice, held_out=0) for choice in ("kept", "corrected")
         )
         name = "features.0"
-        weight = plain.get_submodule(name).weight
-        assert torch.equal(weight, corrected.get_submodule(name).weight)
+        assert torch.equal(kept.get_submodule(name).weight, corrected.get_submodule(name).weight)
+        with torch.no_grad():
+            wanted = model.features[1](model.features[0](example)).mean((0, 2, 3))
         found = {}
-        for module in (plain, corrected):
+        for module in (kept, corrected):
             layer = module.get_submodule(name)
-            layer.register_forward_hook(
-                lambda _module, inputs, output, key=module: found.update({id(key): (inputs[0].value, output)})
-            )
+            layer.register_forward_hook(lambda _module, _inputs, output, key=module: found.update({id(key): output}))
             with torch.no_grad():
                 module(example)
-        inputs, output = found[id(corrected)]
-        wanted = torch.nn.functional.conv2d(inputs, weight, plain.get_submodule(name).bias, padding=1).mean((0, 2, 3))
-        torch.testing.assert_close(output.mean((0, 2, 3)), wanted, rtol=0, atol=1e-5)
-        assert (found[id(plain)][1].mean((0, 2, 3)) - wanted).abs().max() > 1e-3
+        torch.testing.assert_close(found[id(corrected)].mean((0, 2, 3)), wanted, rtol=0, atol=1e-5)
+        assert (found[id(kept)].mean((0, 2, 3)) - wanted).abs().max() > 1e-3
 
     def test_checkpoint_remembers(self, tmp_path):
         """A checkpoint is rebuilt with its kind of scales."""

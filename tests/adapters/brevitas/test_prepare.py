@@ -122,7 +122,7 @@ class TestModule:
             expected = model(example)
             for profile in ("layerwise", "finn"):
                 module = BrevitasAdapter(profile).prepare(
-                    model, bits, example, [example], bn_reestimation=False, bias_correction=False, weight_range="max"
+                    model, bits, example, [example], batch_norm="kept", bias_correction=False, weight_range="max"
                 )
                 assert (module(example) - expected).abs().max() < 0.05 * expected.abs().max()
 
@@ -132,7 +132,7 @@ class TestRepair:
         """Each merged channel gets the mean its normalisation promises, and the deviation |w| * sqrt(v / (v + eps))."""
         model, example = network("cnn"), images()
         bits = uniform(model, example, "w2a8")
-        module = BrevitasAdapter("finn").prepare(model, bits, example, [example])
+        module = BrevitasAdapter("finn").prepare(model, bits, example, [example], batch_norm="re-estimated", held_out=0)
         found = []
         layer = module.get_submodule("features.7")
         handle = layer.register_forward_hook(lambda _module, _inputs, output: found.append(output))
@@ -149,7 +149,8 @@ class TestRepair:
         bits = uniform(model, example, "w3a8")
         adapter = BrevitasAdapter("finn")
         with_norms, without = (
-            adapter.codes(adapter.prepare(model, bits, example, [example], bn_reestimation=choice)) for choice in (True, False)
+            adapter.codes(adapter.prepare(model, bits, example, [example], batch_norm=choice))
+            for choice in ("corrected", "kept")
         )
         for name in ("features.0", "features.4", "features.7"):
             np.testing.assert_array_equal(with_norms[name], without[name])
@@ -167,15 +168,15 @@ class TestRepair:
             assert agreement > 0.999, name
 
     def test_bias_correction(self):
-        """The corrected classifier has the mean output that its float weights give on the same inputs."""
+        """The corrected classifier has the mean output of the float network on the same images."""
         model, example = network("cnn"), images()
         bits = uniform(model, example, "w2a8")
         plain, corrected = (
-            BrevitasAdapter().prepare(model, bits, example, [example], bias_correction=choice) for choice in (False, True)
+            BrevitasAdapter().prepare(model, bits, example, [example], bias_correction=choice, held_out=0)
+            for choice in (False, True)
         )
         with torch.no_grad():
-            inputs = plain.pool(plain.features(example)).flatten(1)
-            wanted = nn.functional.linear(inputs, model.fc.weight, model.fc.bias).mean(0)
+            wanted = model(example).mean(0)
             torch.testing.assert_close(corrected(example).mean(0), wanted, rtol=0, atol=1e-5)
             assert (plain(example).mean(0) - wanted).abs().max() > 1e-3
 

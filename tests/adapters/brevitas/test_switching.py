@@ -13,7 +13,7 @@ from mpq_plugins import BitConfig, Precision, find_layers
 from mpq_plugins._adapter import bits_of
 from mpq_plugins._errors import AdapterError, FingerprintError, UnknownLayerError
 
-PLAIN = {"bias_correction": False, "bn_reestimation": False}
+PLAIN = {"bias_correction": False, "batch_norm": "kept"}
 ADAPTERS = {
     "layerwise": BrevitasAdapter(),
     "finn": BrevitasAdapter("finn"),

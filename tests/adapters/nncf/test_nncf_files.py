@@ -243,7 +243,7 @@ def _wider_head(model: torch.nn.Module) -> torch.nn.Module:
 def test_bits_switch_in_place(adapter, prepared):
     """A w8a8 module switched to mixed bits equals one prepared at those bits, and back again equals itself."""
     case = prepared("residual")
-    plain = {"weight_range": "max", "activation_range": "max", "bias_correction": False, "bn_reestimation": False}
+    plain = {"weight_range": "max", "activation_range": "max", "bias_correction": False, "batch_norm": "kept"}
     data, inputs = [images(8)], images(16, seed=6)[0]
     wide = replace(case.bits, layers=dict.fromkeys(case.bits.layers, Precision(8, 8)))
     module = adapter.prepare(case.model, wide, case.example, data, **plain)

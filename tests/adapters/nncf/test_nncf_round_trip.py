@@ -82,7 +82,7 @@ def test_every_weight_width_has_its_type(adapter, prepared, tmp_path):
     case = prepared("residual")
     widths = dict(zip(case.bits.layers, (2, 3, 4, 5, 6, 7, 8), strict=True))
     bits = BitConfig({name: Precision(width, 8) for name, width in widths.items()}, case.bits.fingerprint)
-    module = adapter.prepare(case.model, bits, case.example, [images(8)], bn_reestimation=False, bias_correction=False)
+    module = adapter.prepare(case.model, bits, case.example, [images(8)], batch_norm="kept", bias_correction=False)
     expected = {"openvino-compact": ("u2", "u3", "i4", "u6", "u6", "i8", "i8"), "openvino-fast": ("i8",) * 7}
     for format, types in expected.items():
         path = adapter.export(module, tmp_path / format, case.example, format=format)

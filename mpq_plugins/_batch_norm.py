@@ -1,0 +1,323 @@
+"""Repairing what quantization does to means and variances: batch-normalisation statistics and biases."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from mpq_plugins._model import batch_size, batches_of, call, evaluating, tensors
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_JOINED_IMAGES = 32
+_MOST_RATIO = 10.0  # of variances: what quantization is believed to do to one
+_CHANNEL_AXIS = {"Linear": -1, "Conv1d": -2, "Conv2d": -3, "Conv3d": -4}
+
+
+def has_statistics(module: nn.Module) -> bool:
+    """Whether a module normalises by running statistics: any class that holds `running_mean` and `running_var`."""
+    mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
+    return isinstance(mean, Tensor) and isinstance(variance, Tensor) and mean.shape == variance.shape and mean.dim() == 1
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and variance of each channel.  # [channel] both"""
+
+    mean: Tensor
+    variance: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor, axis: int) -> Moments:
+        """Over all axes but `axis`; the variance is that of the values at hand (biased)."""
+        rows = values.detach().movedim(axis, 0).flatten(1).float()
+        variance, mean = torch.var_mean(rows, dim=1, correction=0)
+        return cls(mean, variance)
+
+
+@dataclass(frozen=True)
+class Shift:
+    """What quantization did to every channel: `mean` was added, the variance was multiplied by exp(`log_ratio`)."""
+
+    mean: Tensor  # [channel]
+    log_ratio: Tensor  # [channel]
+
+    @classmethod
+    def between(cls, reference: Moments, found: Moments) -> Shift:
+        """From the moments of the float network to those of the quantized one, on the same images."""
+        usable = (reference.variance > 0) & (found.variance > 0)
+        ratio = torch.where(usable, found.variance / reference.variance.clamp_min(torch.finfo(torch.float32).tiny), 1.0)
+        log_ratio = ratio.clamp(1 / _MOST_RATIO, _MOST_RATIO).log()
+        return cls((found.mean - reference.mean).nan_to_num(0.0, 0.0, 0.0), log_ratio.nan_to_num(0.0, 0.0, 0.0))
+
+    def towards(self, other: Shift, share: float) -> Shift:
+        """The mean of both, `other` having this share."""
+        return Shift(torch.lerp(self.mean, other.mean, share), torch.lerp(self.log_ratio, other.log_ratio, share))
+
+
+class AbstractSite(abc.ABC):
+    """A place whose moments quantization shifts, and where the shift is taken back.
+
+    `shift` is the mean over the batches so far, weighted by their images; None before the first.
+    """
+
+    of_input: ClassVar[bool] = False  # whether the moments are those of the module's input, else of its output
+    axis: int  # of the channels
+
+    def __init__(self) -> None:
+        self.shift: Shift | None = None
+        self._n_images = 0
+
+    def correct(self, values: Tensor, expected: Moments, n_images: int) -> Tensor:
+        """Learn from one call, and give what takes the place of `values`."""
+        shift = Shift.between(expected, Moments.of(values, self.axis))
+        self._n_images += n_images
+        self.shift = shift if self.shift is None else self.shift.towards(shift, n_images / self._n_images)
+        return self.corrected(values, self.shift)
+
+    @abc.abstractmethod
+    def corrected(self, values: Tensor, shift: Shift) -> Tensor:
+        """`values` with the shift taken back, or as they are where the module itself does so."""
+
+    @abc.abstractmethod
+    def finish(self) -> None:
+        """Let the module do for good what `corrected` did to values."""
+
+    @abc.abstractmethod
+    def undo(self) -> None:
+        """Bring the module back to what it was."""
+
+
+@final
+class NormSite(AbstractSite):
+    """A normalisation with running statistics: they move, so that what it returns does not."""
+
+    of_input = True
+    axis = 1
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self._norm = norm
+        self._trained = (norm.running_mean.clone(), norm.running_var.clone())
+
+    def corrected(self, values: Tensor, shift: Shift) -> Tensor:
+        """See `AbstractSite.corrected`: the statistics move at once."""
+        self._move(shift)
+        return values
+
+    def finish(self) -> None:
+        """See `AbstractSite.finish`."""
+        if self.shift is not None:
+            self._move(self.shift)
+
+    def undo(self) -> None:
+        """See `AbstractSite.undo`."""
+        self._norm.running_mean.copy_(self._trained[0])
+        self._norm.running_var.copy_(self._trained[1])
+
+    def _move(self, shift: Shift) -> None:
+        mean, variance = self._trained
+        self._norm.running_mean.copy_(mean + shift.mean.to(mean))
+        self._norm.running_var.copy_(variance * shift.log_ratio.exp().to(variance))
+
+
+@final
+class BiasSite(AbstractSite):
+    """A layer that no normalisation reads: its bias takes the shift of the mean back."""
+
+    def __init__(self, layer: Any, kind: str) -> None:
+        super().__init__()
+        self.axis = _CHANNEL_AXIS[kind.replace("ConvTranspose", "Conv")]
+        self._layer = layer
+        self._trained = layer.bias.detach().clone()
+
+    def corrected(self, values: Tensor, shift: Shift) -> Tensor:
+        """See `AbstractSite.corrected`."""
+        return values - shift.mean.to(values).reshape(-1, *[1] * (-1 - self.axis))
+
+    def finish(self) -> None:
+        """See `AbstractSite.finish`."""
+        if self.shift is not None:
+            self._layer.bias.copy_(self._trained - self.shift.mean.to(self._trained))
+
+    def undo(self) -> None:
+        """See `AbstractSite.undo`."""
+        self._layer.bias.copy_(self._trained)
+
+
+def norm_sites(module: nn.Module, *, held: Collection[str] = ()) -> dict[str, NormSite]:
+    """Every normalisation with running statistics but those in `held`, by name."""
+    return {name: NormSite(norm) for name, norm in module.named_modules() if has_statistics(norm) and name not in held}
+
+
+def bias_sites(module: nn.Module, layers: Mapping[str, str]) -> dict[str, BiasSite]:
+    """Those of `layers` (name -> kind, such as "Conv2d") that are modules with a bias, by name."""
+    modules = dict(module.named_modules())
+    return {
+        name: BiasSite(modules[name], kind)
+        for name, kind in layers.items()
+        if isinstance(getattr(modules.get(name), "bias", None), Tensor)
+    }
+
+
+@torch.no_grad()
+def correct_by_difference(
+    reference: nn.Module, module: nn.Module, batches: Iterable[Any], sites: Mapping[str, AbstractSite]
+) -> int:
+    """Take back what quantization does to means and variances at `sites`, in place; returns the number of batches.
+
+    Every batch runs through the float `reference` and then through the quantized `module`. At every site, in the order of the
+    forward pass and with those before it already corrected, the moments per channel are compared. A trained mean moves by the
+    difference of the means, a trained variance by the ratio of the variances (held within 0.1 .. 10), a bias by the difference
+    of the means. Differences are averaged over batches, ratios in the logarithm. What the images differ in from the training
+    data cancels: where quantization changes nothing, nothing changes.
+
+    `batches` are items that `Batch.of` reads, held one at a time. `reference` has the sites' modules under the same names.
+    An interruption puts everything back.
+    """
+    n_batches = 0
+    if not sites:
+        return n_batches
+    try:
+        for batch in batches_of(batches):
+            expected = _moments(reference, sites, batch.inputs)
+            _correct(module, sites, batch.inputs, expected)
+            n_batches += 1
+        for site in sites.values():
+            site.finish()
+    except BaseException:
+        for site in sites.values():
+            site.undo()
+        raise
+    return n_batches
+
+
+def correct_batch_norm(reference: nn.Module, module: nn.Module, batches: Iterable[Any], *, held: Collection[str] = ()) -> int:
+    """`correct_by_difference` at every normalisation of `module` with running statistics but those in `held`."""
+    return correct_by_difference(reference, module, batches, norm_sites(module, held=held))
+
+
+def _moments(reference: nn.Module, sites: Mapping[str, AbstractSite], inputs: Any) -> dict[str, list[Moments]]:
+    """The moments at every site, one for each of its calls."""
+    found: dict[str, list[Moments]] = {name: [] for name in sites}
+
+    def see(name: str, values: Tensor) -> Tensor:
+        found[name].append(Moments.of(values, sites[name].axis))
+        return values
+
+    _run(reference, sites, inputs, see)
+    return found
+
+
+def _correct(module: nn.Module, sites: Mapping[str, AbstractSite], inputs: Any, expected: Mapping[str, list[Moments]]) -> None:
+    n_images = batch_size(inputs)
+    left = {name: iter(moments) for name, moments in expected.items()}
+
+    def see(name: str, values: Tensor) -> Tensor:
+        moments = next(left[name], None)
+        return values if moments is None else sites[name].correct(values, moments, n_images)
+
+    _run(module, sites, inputs, see)
+
+
+def _run(module: nn.Module, sites: Mapping[str, AbstractSite], inputs: Any, see: Callable[[str, Tensor], Tensor]) -> None:
+    """A forward pass in which `see` gets the values of every site, and gives what takes the place of outputs."""
+    modules = dict(module.named_modules())
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            with torch._C.DisableTorchFunction():  # what hooks compute is not part of the model that others watch
+                see(name, next(tensors((args, kwargs))))
+
+        return hook
+
+    def after(name: str) -> Callable[..., Tensor]:
+        def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+            with torch._C.DisableTorchFunction():
+                return see(name, output)
+
+        return hook
+
+    with contextlib.ExitStack() as stack:
+        for name, site in sites.items():
+            watched = modules.get(name)
+            if watched is None:
+                continue
+            if site.of_input:
+                handle = watched.register_forward_pre_hook(before(name), with_kwargs=True)
+            else:
+                handle = watched.register_forward_hook(after(name))
+            stack.callback(handle.remove)
+        stack.enter_context(evaluating(module))
+        call(module, inputs)
+
+
+def reestimate_batch_norm(module: nn.Module, batches: Iterable[Any], *, held: Collection[str] = ()) -> int:
+    """Replace the running statistics of every batch normalisation but those in `held` by their mean over `batches`, in place.
+
+    Quantized weights and activations shift the statistics that the float model was trained with; this repairs
+    them without labels or gradients. `batches` are items that `Batch.of` reads; where one has a single image, plain tensors
+    are joined to larger batches.
+    Only the statistics change: the other modules run in evaluation mode, modes come back afterwards.
+    Returns the number of batches used; with none, or without batch normalisation, nothing changes.
+    """
+    norms = [norm for name, norm in module.named_modules() if name not in held and _can_be_reestimated(norm)]
+    if not norms:
+        return 0
+    modes = [(child, child.training) for child in module.modules()]
+    momenta = [norm.momentum for norm in norms]
+    before = [(norm.running_mean, norm.running_var, norm.num_batches_tracked) for norm in norms]
+    n_batches = 0
+    try:
+        module.eval()
+        for norm in norms:
+            norm.train()
+            # Fresh buffers, so that an interrupted run can put the old ones back.
+            norm.running_mean, norm.running_var, norm.num_batches_tracked = (
+                None if buffer is None else torch.zeros_like(buffer)
+                for buffer in (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+            )
+            norm.momentum = None  # torch's cumulative average
+        with torch.no_grad():
+            for inputs in _whole_batches([batch.inputs for batch in batches_of(batches)]):
+                call(module, inputs)
+                n_batches += 1
+    except BaseException:
+        n_batches = 0
+        raise
+    finally:
+        for norm, momentum, (mean, variance, count) in zip(norms, momenta, before, strict=True):
+            norm.momentum = momentum
+            if n_batches == 0:
+                norm.running_mean, norm.running_var, norm.num_batches_tracked = mean, variance, count
+        for child, training in modes:
+            child.training = training
+    return n_batches
+
+
+def _whole_batches(inputs: list[Any]) -> Sequence[Any]:
+    """Inputs, single images joined to batches of equal size when they are plain tensors."""
+    if all(isinstance(item, Tensor) for item in inputs) and any(len(item) < 2 for item in inputs):
+        n_images = sum(len(item) for item in inputs)
+        return torch.cat(inputs).tensor_split(math.ceil(n_images / _JOINED_IMAGES))
+    return inputs
+
+
+def copy_statistics(source: nn.Module, module: nn.Module, names: Iterable[str]) -> None:
+    """Give the named batch normalisations of `module` the running statistics they have in `source`; other names are left."""
+    theirs, ours = dict(source.named_modules()), dict(module.named_modules())
+    for name in names:
+        if name in theirs and name in ours and has_statistics(theirs[name]) and has_statistics(ours[name]):
+            for key, buffer in theirs[name].named_buffers(recurse=False):
+                with torch.no_grad():
+                    ours[name].get_buffer(key).copy_(buffer)
+
+
+def _can_be_reestimated(norm: nn.Module) -> bool:
+    return isinstance(norm, _NORMS) and norm.track_running_stats

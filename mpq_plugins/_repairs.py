@@ -1,0 +1,196 @@
+"""Repairs after quantization, each kept only where it brings the outputs nearer to those of the float network."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from mpq_plugins._batch_norm import AbstractSite, correct_by_difference
+from mpq_plugins._model import Batch, call, evaluating, tensors
+from mpq_plugins._ptq import PTQ
+
+_LOG = logging.getLogger("mpq_plugins.ptq")
+_ATTRIBUTE = "_mpq_repairs"
+_LEAST_IMAGES = 16  # of which some can be held back
+_SHARE = 8  # one image in so many, at most
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What one option of `PTQ` was worth: the distance to the float network before and after, on held-out images.
+
+    `metric` is "KL divergence" for class logits (a single output [N, class]), else "relative squared error" of all outputs.
+    """
+
+    option: str  # such as "batch_norm=corrected"
+    metric: str
+    before: float
+    after: float
+    kept: bool
+    n_images: int
+
+    def __str__(self) -> str:
+        verdict = "kept" if self.kept else "not kept"
+        return (
+            f"{self.option}: {self.metric} {self.before:.4g} -> {self.after:.4g} on {self.n_images} held-out images, {verdict}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as plain JSON values."""
+        return asdict(self)
+
+
+@final
+class Judge:
+    """Measures how far a module's outputs are from the float network's on held-out images."""
+
+    def __init__(self, model: nn.Module, held_out: Sequence[Batch]) -> None:
+        self._batches = held_out
+        self._expected = [_outputs(model, batch) for batch in held_out]
+        self.n_images = sum(map(len, held_out))
+        of_classes = all(len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] > 1 for outputs in self._expected)
+        self.metric = "KL divergence" if of_classes else "relative squared error"
+
+    def distance(self, module: nn.Module) -> float:
+        """Mean KL(float || module) in nats, or squared error over the float outputs' power; infinity where not finite."""
+        found = [_outputs(module, batch) for batch in self._batches]
+        pairs = [pair for ours, theirs in zip(found, self._expected, strict=True) for pair in zip(ours, theirs, strict=True)]
+        if self.metric == "KL divergence":
+            value = sum(_divergence(theirs, ours) for ours, theirs in pairs) / self.n_images
+        else:
+            power = sum(float(theirs.square().sum()) for _, theirs in pairs)
+            value = sum(float((ours - theirs).square().sum()) for ours, theirs in pairs) / max(power, 1e-30)
+        return value if value == value else float("inf")
+
+
+def _outputs(module: nn.Module, batch: Batch) -> list[Tensor]:
+    with evaluating(module):
+        return [tensor.double() for tensor in tensors(call(module, batch.inputs)) if tensor.is_floating_point()]
+
+
+def _divergence(expected: Tensor, found: Tensor) -> float:
+    log_p, log_q = expected.log_softmax(1), found.log_softmax(1)
+    return float((log_p.exp() * (log_p - log_q)).sum())
+
+
+def hold_out(batches: Sequence[Batch], most: int) -> tuple[list[Batch], list[Batch]]:
+    """The batches to repair with, and those to judge by: up to `most` images, spread over all batches, an eighth at most.
+
+    With fewer than 16 images, or `most` 0, none are held back.
+    """
+    n_images = sum(map(len, batches))
+    n_held = min(most, n_images // _SHARE) if n_images >= _LEAST_IMAGES else 0
+    used, held, seen = [], [], 0
+    for batch in batches:
+        before, seen = seen * n_held // n_images, seen + len(batch)
+        cut = len(batch) - (seen * n_held // n_images - before)
+        used += [batch.part(0, cut)] if cut else []
+        held += [batch.part(cut, len(batch))] if cut < len(batch) else []
+    return used, held
+
+
+@torch.no_grad()
+def repair(
+    module: nn.Module,
+    ptq: PTQ,
+    batches: Sequence[Batch],
+    judge: Judge | None,
+    *,
+    reference: nn.Module,
+    norms: Callable[[], Mapping[str, AbstractSite]],
+    biases: Callable[[], Mapping[str, AbstractSite]],
+    reestimate: Callable[[], Any],
+) -> list[Repair]:
+    """Repair batch normalisation and biases of `module` in place as `ptq` says; see `correct_by_difference`.
+
+    `norms` and `biases` give the sites of both, `reestimate` gives normalisations the statistics of the images. Without a
+    `judge` everything is kept.
+    """
+    done = _Repaired(module, judge)
+    if ptq.batch_norm == "re-estimated":
+        done.attempt("batch_norm=re-estimated", reestimate)
+    of_norms = norms() if ptq.batch_norm == "corrected" else {}
+    of_biases = biases() if ptq.bias_correction else {}
+    # Both in one pass, as biases are measured behind the normalisations; then they are judged one after the other.
+    correct_by_difference(reference, module, batches, {**of_norms, **of_biases})
+    if of_norms:
+        _each(of_biases, AbstractSite.undo)
+        if not done.judged("batch_norm=corrected"):
+            _each(of_norms, AbstractSite.undo)
+            of_biases = biases() if of_biases else {}
+            correct_by_difference(reference, module, batches, of_biases)
+    if of_biases:
+        _each(of_biases, AbstractSite.finish)
+        if not done.judged("bias_correction=true"):
+            _each(of_biases, AbstractSite.undo)
+    return done.repairs
+
+
+def _each(sites: Mapping[str, AbstractSite], change: Callable[[AbstractSite], None]) -> None:
+    for site in sites.values():
+        change(site)
+
+
+@final
+class _Repaired:
+    """The repairs of one module so far, and its distance from the float network."""
+
+    def __init__(self, module: nn.Module, judge: Judge | None) -> None:
+        self.repairs: list[Repair] = []
+        self._module, self._judge = module, judge
+        self._distance = 0.0 if judge is None else judge.distance(module)
+
+    def attempt(self, option: str, change: Callable[[], Any]) -> None:
+        """Change the module, and change it back where that does not help."""
+        before = {name: tensor.detach().clone() for name, tensor in _tensors_of(self._module).items()}
+        change()
+        if not self.judged(option):
+            with torch.no_grad():
+                for name, tensor in _tensors_of(self._module).items():
+                    tensor.copy_(before[name])
+
+    def judged(self, option: str) -> bool:
+        """Whether the module is now no farther from the float network than before; notes the figures."""
+        if self._judge is None:
+            return True
+        after = self._judge.distance(self._module)
+        made = Repair(option, self._judge.metric, self._distance, after, after <= self._distance, self._judge.n_images)
+        self.repairs.append(made)
+        note(made)
+        if made.kept:
+            self._distance = after
+        return made.kept
+
+
+def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def note(made: Repair) -> None:
+    """Log a repair: as a warning where it does not help."""
+    _LOG.log(logging.INFO if made.kept else logging.WARNING, "%s", made)
+
+
+def better(option: str, judge: Judge, plain: nn.Module, changed: nn.Module) -> tuple[nn.Module, Repair]:
+    """The one of two modules whose outputs are nearer to the float network's: the `changed` one with an option, or not."""
+    before, after = judge.distance(plain), judge.distance(changed)
+    made = Repair(option, judge.metric, before, after, after <= before, judge.n_images)
+    note(made)
+    return (changed if made.kept else plain), made
+
+
+def attach_repairs(module: nn.Module, repairs: Sequence[Repair]) -> nn.Module:
+    """Let a quantized module remember what its repairs were worth; deepcopy keeps it."""
+    object.__setattr__(module, _ATTRIBUTE, tuple(repairs))
+    return module
+
+
+def repairs_of(module: nn.Module) -> tuple[Repair, ...]:
+    """What the repairs of a prepared module were worth; empty where none was judged, and for loaded modules."""
+    found: tuple[Repair, ...] = getattr(module, _ATTRIBUTE, ())
+    return found

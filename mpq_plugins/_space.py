@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from mpq_plugins._errors import SpaceError
-from mpq_plugins._layers import Inventory, Layer, Skipped, matching
+from mpq_plugins._layers import Inventory, Layer, Skipped, matching, skipped_layers
 from mpq_plugins._precision import Precision, menu
 
 Refuse = Callable[[Layer, Precision], str | None]
@@ -143,7 +143,7 @@ class Space:
                 for unit in self.units
             ],
             "fingerprint": self.fingerprint,
-            "skipped": [{"name": item.name, "reason": item.reason} for item in self.skipped],
+            "skipped": [asdict(item) for item in self.skipped],
             "pins": dict(self.pins),
         }
 
@@ -161,7 +161,7 @@ class Space:
                 for item in document["units"]
             ),
             fingerprint=document["fingerprint"],
-            skipped=tuple(Skipped(item["name"], item["reason"]) for item in document["skipped"]),
+            skipped=tuple(Skipped(**item) for item in document["skipped"]),
             pins=dict(document["pins"]),
         )
         if sorted(name for unit in space.units for name in unit.layers) != sorted(layer.name for layer in space.layers):
@@ -225,7 +225,7 @@ def _menus(
     for pattern, precisions in (choices if isinstance(choices, Mapping) else {"*": choices or menu()}).items():
         wanted.update(dict.fromkeys(matching(pattern, names), tuple(precisions)))
     menus: dict[str, tuple[Precision, ...]] = {}
-    skipped = []
+    refused: dict[str, str] = {}
     for layer in inventory:
         asked = (pins[layer.name],) if layer.name in pins else tuple(dict.fromkeys(wanted.get(layer.name, ())))
         if not asked:
@@ -240,8 +240,8 @@ def _menus(
                 "Pin another precision or exclude the layer."
             )
         else:
-            skipped.append(Skipped(layer.name, str(next(iter(reasons.values())))))
-    return menus, tuple(skipped)
+            refused[layer.name] = str(next(iter(reasons.values())))
+    return menus, skipped_layers(inventory, refused)
 
 
 def _known(groups: Iterable[Sequence[str]], names: Sequence[str], kept: Sequence[str]) -> list[tuple[str, ...]]:

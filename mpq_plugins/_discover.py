@@ -285,9 +285,12 @@ class _Account:
             return []
         if len(own) == 1 and own[0] is module._parameters.get("weight"):
             return [self._entry(label, f"{kind}: {self._told(operations)}", own)]
-        names = [self._left[id(parameter)] for parameter in own]
-        told = [f"a parameter of {kind}: {self._told(self._operations(parameter))}" for parameter in own]
-        return [self._entry(*row, [parameter]) for *row, parameter in zip(names, told, own, strict=True)]
+        return [
+            self._entry(
+                self._left[id(parameter)], f"a parameter of {kind}: {self._told(self._operations(parameter))}", [parameter]
+            )
+            for parameter in own
+        ]
 
     def _operations(self, parameter: nn.Parameter) -> list[str]:
         return self._watch.readers.operations.get(self._left[id(parameter)], [])

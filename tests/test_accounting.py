@@ -142,7 +142,11 @@ def test_counts_and_reasons_equal_hand_worked_ones(case, name, n_weights, macs, 
 def test_further_parameters_of_a_layer_are_layers_of_their_own():
     """A low-rank addition inside a linear layer does not count as calls of that layer."""
     inventory = find_layers(LowRank(), torch.randn(2, 6))
-    assert {layer.name: (layer.macs, layer.n_calls) for layer in inventory} == {"down": (12, 1), "up": (10, 1), "weight": (30, 1)}
+    assert {layer.name: (layer.macs, layer.n_calls) for layer in inventory} == {
+        "down": (12, 1),
+        "up": (10, 1),
+        "weight": (30, 1),
+    }
 
 
 def test_parametrized_weights_count_as_their_layer():

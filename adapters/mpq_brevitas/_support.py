@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -43,7 +44,7 @@ def advice(layer: Layer, precision: Precision, profile: Profile) -> str | None:
     return None
 
 
-def unconvertible(model: nn.Module, inventory: Inventory, profile: Profile) -> dict[str, str]:
+def unconvertible(model: nn.Module, inventory: Inventory, profile: Profile, example: Any = None) -> dict[str, str]:
     """Layer name -> reason, for layers of this model that Brevitas would leave in float or fail on."""
     modules = dict(model.named_modules())
     reasons = {}

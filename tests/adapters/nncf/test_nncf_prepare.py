@@ -18,7 +18,7 @@ from nncf_nets import Residual, images
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from mpq_plugins import BitConfig, Precision, find_layers
+from mpq_plugins import BitConfig, FloatLayersWarning, Precision, build_space, find_layers
 from mpq_plugins._errors import AdapterError, DataError, FingerprintError, UnknownLayerError
 from mpq_plugins._quantizer import mse_scale, quantize
 

@@ -24,7 +24,7 @@ from mpq_plugins._selection import Measure, Selection, select_plan
 from mpq_plugins._solution import Solution
 from mpq_plugins._solve import solve
 from mpq_plugins._solver import AbstractSolver
-from mpq_plugins._space import Menus, Space, first_and_last, is_cnn_classifier
+from mpq_plugins._space import AverageBits, Menus, Space, first_and_last, is_cnn_classifier
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,6 +47,11 @@ class Allocation:
     def space(self) -> Space:
         """The decision space, with what was skipped and pinned."""
         return self.scores.space
+
+    @property
+    def average_bits(self) -> AverageBits:
+        """Weight bits per weight, over all searched layers and over those that are not pinned."""
+        return self.space.average_bits(self.bits.layers)
 
 
 def allocate(
@@ -227,7 +232,7 @@ def solve_scores(
     bits = BitConfig(
         layers=layers,
         fingerprint=scores.space.fingerprint,
-        origin=_origin(scores, resolved, solution) | ({} if selection is None else {"selection": selection.to_json()}),
+        origin=_origin(scores, resolved, solution, layers) | ({} if selection is None else {"selection": selection.to_json()}),
         costs=costs_of(scores.space, layers, [budget.cost for budget in resolved]),
     )
     return Allocation(bits, scores, solution, selection)
@@ -259,11 +264,20 @@ def without(inventory: Inventory, reasons: Mapping[str, str]) -> Inventory:
     return Inventory(layers, (*inventory.skipped, *skipped_layers(inventory, reasons)), inventory.fingerprint)
 
 
+def _in_bits(budget: Budget, space: Space) -> dict[str, Any]:
+    """What a limit on the size of the weights means in bits per weight; nothing for other budgets."""
+    from mpq_plugins.costs import WeightSize
+
+    if not isinstance(budget.cost, WeightSize):
+        return {}
+    return {"average_bits": space.average_bits_of_size(budget.resolve(space)).to_json()}
+
+
 def _accept(layer: Layer, precision: Precision) -> str | None:
     return None
 
 
-def _origin(scores: Scores, budgets: Sequence[Budget], solution: Solution) -> dict[str, Any]:
+def _origin(scores: Scores, budgets: Sequence[Budget], solution: Solution, layers: Mapping[str, Precision]) -> dict[str, Any]:
     space = scores.space
     return {
         "proxy": dict(scores.proxy),
@@ -275,6 +289,7 @@ def _origin(scores: Scores, budgets: Sequence[Budget], solution: Solution) -> di
                 "asked": budget.limit,
                 "limit": budget.resolve(space),
                 "unit": budget.cost.unit,
+                **_in_bits(budget, space),
             }
             for budget in budgets
         ],
@@ -284,6 +299,7 @@ def _origin(scores: Scores, budgets: Sequence[Budget], solution: Solution) -> di
         "gap": solution.gap,
         "shadow_prices": list(solution.shadow_prices),
         "unused": list(solution.unused),
+        "average_bits": space.average_bits(layers).to_json(),
         "pins": dict(space.pins),
         "ties": [list(unit.layers) for unit in space.units if len(unit.layers) > 1],
         "skipped": {item.name: item.reason for item in space.skipped},

@@ -34,6 +34,26 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class AverageBits:
+    """Weight bits per weight: over all searched layers, and over those with a decision to make (None without any).
+
+    A size budget such as `w4` is about the free layers: with the first and last pinned at 8 bits all layers average more.
+    """
+
+    overall: float
+    free: float | None
+
+    def to_json(self) -> dict[str, float | None]:
+        """Both averages as plain JSON values."""
+        return {"all": self.overall, "free": self.free}
+
+    def __str__(self) -> str:
+        if self.free is None or abs(self.free - self.overall) < 5e-3:
+            return f"{self.overall:.2f}"
+        return f"{self.overall:.2f} over all searched layers, {self.free:.2f} over the free ones"
+
+
+@dataclass(frozen=True)
 class Space:
     """The units in order of their first layer, with the facts of all their layers.
 
@@ -104,6 +124,24 @@ class Space:
     def is_free(self, unit: Unit) -> bool:
         """Whether the unit has a decision to make."""
         return len(unit.choices) > 1
+
+    def average_bits(self, bits: Mapping[str, Precision]) -> AverageBits:
+        """Weight bits per weight of an assignment (layer name -> precision)."""
+        return self.average_bits_of_size(sum(layer.n_weights * bits[layer.name].weight for layer in self._stored) / 8)
+
+    def average_bits_of_size(self, size_bytes: float) -> AverageBits:
+        """Weight bits per weight that `size_bytes` hold: layers without a choice take their bits, the free ones the rest."""
+        fixed = {name: unit.choices[0].weight for unit in self.units if not self.is_free(unit) for name in unit.layers}
+        n_weights = sum(layer.n_weights for layer in self._stored)
+        n_free = sum(layer.n_weights for layer in self._stored if layer.name not in fixed)
+        fixed_bits = sum(layer.n_weights * fixed[layer.name] for layer in self._stored if layer.name in fixed)
+        n_bits = 8 * size_bytes
+        return AverageBits(n_bits / n_weights, (n_bits - fixed_bits) / n_free if n_free else None)
+
+    @cached_property
+    def _stored(self) -> tuple[Layer, ...]:
+        """The layers, less those that hold the weight of another."""
+        return tuple(layer for layer in self.layers if layer.shares_weight_with not in self._layer_of)
 
     def assignment(self, choice: Sequence[int]) -> dict[str, Precision]:
         """Layer name -> precision, for one choice index per unit."""

@@ -63,7 +63,7 @@ def allocation_table(allocation: Allocation) -> Table:
 
     space, bits = allocation.space, allocation.bits
     size, bit_ops = WeightSize(), BitOps()
-    table = Table(title="bit configuration", title_justify="left")
+    table = Table(title=f"bit configuration, weight bits on average: {allocation.average_bits}", title_justify="left")
     table.add_column("layer")
     for column in ("weight bits", "activation bits", "size", "BOPs"):
         table.add_column(column, justify="right")

@@ -47,6 +47,7 @@ with warnings.catch_warnings():
             ScalingPerOutputType,
             StatsOp,
         )
+        from brevitas.nn.quant_layer import QuantNonLinearActLayer
         from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInjector
         from brevitas.quant.fixed_point import (
             Int8ActPerTensorFixedPoint,
@@ -153,6 +154,40 @@ class BinaryWeightPerChannel(WeightQuantSolver):
     restrict_scaling_type = RestrictValueType.FP
     float_to_int_impl_type = FloatToIntImplType.ROUND
     scaling_min_val = 1e-10
+
+
+class _LimitedReLU(nn.Module):
+    """What `nn.ReLU6` computes; that class itself Brevitas drops in front of a quantizer."""
+
+    def __init__(self) -> None:  # Brevitas reads the signature
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.relu6(x)
+
+
+class QuantReLU6(qnn.QuantReLU):
+    """A ReLU6 that quantizes its output. Brevitas' own loses the limit as soon as the range comes from data."""
+
+    def __init__(self, act_quant: Any, return_quant_tensor: bool = False, **options: Any) -> None:
+        QuantNonLinearActLayer.__init__(
+            self,
+            act_impl=_LimitedReLU,
+            passthrough_act=False,
+            input_quant=None,
+            act_quant=act_quant,
+            return_quant_tensor=return_quant_tensor,
+            **options,
+        )
+
+
+def drop_needless_limits(module: nn.Module) -> None:
+    """Make every ReLU6 whose quantizer clips at the limit or below a ReLU, in place: FINN knows no Clip."""
+    for layer in module.modules():
+        if isinstance(layer, QuantReLU6) and layer.act_quant.is_quant_enabled:
+            bits, _ = activation_format(layer.act_quant)
+            if torch.all(torch.round(6 / layer.act_quant.scale()) >= 2**bits - 1):
+                layer.act_quant.fused_activation_quant_proxy.activation_impl = nn.ReLU()
 
 
 class _LayerTracer(Tracer):

@@ -129,6 +129,8 @@ def _activation_map(recipe: Recipe) -> dict[type[nn.Module], Any]:
     for float_class, (quantized, options) in brevitas.QUANT_ACT_MAP.items():
         if float_class is nn.Hardtanh:
             continue  # Brevitas' entry holds lambdas that it never evaluates; the layer behind quantizes its input.
+        if float_class is nn.ReLU6:
+            quantized = brevitas.QuantReLU6
         quantizer = activation_quantizer(UNFED_BITS, recipe, signed=brevitas.is_signed(options["act_quant"]))
         chosen[float_class] = (quantized, {**options, "act_quant": quantizer})
     return chosen

@@ -39,8 +39,11 @@ class AbstractAdapter(abc.ABC):
         """What a user should know before deploying `layer` at `precision` (simulated, slower, larger), or None."""
 
     @abc.abstractmethod
-    def unconvertible(self, model: nn.Module, inventory: Inventory) -> Mapping[str, str]:
-        """Layer name -> reason, for layers of this very model that the framework would leave in float."""
+    def unconvertible(self, model: nn.Module, inventory: Inventory, example: Any = None) -> Mapping[str, str]:
+        """Layer name -> reason, for layers of this very model that the framework would leave in float.
+
+        `example` is an input as the model takes it: with one, what only a forward pass shows is known too.
+        """
 
     @abc.abstractmethod
     def activation_groups(self, model: nn.Module, example: Any) -> tuple[tuple[str, ...], ...]:

@@ -12,8 +12,9 @@ from mpq_plugins._adapter import AbstractAdapter
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._cost import AbstractCost, Budget
 from mpq_plugins._discover import find_layers
-from mpq_plugins._errors import BudgetError
-from mpq_plugins._layers import Inventory, Layer, Skipped
+from mpq_plugins._errors import BudgetError, SpaceError
+from mpq_plugins._layers import Inventory, Layer, skipped_layers
+from mpq_plugins._left_in_float import LeftInFloat
 from mpq_plugins._plugins import make
 from mpq_plugins._precision import Precision, menu
 from mpq_plugins._problem import build_problem, check_reachable
@@ -23,7 +24,7 @@ from mpq_plugins._selection import Measure, Selection, select_plan
 from mpq_plugins._solution import Solution
 from mpq_plugins._solve import solve
 from mpq_plugins._solver import AbstractSolver
-from mpq_plugins._space import Menus, Space, first_and_last, is_cnn_classifier
+from mpq_plugins._space import AverageBits, Menus, Space, first_and_last, is_cnn_classifier
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,6 +48,11 @@ class Allocation:
         """The decision space, with what was skipped and pinned."""
         return self.scores.space
 
+    @property
+    def average_bits(self) -> AverageBits:
+        """Weight bits per weight, over all searched layers and over those that are not pinned."""
+        return self.space.average_bits(self.bits.layers)
+
 
 def allocate(
     model: nn.Module,
@@ -63,6 +69,7 @@ def allocate(
     tie: Iterable[Sequence[str]] = (),
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    strict: bool = False,
     output: Output = None,
     top_k: int = 1,
     cache: str | Path | None = None,
@@ -74,11 +81,11 @@ def allocate(
     to what the adapter's target really stores and runs. `output` says which of the model's outputs counts. With
     `top_k` > 1 the best plans by the score are measured with the true loss of the quantized network, and the best of those
     is kept. Measurements are kept under `cache`, so that an interrupted run goes on where it stopped and another budget
-    needs no new ones. See `build_space` for the rest.
+    needs no new ones. See `build_space` for the rest, and for the warning of what stays in float.
 
     Raises `InfeasibleBudgetError` before anything is scored, and what `build_space`, the proxy and `solve` raise.
     """
-    space = build_space(
+    space = decision_space(
         model,
         example,
         choices=choices,
@@ -89,6 +96,7 @@ def allocate(
         include=include,
         exclude=exclude,
     )
+    LeftInFloat.of(space.layers, space.skipped).tell(strict=strict)
     from mpq_plugins.sensitivity import keeping_measurements
 
     resolved = as_budgets(budgets)
@@ -112,18 +120,50 @@ def build_space(
     tie: Iterable[Sequence[str]] = (),
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    strict: bool = False,
 ) -> Space:
     """The decision space of a model for a target.
 
     `pin_first_last` holds the first and last layer at w8a8; None does so for CNN classifiers. The adapter removes
     what its framework would leave in float, refuses precisions it cannot have, and ties the layers whose activation
     quantizer it shares, so that what is asked for is what will be exported.
+
+    Warns with `FloatLayersWarning`, shares and reasons, where more than 1 % of the weights or of the multiply-accumulates
+    stays in float; `strict` raises `SpaceError` instead, unless the user excluded them.
     """
+    space = decision_space(
+        model,
+        example,
+        choices=choices,
+        adapter=adapter,
+        pin=pin,
+        pin_first_last=pin_first_last,
+        tie=tie,
+        include=include,
+        exclude=exclude,
+    )
+    LeftInFloat.of(space.layers, space.skipped).tell(strict=strict)
+    return space
+
+
+def decision_space(
+    model: nn.Module,
+    example: Any,
+    *,
+    choices: Menus | None,
+    adapter: AbstractAdapter | str | None,
+    pin: Mapping[str, Precision | str] | None,
+    pin_first_last: bool | None,
+    tie: Iterable[Sequence[str]],
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> Space:
+    """`build_space` that does not tell what stays in float."""
     target = make("adapters", adapter) if isinstance(adapter, str) else adapter
     inventory = find_layers(model, example, include=include, exclude=exclude)
     share: tuple[tuple[str, ...], ...] = ()
     if target is not None:
-        inventory = _without(inventory, target.unconvertible(model, inventory))
+        inventory = without(inventory, target.unconvertible(model, inventory, example))
         known = {layer.name for layer in inventory}
         groups = target.activation_groups(model, example)
         share = tuple(group for group in (tuple(n for n in names if n in known) for names in groups) if len(group) > 1)
@@ -192,7 +232,7 @@ def solve_scores(
     bits = BitConfig(
         layers=layers,
         fingerprint=scores.space.fingerprint,
-        origin=_origin(scores, resolved, solution) | ({} if selection is None else {"selection": selection.to_json()}),
+        origin=_origin(scores, resolved, solution, layers) | ({} if selection is None else {"selection": selection.to_json()}),
         costs=costs_of(scores.space, layers, [budget.cost for budget in resolved]),
     )
     return Allocation(bits, scores, solution, selection)
@@ -215,22 +255,29 @@ def as_budgets(budgets: Budgets) -> tuple[Budget, ...]:
     return tuple(budgets)
 
 
-def _without(inventory: Inventory, reasons: Mapping[str, str]) -> Inventory:
-    from mpq_plugins._errors import SpaceError
-
+def without(inventory: Inventory, reasons: Mapping[str, str]) -> Inventory:
+    """The inventory with the layers in `reasons` (layer name -> reason) skipped; raises `SpaceError` if none is left."""
     layers = tuple(layer for layer in inventory if layer.name not in reasons)
     if not layers:
         told = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
         raise SpaceError(f"the framework would leave every layer in float ({told}). Use another adapter or model form.")
-    skipped = tuple(Skipped(name, reason) for name, reason in reasons.items())
-    return Inventory(layers, (*inventory.skipped, *skipped), inventory.fingerprint)
+    return Inventory(layers, (*inventory.skipped, *skipped_layers(inventory, reasons)), inventory.fingerprint)
+
+
+def _in_bits(budget: Budget, space: Space) -> dict[str, Any]:
+    """What a limit on the size of the weights means in bits per weight; nothing for other budgets."""
+    from mpq_plugins.costs import WeightSize
+
+    if not isinstance(budget.cost, WeightSize):
+        return {}
+    return {"average_bits": space.average_bits_of_size(budget.resolve(space)).to_json()}
 
 
 def _accept(layer: Layer, precision: Precision) -> str | None:
     return None
 
 
-def _origin(scores: Scores, budgets: Sequence[Budget], solution: Solution) -> dict[str, Any]:
+def _origin(scores: Scores, budgets: Sequence[Budget], solution: Solution, layers: Mapping[str, Precision]) -> dict[str, Any]:
     space = scores.space
     return {
         "proxy": dict(scores.proxy),
@@ -242,6 +289,7 @@ def _origin(scores: Scores, budgets: Sequence[Budget], solution: Solution) -> di
                 "asked": budget.limit,
                 "limit": budget.resolve(space),
                 "unit": budget.cost.unit,
+                **_in_bits(budget, space),
             }
             for budget in budgets
         ],
@@ -251,6 +299,7 @@ def _origin(scores: Scores, budgets: Sequence[Budget], solution: Solution) -> di
         "gap": solution.gap,
         "shadow_prices": list(solution.shadow_prices),
         "unused": list(solution.unused),
+        "average_bits": space.average_bits(layers).to_json(),
         "pins": dict(space.pins),
         "ties": [list(unit.layers) for unit in space.units if len(unit.layers) > 1],
         "skipped": {item.name: item.reason for item in space.skipped},

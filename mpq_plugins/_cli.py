@@ -183,6 +183,15 @@ def _add_space(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--include", action="append", default=[], metavar="GLOB", help="search only these layers")
     group.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="keep these layers in float")
+    _add_strict(group)
+
+
+def _add_strict(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="fail where more than 1 %% of the weights or MACs would stay in float without being excluded",
+    )
 
 
 def _add_budget(parser: argparse.ArgumentParser) -> None:
@@ -202,6 +211,7 @@ def _add_layers(verbs: Any) -> None:
     parser = _verb(verbs, "layers", "list the layers that can be quantized, and what is skipped and why")
     _add_model(parser)
     _add_adapter(parser, required=False)
+    _add_strict(parser)
 
 
 def _add_allocate(verbs: Any) -> None:

@@ -19,8 +19,9 @@ from mpq_plugins._flow import (
     parameter_names,
     weight_argument,
 )
-from mpq_plugins._layers import Inventory, Layer, Skipped, fingerprint, matching
+from mpq_plugins._layers import EXCLUDED, Inventory, Layer, Skipped, fingerprint, matching, skipped_layers
 from mpq_plugins._model import batch_size, call, evaluating
+from mpq_plugins._readers import Readers
 
 LAYER_TYPES = (
     nn.Conv1d,
@@ -31,7 +32,7 @@ LAYER_TYPES = (
     nn.ConvTranspose3d,
     nn.Linear,
 )
-_UNSUPPORTED = (nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.MultiheadAttention, nn.Bilinear)
+_UNSUPPORTED = (nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
 
 
 @dataclass
@@ -58,7 +59,8 @@ class _DiscoveryWatch(AbstractWatch):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.seen: dict[str, _Seen] = {}
-        self.computed_weights: list[str] = []
+        self.computed_weights: dict[str, int] = {}  # operation -> MACs over the whole batch
+        self.readers = Readers(model)
         self._parameters = parameter_names(model)
         self._modules = {id(module): name for name, module in model.named_modules()}
         self._running: list[nn.Module] = []
@@ -75,13 +77,15 @@ class _DiscoveryWatch(AbstractWatch):
         weight, activation = weight_argument(args, kwargs), input_argument(args, kwargs)
         weight_name = self._parameters.get(id(weight))
         owner = self._running[-1] if self._running else None
+        if owner is not None and weight_name is not None and _has_another_weight(owner, weight):
+            owner = None  # a further parameter of the module, such as a low-rank addition
         if owner is not None:
             name = self._modules[id(owner)]
             weight_name = weight_name or f"{name}.weight".lstrip(".")
         elif weight_name is not None:
             name = weight_name.removesuffix(".weight") if weight_name.endswith(".weight") else weight_name
         else:
-            self.computed_weights.append(function_name(function))
+            self._note_computed(function_name(function), weight, _macs(kind, weight, activation, output))
             return
         name = name or "weight"
         seen = self.seen.get(name)
@@ -102,7 +106,15 @@ class _DiscoveryWatch(AbstractWatch):
         seen.total_macs += _macs(kind, weight, activation, output)
         self._producer[id(output)] = (output, seen)
 
+    def _note_computed(self, operation: str, weight: Tensor, macs: int) -> None:
+        origins = self.readers.origins(weight)
+        if not origins:
+            self.computed_weights[operation] = self.computed_weights.get(operation, 0) + macs
+        for index, name in enumerate(origins):  # the call counts once, however many parameters its weight is made of
+            self.readers.read(name, f"{operation} of a computed weight", 0 if index else macs)
+
     def on_other(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
+        self.readers.on_call(function, args, kwargs, output)
         if function_name(function) != "batch_norm":
             return
         source = args[0] if args else kwargs.get("input")
@@ -110,6 +122,11 @@ class _DiscoveryWatch(AbstractWatch):
         weight = args[3] if len(args) > 3 else kwargs.get("weight")
         if seen is not None and weight is not None:
             seen.n_norm_parameters = 2 * weight.numel()
+
+
+def _has_another_weight(module: nn.Module, weight: Tensor) -> bool:
+    own = module._parameters.get("weight")
+    return own is not None and own is not weight
 
 
 def _macs(kind: str, weight: Tensor, activation: Tensor, output: Tensor) -> int:
@@ -146,7 +163,7 @@ def find_layers(model: nn.Module, example: Any, *, include: Sequence[str] = ("*"
         )
     kept = {name for pattern in include for name in matching(pattern, names)}
     dropped = {name for pattern in exclude for name in matching(pattern, names)}
-    excluded = tuple(Skipped(name, "excluded by the user; stays in float") for name in names if name not in kept - dropped)
+    excluded = skipped_layers(layers, {name: EXCLUDED for name in names if name not in kept - dropped})
     return Inventory(
         layers=tuple(layer for layer in layers if layer.name in kept - dropped),
         skipped=(*skipped, *excluded),
@@ -179,7 +196,7 @@ def discover(model: nn.Module, example: Any) -> tuple[tuple[Layer, ...], tuple[S
             handle.remove()
     n_images = batch_size(example)
     layers = _layers(watch, model, n_images)
-    return layers, _skipped(watch, model, layers)
+    return layers, _skipped(watch, model, layers, n_images)
 
 
 def _layers(watch: _DiscoveryWatch, model: nn.Module, n_images: int) -> tuple[Layer, ...]:
@@ -226,17 +243,80 @@ def _module_groups(model: nn.Module, seen: _Seen) -> int | None:
     return groups if isinstance(groups, int) else None
 
 
-def _skipped(watch: _DiscoveryWatch, model: nn.Module, layers: tuple[Layer, ...]) -> tuple[Skipped, ...]:
-    called = {layer.name for layer in layers}
-    skipped = []
-    for name, module in model.named_modules():
-        label = name or type(module).__name__
-        if isinstance(module, LAYER_TYPES) and (name or "weight") not in called:
-            skipped.append(Skipped(label, "not called as a module in the forward pass of this example"))
-        elif isinstance(module, _UNSUPPORTED):
-            skipped.append(Skipped(label, f"{type(module).__name__} is not a searched kind of layer; stays in float"))
-    for function in sorted(set(watch.computed_weights)):
-        skipped.append(
-            Skipped(function, "its weight is computed in the forward pass, not a parameter, so it has no place for bits")
-        )
-    return tuple(skipped)
+def _skipped(watch: _DiscoveryWatch, model: nn.Module, layers: tuple[Layer, ...], n_images: int) -> tuple[Skipped, ...]:
+    return _Account(watch, model, layers, n_images).entries()
+
+
+class _Account:
+    """Lists what stays in float, and counts every parameter of two or more dimensions that no layer holds exactly once."""
+
+    def __init__(self, watch: _DiscoveryWatch, model: nn.Module, layers: tuple[Layer, ...], n_images: int) -> None:
+        self._watch, self._model, self._n_images = watch, model, n_images
+        self._called = {layer.name for layer in layers}
+        weights, modules = {layer.weight_name for layer in layers}, dict(model.named_modules())
+        self._left = {
+            id(parameter): name for name, parameter in model.named_parameters() if parameter.dim() > 1 and name not in weights
+        }
+        for layer in layers:
+            if layer.name in modules:
+                for parameter in _parametrized_from(modules[layer.name]):  # the layer's weight is computed from them
+                    self._left.pop(id(parameter), None)
+
+    def entries(self) -> tuple[Skipped, ...]:
+        found: list[Skipped] = []
+        for name, module in self._model.named_modules():
+            found += self._of_module(name, module)
+        for operation, macs in sorted(self._watch.computed_weights.items()):
+            reason = "its weight is computed in the forward pass, not a parameter, so it has no place for bits"
+            found.append(Skipped(operation, reason, macs=-(-macs // self._n_images)))
+        return tuple(found)
+
+    def _of_module(self, name: str, module: nn.Module) -> list[Skipped]:
+        label, kind = name or type(module).__name__, type(module).__name__
+        own = [parameter for parameter in _own_parameters(module) if id(parameter) in self._left]
+        operations = list(dict.fromkeys(word for parameter in own for word in self._operations(parameter)))
+        if isinstance(module, LAYER_TYPES) and (name or "weight") not in self._called:
+            reason = "not called as a module in the forward pass of this example"
+            told = f"{reason}; {_joined(operations)} reads its weight" if operations else reason
+            return [self._entry(label, told, own)]
+        if isinstance(module, _UNSUPPORTED):
+            return [self._entry(label, f"{kind} is not a searched kind of layer; stays in float", own)]
+        if not own:
+            return []
+        if len(own) == 1 and own[0] is module._parameters.get("weight"):
+            return [self._entry(label, f"{kind}: {self._told(operations)}", own)]
+        return [
+            self._entry(
+                self._left[id(parameter)], f"a parameter of {kind}: {self._told(self._operations(parameter))}", [parameter]
+            )
+            for parameter in own
+        ]
+
+    def _operations(self, parameter: nn.Parameter) -> list[str]:
+        return self._watch.readers.operations.get(self._left[id(parameter)], [])
+
+    @staticmethod
+    def _told(operations: list[str]) -> str:
+        if not operations:
+            return "no operation of this example's forward pass reads it as it is"
+        return f"read by {_joined(operations)}, which is no convolution or linear call on a parameter; stays in float"
+
+    def _entry(self, name: str, reason: str, parameters: list[nn.Parameter]) -> Skipped:
+        names = [self._left.pop(id(parameter)) for parameter in parameters]
+        macs = sum(self._watch.readers.macs.get(item, 0) for item in names)
+        return Skipped(name, reason, sum(parameter.numel() for parameter in parameters), -(-macs // self._n_images))
+
+
+def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that stand in the module itself or behind its parametrizations, each once."""
+    direct = [parameter for parameter in module._parameters.values() if parameter is not None]
+    return list({id(parameter): parameter for parameter in (*direct, *_parametrized_from(module))}.values())
+
+
+def _parametrized_from(module: nn.Module) -> list[nn.Parameter]:
+    held = module._modules.get("parametrizations")
+    return [] if held is None else list(held.parameters())
+
+
+def _joined(words: Sequence[str]) -> str:
+    return ", ".join(words)

@@ -1,4 +1,4 @@
-"""Every error this package raises on purpose.
+"""Every error this package raises on purpose, and the warnings it gives.
 
 MPQError
 ├── PrecisionError            (ValueError)    a bit-width that no quantizer here can have
@@ -17,6 +17,8 @@ MPQError
 ├── AdapterError              (ValueError)    the framework cannot do what was asked
 ├── TrainingError             (RuntimeError)  training cannot begin, or cannot go on
 └── VerificationError         (RuntimeError)  an artifact does not hold what was asked for
+
+FloatLayersWarning            (UserWarning)   a part of the model that is worth telling stays in float
 """
 
 
@@ -89,3 +91,7 @@ class TrainingError(MPQError, RuntimeError):
 
 class VerificationError(MPQError, RuntimeError):
     """An exported artifact differs from what was asked for."""
+
+
+class FloatLayersWarning(UserWarning):
+    """A part of the model that is worth telling stays in float, outside every budget."""

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpq_plugins._adapter import AbstractAdapter
-from mpq_plugins._allocate import as_budgets, build_space
+from mpq_plugins._allocate import as_budgets, decision_space
 from mpq_plugins._cost import Budget
 from mpq_plugins._errors import BudgetError, DataError, ModelError, PluginError
+from mpq_plugins._left_in_float import LeftInFloat
 from mpq_plugins._plugins import make
 from mpq_plugins._precision import menu
 
@@ -113,7 +114,7 @@ def space_of(options: Namespace, model: nn.Module, example: Any) -> Space:
             numbers(options.activation_bits) if options.activation_bits else (adapter.activation_bits if adapter else (8,))
         )
         choices = menu(weight, activation)
-    return build_space(
+    space = decision_space(
         model,
         example,
         choices=choices,
@@ -124,6 +125,16 @@ def space_of(options: Namespace, model: nn.Module, example: Any) -> Space:
         include=options.include or ("*",),
         exclude=options.exclude,
     )
+    tell_floats(LeftInFloat.of(space.layers, space.skipped), strict=options.strict)
+    return space
+
+
+def tell_floats(left: LeftInFloat, *, strict: bool) -> None:
+    """Print on stderr what stays in float where it is much; when `strict`, raise `SpaceError` instead."""
+    if strict:
+        left.check()
+    if left.is_much:
+        print(f"warning: {left}", file=sys.stderr)
 
 
 def budgets_of(texts: Sequence[str]) -> tuple[Budget, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -52,18 +52,28 @@ class Layer:
         return cls(**facts)
 
 
+EXCLUDED = "excluded by the user; stays in float"
+
+
 @dataclass(frozen=True)
 class Skipped:
-    """Something that holds weights or could be quantized, and is not; with the reason."""
+    """Something that holds weights or could be quantized, and is not; with the reason.
+
+    `n_weights` counts its weights of two or more dimensions that no layer and no other skipped entry holds. `macs` counts
+    its multiply-accumulates per image, as far as they are known.
+    """
 
     name: str
     reason: str
+    n_weights: int = 0
+    macs: int = 0
 
 
 @dataclass(frozen=True)
 class Inventory:
     """The layers of a model in order of their first call, and what was skipped.
 
+    Every parameter of two or more dimensions belongs to a layer or counts in one skipped entry.
     `fingerprint` is a digest of all layer names and weight shapes of the model, excluded ones too: two models with
     equal fingerprints accept the same bit configuration.
     """
@@ -83,6 +93,24 @@ class Inventory:
             if name == layer.name or name in layer.aliases:
                 return layer
         raise unknown_layer(name, [layer.name for layer in self.layers])
+
+
+def distinct_weights(layers: Iterable[Layer]) -> int:
+    """Weights of `layers`, one that several of them share counted once."""
+    return sum({layer.weight_name: layer.n_weights for layer in layers}.values())
+
+
+def skipped_layers(layers: Iterable[Layer], reasons: Mapping[str, str]) -> tuple[Skipped, ...]:
+    """Entries for the layers that `reasons` (layer name -> reason) names; weights that a layer left over shares count there."""
+    layers = tuple(layers)
+    counted = {layer.weight_name for layer in layers if layer.name not in reasons}
+    entries = []
+    for layer in layers:
+        if layer.name in reasons:
+            n_weights = 0 if layer.weight_name in counted else layer.n_weights
+            counted.add(layer.weight_name)
+            entries.append(Skipped(layer.name, reasons[layer.name], n_weights, layer.macs))
+    return tuple(entries)
 
 
 def fingerprint(shapes: Mapping[str, Sequence[int]]) -> str:

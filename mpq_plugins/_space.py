@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from mpq_plugins._errors import SpaceError
-from mpq_plugins._layers import Inventory, Layer, Skipped, matching
+from mpq_plugins._layers import Inventory, Layer, Skipped, matching, skipped_layers
 from mpq_plugins._precision import Precision, menu
 
 Refuse = Callable[[Layer, Precision], str | None]
@@ -31,6 +31,26 @@ class Unit:
     def name(self) -> str:
         """The layer names joined by `+`."""
         return "+".join(self.layers)
+
+
+@dataclass(frozen=True)
+class AverageBits:
+    """Weight bits per weight: over all searched layers, and over those with a decision to make (None without any).
+
+    A size budget such as `w4` is about the free layers: with the first and last pinned at 8 bits all layers average more.
+    """
+
+    overall: float
+    free: float | None
+
+    def to_json(self) -> dict[str, float | None]:
+        """Both averages as plain JSON values."""
+        return {"all": self.overall, "free": self.free}
+
+    def __str__(self) -> str:
+        if self.free is None or abs(self.free - self.overall) < 5e-3:
+            return f"{self.overall:.2f}"
+        return f"{self.overall:.2f} over all searched layers, {self.free:.2f} over the free ones"
 
 
 @dataclass(frozen=True)
@@ -105,6 +125,24 @@ class Space:
         """Whether the unit has a decision to make."""
         return len(unit.choices) > 1
 
+    def average_bits(self, bits: Mapping[str, Precision]) -> AverageBits:
+        """Weight bits per weight of an assignment (layer name -> precision)."""
+        return self.average_bits_of_size(sum(layer.n_weights * bits[layer.name].weight for layer in self._stored) / 8)
+
+    def average_bits_of_size(self, size_bytes: float) -> AverageBits:
+        """Weight bits per weight that `size_bytes` hold: layers without a choice take their bits, the free ones the rest."""
+        fixed = {name: unit.choices[0].weight for unit in self.units if not self.is_free(unit) for name in unit.layers}
+        n_weights = sum(layer.n_weights for layer in self._stored)
+        n_free = sum(layer.n_weights for layer in self._stored if layer.name not in fixed)
+        fixed_bits = sum(layer.n_weights * fixed[layer.name] for layer in self._stored if layer.name in fixed)
+        n_bits = 8 * size_bytes
+        return AverageBits(n_bits / n_weights, (n_bits - fixed_bits) / n_free if n_free else None)
+
+    @cached_property
+    def _stored(self) -> tuple[Layer, ...]:
+        """The layers, less those that hold the weight of another."""
+        return tuple(layer for layer in self.layers if layer.shares_weight_with not in self._layer_of)
+
     def assignment(self, choice: Sequence[int]) -> dict[str, Precision]:
         """Layer name -> precision, for one choice index per unit."""
         chosen = {name: unit.choices[index] for unit, index in zip(self.units, choice, strict=True) for name in unit.layers}
@@ -143,7 +181,7 @@ class Space:
                 for unit in self.units
             ],
             "fingerprint": self.fingerprint,
-            "skipped": [{"name": item.name, "reason": item.reason} for item in self.skipped],
+            "skipped": [asdict(item) for item in self.skipped],
             "pins": dict(self.pins),
         }
 
@@ -161,7 +199,7 @@ class Space:
                 for item in document["units"]
             ),
             fingerprint=document["fingerprint"],
-            skipped=tuple(Skipped(item["name"], item["reason"]) for item in document["skipped"]),
+            skipped=tuple(Skipped(**item) for item in document["skipped"]),
             pins=dict(document["pins"]),
         )
         if sorted(name for unit in space.units for name in unit.layers) != sorted(layer.name for layer in space.layers):
@@ -225,7 +263,7 @@ def _menus(
     for pattern, precisions in (choices if isinstance(choices, Mapping) else {"*": choices or menu()}).items():
         wanted.update(dict.fromkeys(matching(pattern, names), tuple(precisions)))
     menus: dict[str, tuple[Precision, ...]] = {}
-    skipped = []
+    refused: dict[str, str] = {}
     for layer in inventory:
         asked = (pins[layer.name],) if layer.name in pins else tuple(dict.fromkeys(wanted.get(layer.name, ())))
         if not asked:
@@ -240,8 +278,8 @@ def _menus(
                 "Pin another precision or exclude the layer."
             )
         else:
-            skipped.append(Skipped(layer.name, str(next(iter(reasons.values())))))
-    return menus, tuple(skipped)
+            refused[layer.name] = str(next(iter(reasons.values())))
+    return menus, skipped_layers(inventory, refused)
 
 
 def _known(groups: Iterable[Sequence[str]], names: Sequence[str], kept: Sequence[str]) -> list[tuple[str, ...]]:

@@ -17,6 +17,8 @@ from mpq_plugins._bits import BitConfig
 from mpq_plugins._cost import Budget
 from mpq_plugins._errors import DataError, PluginError
 from mpq_plugins._from_options import adapter_of, budgets_of, cache_of, data_of, model_of, space_of, take, values_of, words
+from mpq_plugins._layers import skipped_layers
+from mpq_plugins._left_in_float import LeftInFloat
 from mpq_plugins._plugins import KINDS, Kind, make, names
 from mpq_plugins._scores import Scores
 from mpq_plugins._selection import Measure
@@ -37,16 +39,24 @@ def layers(options: Namespace) -> int:
 
     model, example = model_of(options)
     inventory = find_layers(model, example)
-    refused = {} if options.adapter is None else adapter_of(options).unconvertible(model, inventory)
+    refused = {} if options.adapter is None else adapter_of(options).unconvertible(model, inventory, example)
+    kept = [layer for layer in inventory if layer.name not in refused]
+    skipped = (*inventory.skipped, *skipped_layers(inventory, refused))
+    left = LeftInFloat.of(kept, skipped)
     if options.json:
-        skipped = {item.name: item.reason for item in inventory.skipped} | dict(refused)
-        document = {"fingerprint": inventory.fingerprint, "layers": [layer.to_json() for layer in inventory]}
-        return _print_json({**document, "skipped": skipped})
-    console = _console()
-    console.print(layer_table(inventory))
-    _print_optional(console, skipped_table(inventory.skipped))
-    for name, reason in refused.items():
-        console.print(f"{options.adapter} keeps {name} in float: {reason}")
+        document = {
+            "fingerprint": inventory.fingerprint,
+            "layers": [layer.to_json() for layer in inventory],
+            "skipped": {item.name: item.reason for item in skipped},
+            "left_in_float": left.to_json(),
+        }
+        _print_json(document)
+    else:
+        console = _console()
+        console.print(layer_table(inventory))
+        _print_optional(console, skipped_table(skipped, kept))
+    if options.strict:
+        left.check()
     return _OK
 
 
@@ -202,7 +212,7 @@ def _solve_and_report(options: Namespace, scores: Scores, budgets: Sequence[Budg
         return _print_json({"layers": layers, "costs": allocation.bits.costs, **allocation.bits.origin})
     console = _console()
     console.print(allocation_table(allocation))
-    _print_optional(console, skipped_table(allocation.space.skipped))
+    _print_optional(console, skipped_table(allocation.space.skipped, allocation.space.layers))
     for line in certificate_lines(allocation, budgets, top_k=top_k):
         console.print(line, highlight=False)
     console.print(f"wrote {options.out}")

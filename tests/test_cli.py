@@ -45,12 +45,15 @@ def test_allocate_then_solve_again_without_the_model(folder, capsys):
     )  # fmt: skip
     assert code == 0
     assert "proven optimal" in out
+    assert out.count("over all searched layers") == 3  # the table, the budget, the certificate
     bits = BitConfig.load("bits.json")
     assert {row["name"]: row["limit"] >= bits.costs[row["name"]] for row in bits.origin["budgets"]} == {
         "size": True,
         "bops": True,
     }
     assert (str(bits["stem"]), str(bits["fc"])) == ("w8a8", "w8a8")
+    assert bits.origin["budgets"][0]["average_bits"]["free"] == pytest.approx(4)
+    assert bits.origin["budgets"][0]["average_bits"]["all"] > 4 >= bits.origin["average_bits"]["free"]
     assert (folder / "bits.png").read_bytes()[:4] == b"\x89PNG"
     code, out, _ = run(capsys, "solve", "scores.json", "--budget", "size=w3", "--out", "w3.json", "--json", "--quiet")
     assert code == 0

@@ -114,3 +114,23 @@ def test_excluding_every_layer_is_told():
     """No layer left is an error of the space, with or without a target."""
     with pytest.raises(SpaceError, match="no layer is left"):
         build_space(nn.Linear(2, 2), torch.ones(1, 2), exclude=["*"])
+
+
+def test_average_bits_are_told_for_all_layers_and_for_the_free_ones():
+    """With 8 of 40 weights pinned at 8 bits, the size of uniform w4 is 4.8 bits on average, and 4 over the free layers."""
+    net = nn.Sequential(nn.Linear(2, 4, bias=False), nn.Linear(4, 8, bias=False))
+    space = build_space(net, torch.ones(1, 2), pin={"0": "w8a8"})
+    limit = space.average_bits_of_size((8 * 8 + 32 * 4) / 8)
+    assert (limit.overall, limit.free) == (4.8, 4.0)
+    assert str(limit) == "4.80 over all searched layers, 4.00 over the free ones"
+    assert space.average_bits({"0": Precision(8, 8), "1": Precision(3, 8)}).to_json() == {"all": 4.0, "free": 3.0}
+    assert str(build_space(net, torch.ones(1, 2)).average_bits_of_size(20)) == "4.00"
+    assert build_space(net, torch.ones(1, 2), pin={"*": "w8a8"}).average_bits_of_size(40).to_json() == {"all": 8, "free": None}
+
+
+def test_shared_weights_count_once_in_the_average():
+    """A weight that two layers hold is stored once, at one width."""
+    net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    net[1].weight = net[0].weight
+    space = build_space(net, torch.ones(1, 4), pin={"2": "w8a8"})
+    assert space.average_bits_of_size((16 * 2 + 16 * 8) / 8).to_json() == {"all": 5.0, "free": 2.0}

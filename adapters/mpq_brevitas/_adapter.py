@@ -66,10 +66,10 @@ class BrevitasAdapter(AbstractAdapter):
 
         return advice(layer, precision, self.profile)
 
-    def unconvertible(self, model: nn.Module, inventory: Inventory) -> Mapping[str, str]:
+    def unconvertible(self, model: nn.Module, inventory: Inventory, example: Any = None) -> Mapping[str, str]:
         from mpq_brevitas._support import unconvertible
 
-        return unconvertible(model, inventory, self.profile)
+        return unconvertible(model, inventory, self.profile, example)
 
     def activation_groups(self, model: nn.Module, example: Any) -> tuple[tuple[str, ...], ...]:
         """Layerwise: none, every layer has its own input quantizer. Finn: raises `AdapterError` if tracing fails."""

@@ -26,7 +26,7 @@ with warnings.catch_warnings():
         from brevitas.core.bit_width import BitWidthStatefulConst
         from brevitas.core.stats import stats_op
         from brevitas.fx import GraphModule as GraphModule
-        from brevitas.fx.brevitas_tracer import symbolic_trace as symbolic_trace
+        from brevitas.fx.brevitas_tracer import Tracer, _symbolic_trace
         from brevitas.graph.base import FnToModule as FnToModule
         from brevitas.graph.base import MethodToModule as MethodToModule
         from brevitas.graph.calibrate import quantization_status_manager
@@ -47,6 +47,7 @@ with warnings.catch_warnings():
             ScalingPerOutputType,
             StatsOp,
         )
+        from brevitas.nn.quant_layer import QuantNonLinearActLayer
         from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInjector
         from brevitas.quant.fixed_point import (
             Int8ActPerTensorFixedPoint,
@@ -76,6 +77,62 @@ QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
     nn.ConvTranspose3d: qnn.QuantConvTranspose3d,
     nn.Linear: qnn.QuantLinear,
 }
+
+
+class _OwnForward:
+    """A Brevitas layer that computes with the forward pass of the float class that it replaced."""
+
+    own_class: type[nn.Module]
+
+    def inner_forward_impl(self, x: Any, quant_weight: Any, quant_bias: Any) -> Tensor:
+        form: Any = object.__new__(self.own_class)  # the float layer, with quantized values in place of its parameters
+        form.__dict__.update(self.__dict__)
+        form.__dict__["_parameters"] = {
+            name: value for name, value in self.__dict__["_parameters"].items() if name not in ("weight", "bias")
+        }
+        form.__dict__.update(weight=plain(quant_weight), bias=plain(quant_bias))
+        result: Tensor = form.forward(plain(x))
+        return result
+
+
+class _OwnConv1d(_OwnForward, qnn.QuantConv1d):
+    pass
+
+
+class _OwnConv2d(_OwnForward, qnn.QuantConv2d):
+    pass
+
+
+class _OwnConv3d(_OwnForward, qnn.QuantConv3d):
+    pass
+
+
+class _OwnConvTranspose1d(_OwnForward, qnn.QuantConvTranspose1d):
+    pass
+
+
+class _OwnConvTranspose2d(_OwnForward, qnn.QuantConvTranspose2d):
+    pass
+
+
+class _OwnConvTranspose3d(_OwnForward, qnn.QuantConvTranspose3d):
+    pass
+
+
+class _OwnLinear(_OwnForward, qnn.QuantLinear):
+    pass
+
+
+# One class each, rather than one made for every layer: Brevitas and its users look layers up by class.
+_WITH_OWN_FORWARD: dict[type[nn.Module], type[nn.Module]] = {
+    qnn.QuantConv1d: _OwnConv1d,
+    qnn.QuantConv2d: _OwnConv2d,
+    qnn.QuantConv3d: _OwnConv3d,
+    qnn.QuantConvTranspose1d: _OwnConvTranspose1d,
+    qnn.QuantConvTranspose2d: _OwnConvTranspose2d,
+    qnn.QuantConvTranspose3d: _OwnConvTranspose3d,
+    qnn.QuantLinear: _OwnLinear,
+}
 _FLOAT_WEIGHTS = {"mse": Int8WeightPerChannelFloatMSE, "max": Int8WeightPerChannelFloat}
 _POWER_OF_TWO_WEIGHTS = {"mse": Int8WeightPerTensorFixedPointMSE, "max": Int8WeightPerTensorFixedPoint}
 
@@ -97,6 +154,52 @@ class BinaryWeightPerChannel(WeightQuantSolver):
     restrict_scaling_type = RestrictValueType.FP
     float_to_int_impl_type = FloatToIntImplType.ROUND
     scaling_min_val = 1e-10
+
+
+class _LimitedReLU(nn.Module):
+    """What `nn.ReLU6` computes; that class itself Brevitas drops in front of a quantizer."""
+
+    def __init__(self) -> None:  # Brevitas reads the signature
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.relu6(x)
+
+
+class QuantReLU6(qnn.QuantReLU):
+    """A ReLU6 that quantizes its output. Brevitas' own loses the limit as soon as the range comes from data."""
+
+    def __init__(self, act_quant: Any, return_quant_tensor: bool = False, **options: Any) -> None:
+        QuantNonLinearActLayer.__init__(
+            self,
+            act_impl=_LimitedReLU,
+            passthrough_act=False,
+            input_quant=None,
+            act_quant=act_quant,
+            return_quant_tensor=return_quant_tensor,
+            **options,
+        )
+
+
+def drop_needless_limits(module: nn.Module) -> None:
+    """Make every ReLU6 whose quantizer clips at the limit or below a ReLU, in place: FINN knows no Clip."""
+    for layer in module.modules():
+        if isinstance(layer, QuantReLU6) and layer.act_quant.is_quant_enabled:
+            bits, _ = activation_format(layer.act_quant)
+            if torch.all(torch.round(6 / layer.act_quant.scale()) >= 2**bits - 1):
+                layer.act_quant.fused_activation_quant_proxy.activation_impl = nn.ReLU()
+
+
+class _LayerTracer(Tracer):
+    """Takes subclasses of layers whole: what they compute from the input's size cannot be traced."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, tuple(QUANTIZED)) or bool(super().is_leaf_module(m, module_qualified_name))
+
+
+def symbolic_trace(module: nn.Module) -> Any:
+    """The graph of a module, as Brevitas traces it."""
+    return _symbolic_trace(_LayerTracer(), module, None)
 
 
 def weight_quantizer(bits: int, weight_range: str, *, power_of_two: bool = False, learned: bool = True) -> Any:
@@ -134,9 +237,20 @@ def use_fixed_input_quantizer(layer: Any, bits: int, threshold: Tensor, *, signe
     )
 
 
+def run_forward_of(layer: nn.Module, float_class: type[nn.Module]) -> None:
+    """Let a Brevitas layer compute with the forward pass of `float_class`, a subclass of the layer class it stands for."""
+    layer.__class__ = _WITH_OWN_FORWARD[type(layer)]
+    layer.own_class = float_class
+
+
+def is_brevitas_layer(module: nn.Module) -> bool:
+    """Whether the module is one of the layers that Brevitas puts in place of torch's."""
+    return isinstance(module, tuple(QUANTIZED.values()))
+
+
 def is_quantized_layer(module: nn.Module) -> bool:
     """Whether the module is one of Brevitas' layers with both quantizers, or fed by a quantized activation."""
-    return type(module) in QUANTIZED.values() and bool(module.weight_quant.is_quant_enabled)
+    return is_brevitas_layer(module) and bool(module.weight_quant.is_quant_enabled)
 
 
 def has_activation_quantizer(module: nn.Module) -> bool:

@@ -36,7 +36,7 @@ def load(model: nn.Module, path: str | Path, example: Any) -> nn.Module:
     recipe = Recipe.of(json.loads(document["recipe"]))
     inventory = find_layers(model, example)
     check_same_model(path, bits, inventory)
-    check_convertible(model, bits, inventory, recipe.profile)
+    check_convertible(model, bits, inventory, recipe.profile, example)
     module = _finn.convert(model, bits, recipe).module if recipe.profile == "finn" else _layerwise.convert(model, bits, recipe)
     with brevitas.keeping_quantizers():
         try:

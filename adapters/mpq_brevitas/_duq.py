@@ -107,7 +107,7 @@ def fold_duq(module: nn.Module) -> nn.Module:
     """Replace DuQ in every layer by ordinary quantizers of one scale, in place; returns the module, ready to be exported."""
     with brevitas.guarded():
         for layer in module.modules():
-            if type(layer) in brevitas.QUANTIZED.values():
+            if brevitas.is_brevitas_layer(layer):
                 _fold(layer)
     return module
 

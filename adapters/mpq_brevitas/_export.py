@@ -61,8 +61,9 @@ def export(module: nn.Module, path: str | Path, example: Any, *, format: str) ->
 
 
 def _deployable(module: nn.Module, recipe: Recipe) -> nn.Module:
-    """A copy with quantizers of one scale each, which is all that ONNX has."""
+    """A copy with quantizers of one scale each, which is all that ONNX has, and without limits that change nothing."""
     copied = copy.deepcopy(module)
+    brevitas.drop_needless_limits(copied)
     return fold_duq(copied) if recipe.quantizer == "duq" else copied
 
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from mpq_brevitas import _brevitas_internals as brevitas
 from mpq_brevitas._groups import Group, activation_groups_of_graph, quantizers_of_group
 from mpq_brevitas._modules import get_layer, rooted
 from mpq_brevitas._quantizers import activation_quantizer, weight_quantizer
 from mpq_brevitas._recipe import Recipe
+from mpq_brevitas._subclasses import make_plain
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._errors import AdapterError
 
@@ -61,6 +63,7 @@ def convert(model: nn.Module, bits: BitConfig, recipe: Recipe, equalizer: Equali
 def build_graph(model: nn.Module, bits: BitConfig | None, recipe: Recipe, equalizer: Equalizer | None = None) -> Graph:
     """The converted graph with every activation at 8 bits; without `bits` weights stay float."""
     copied = rooted(copy.deepcopy(model).eval())
+    make_plain(copied)
     with brevitas.guarded():
         try:
             traced = brevitas.preprocess_for_quantize(_traced(copied), trace_model=False, merge_bn=False, relu6_to_relu=False)
@@ -73,7 +76,7 @@ def build_graph(model: nn.Module, bits: BitConfig | None, recipe: Recipe, equali
                 traced,
                 quant_identity_map=_identity_map(recipe),
                 quant_act_map=_activation_map(recipe),
-                compute_layer_map=_layer_map(bits, recipe),
+                compute_layer_map={**_float_subclasses(copied), **_layer_map(bits, recipe)},
                 requantize_layer_handler_output=False,
             )
         except AdapterError:
@@ -127,6 +130,8 @@ def _activation_map(recipe: Recipe) -> dict[type[nn.Module], Any]:
     for float_class, (quantized, options) in brevitas.QUANT_ACT_MAP.items():
         if float_class is nn.Hardtanh:
             continue  # Brevitas' entry holds lambdas that it never evaluates; the layer behind quantizes its input.
+        if float_class is nn.ReLU6:
+            quantized = brevitas.QuantReLU6
         quantizer = activation_quantizer(UNFED_BITS, recipe, signed=brevitas.is_signed(options["act_quant"]))
         chosen[float_class] = (quantized, {**options, "act_quant": quantizer})
     return chosen
@@ -142,6 +147,12 @@ def _layer_map(bits: BitConfig | None, recipe: Recipe) -> dict[type[nn.Module], 
     options = {"weight_quant": lambda _, name: quantizer(name), "bias_quant": None, "return_quant_tensor": False}
     others = {kind: entry for kind, entry in brevitas.COMPUTE_LAYER_MAP.items() if entry is None}
     return {**others, **{kind: (quantized, options) for kind, quantized in brevitas.QUANTIZED.items()}}
+
+
+def _float_subclasses(model: nn.Module) -> dict[type[nn.Module], None]:
+    # Brevitas takes a subclass for a layer, and then looks up its exact class.
+    kinds = {type_before_parametrizations(module) for module in model.modules()}
+    return {kind: None for kind in kinds if issubclass(kind, tuple(brevitas.QUANTIZED)) and kind not in brevitas.QUANTIZED}
 
 
 def set_activation_bits(module: nn.Module, bits: BitConfig) -> None:

@@ -31,7 +31,7 @@ def activation_groups_of_graph(module: Any) -> tuple[Group, ...]:
             members = quantizers.setdefault(brevitas.scale_identity(called), [])
             if node.target not in members:
                 members.append(node.target)
-        elif type(called) in brevitas.QUANTIZED.values():
+        elif brevitas.is_brevitas_layer(called):
             source = _quantizer_before(module, node)
             if source is not None:
                 layers.setdefault(brevitas.scale_identity(source), []).append(node.target)
@@ -52,6 +52,6 @@ def _quantizer_before(module: Any, node: Any) -> nn.Module | None:
         called = module.get_submodule(node.target)
         if brevitas.has_activation_quantizer(called):
             return called
-        if type(called) in brevitas.QUANTIZED.values():
+        if brevitas.is_brevitas_layer(called):
             return None
     return None

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from mpq_brevitas import _brevitas_internals as brevitas
 from mpq_brevitas._modules import aliases, get_layer, rooted, set_layer, tie_parameters, tied_parameters
 from mpq_brevitas._quantizers import activation_quantizer, weight_quantizer
 from mpq_brevitas._recipe import Recipe
+from mpq_brevitas._subclasses import as_exact_layers, restore_forward
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._model import Batch, call, evaluating, tensors
 
@@ -50,6 +52,7 @@ def convert(model: nn.Module, bits: BitConfig, recipe: Recipe) -> nn.Module:
         "bias_quant": None,
         "return_quant_tensor": False,
     }
+    subclasses = as_exact_layers(converted, bits.layers)
     names = {name for name, _ in converted.named_modules(remove_duplicate=False)}
     with brevitas.guarded():
         converted = brevitas.layerwise_quantize(
@@ -57,6 +60,8 @@ def convert(model: nn.Module, bits: BitConfig, recipe: Recipe) -> nn.Module:
             compute_layer_map={float_class: (quantized, options) for float_class, quantized in brevitas.QUANTIZED.items()},
             name_blacklist=sorted(name for name in names if _is_layer(converted, name) and name not in bits.layers),
         )
+    for name, subclass in subclasses.items():
+        restore_forward(get_layer(converted, name), subclass)
     # Brevitas leaves the later registrations of a module in float, and parts parameters that were one.
     for later, first in later_names.items():
         if first in bits.layers:
@@ -67,7 +72,7 @@ def convert(model: nn.Module, bits: BitConfig, recipe: Recipe) -> nn.Module:
 
 
 def _is_layer(model: nn.Module, name: str) -> bool:
-    return type(get_layer(model, name)) in brevitas.QUANTIZED
+    return type_before_parametrizations(get_layer(model, name)) in brevitas.QUANTIZED
 
 
 def _restore_trainability(model: nn.Module, trainable: Mapping[str, bool]) -> None:

@@ -104,9 +104,18 @@ class OnnxGraph:
     def moved_from(self, name: str) -> Any | None:
         """The node that computed the values of tensor `name`, looking through operations that only move them."""
         node = self.producers.get(name)
-        while node is not None and node.op_type in _MOVING:
+        while node is not None and (node.op_type in _MOVING or self._pads_with_zeros(node)):
             node = self.producers.get(node.input[0])
         return node
+
+    def _pads_with_zeros(self, node: Any) -> bool:
+        """Whether the node pads with zeros or with values that it is given, which are codes already."""
+        if node.op_type != "Pad":
+            return False
+        if any(item.name == "mode" and item.s != b"constant" for item in node.attribute) or len(node.input) < 3:
+            return True
+        value = self.constant(node.input[2]) if node.input[2] else np.zeros(())
+        return value is not None and not np.any(value)
 
     def calls(self) -> Iterator[tuple[str, Any]]:
         """Layer name and node of every layer call, in order; a second call of `conv` is the node `conv#2`."""

@@ -41,7 +41,7 @@ def prepare(
     """See `AbstractAdapter.prepare` and `BrevitasAdapter.prepare`."""
     check_options(adapter, ptq)
     inventory = find_layers(model, example)
-    check_convertible(model, bits, inventory, adapter.profile)
+    check_convertible(model, bits, inventory, adapter.profile, example)
     batches = tuple(batches_of(calibration))
     if not batches:
         raise DataError("no calibration batches were given, but activation ranges need them. Pass data (--data).")

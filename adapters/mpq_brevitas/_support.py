@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
 
 from mpq_brevitas._recipe import Profile
+from mpq_brevitas._subclasses import computes_as_its_parent, differing_forwards, plain_form
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._discover import LAYER_TYPES
 from mpq_plugins._errors import AdapterError
@@ -43,15 +45,38 @@ def advice(layer: Layer, precision: Precision, profile: Profile) -> str | None:
     return None
 
 
-def unconvertible(model: nn.Module, inventory: Inventory, profile: Profile) -> dict[str, str]:
+def unconvertible(model: nn.Module, inventory: Inventory, profile: Profile, example: Any = None) -> dict[str, str]:
     """Layer name -> reason, for layers of this model that Brevitas would leave in float or fail on."""
     modules = dict(model.named_modules())
-    reasons = {}
+    reasons: dict[str, str] = {}
+    own_forward: dict[str, nn.Module] = {}
     for layer in inventory:
-        reason = _reason(layer, model if modules.get(layer.name) is None else modules[layer.name], modules, profile)
+        module = model if modules.get(layer.name) is None else modules[layer.name]
+        reason = _reason(layer, module, modules, profile)
         if reason is not None:
             reasons[layer.name] = reason
-    return reasons
+        elif not computes_as_its_parent(module):
+            own_forward[layer.name] = module
+    return {**reasons, **_refused_subclasses(model, own_forward, profile, example)}
+
+
+def _refused_subclasses(
+    model: nn.Module, modules: Mapping[str, nn.Module], profile: Profile, example: Any
+) -> Mapping[str, str]:
+    """Name -> reason, for layers whose forward pass is their own and cannot be kept."""
+    if profile == "finn":
+        return {
+            name: f"{type(module).__name__} has a forward pass of its own that is no convolution or linear layer with one even "
+            'padding for every input size, which the graph conversion needs. Use profile="layerwise"'
+            for name, module in modules.items()
+            if plain_form(module) is None
+        }
+    if example is None:
+        return {
+            name: f"{type(module).__name__} has a forward pass of its own; only with an example can it be checked"
+            for name, module in modules.items()
+        }
+    return differing_forwards(model, modules, example) if modules else {}
 
 
 def _reason(layer: Layer, module: nn.Module, modules: Mapping[str, nn.Module], profile: Profile) -> str | None:
@@ -60,8 +85,8 @@ def _reason(layer: Layer, module: nn.Module, modules: Mapping[str, nn.Module], p
     expected = _CLASSES.get(layer.kind)
     if parametrize.is_parametrized(module) or "weight" not in module._parameters:
         return "its weight is parametrized; remove the parametrization first (torch.nn.utils.parametrize)"
-    if type(module) is not expected:
-        return f"{type(module).__name__} is a subclass of {layer.kind}; Brevitas replaces the exact class only"
+    if expected is None or not isinstance(module, expected):
+        return f"{type(module).__name__} computes a {layer.kind}, for which Brevitas has no layer in its place"
     if any(isinstance(parent, nn.MultiheadAttention) for parent in _parents(layer.name, modules)):
         return "part of MultiheadAttention, whose forward reads the weight without calling the layer"
     if profile == "finn" and layer.n_calls > 1:
@@ -76,13 +101,13 @@ def _parents(name: str, modules: Mapping[str, nn.Module]) -> list[nn.Module]:
     return [modules[".".join(parts[:count])] for count in range(1, len(parts)) if ".".join(parts[:count]) in modules]
 
 
-def check_convertible(model: nn.Module, bits: BitConfig, inventory: Inventory, profile: Profile) -> None:
+def check_convertible(model: nn.Module, bits: BitConfig, inventory: Inventory, profile: Profile, example: Any) -> None:
     """Make sure that every layer of `bits` can be what it is asked to be.
 
     Raises `UnknownLayerError`, `FingerprintError` and, naming the layers and the reasons, `AdapterError`.
     """
     bits.check(inventory)
-    problems = {name: why for name, why in unconvertible(model, inventory, profile).items() if name in bits.layers}
+    problems = {name: why for name, why in unconvertible(model, inventory, profile, example).items() if name in bits.layers}
     for name, precision in bits.layers.items():
         refused = refuse(inventory[name], precision)
         if refused is not None:

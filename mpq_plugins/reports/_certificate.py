@@ -15,6 +15,8 @@ def certificate_lines(allocation: Allocation, budgets: Sequence[Budget], *, top_
 
     `top_k` is how many plans were asked to be measured.
     """
+    from mpq_plugins.costs import WeightSize
+
     solution, space = allocation.solution, allocation.space
     was_replaced = allocation.selection is not None and allocation.selection.kept > 0
     told = solution.advice if was_replaced else solution.status.value
@@ -34,6 +36,10 @@ def certificate_lines(allocation: Allocation, budgets: Sequence[Budget], *, top_
             f"{budget.cost.name}: {format_amount(used, budget.cost.unit)} of {format_amount(limit, budget.cost.unit)}, "
             f"{format_amount(unused, budget.cost.unit)} unused{saved}"
         )
+        if isinstance(budget.cost, WeightSize):
+            asked = f"{budget.limit} is " if isinstance(budget.limit, str) else ""
+            lines.append(f"  {asked}room for weight bits on average: {space.average_bits_of_size(limit)}")
+    lines.append(f"weight bits on average: {allocation.average_bits}")
     if allocation.selection is not None:
         measured, kept = allocation.selection.measured, allocation.selection.kept
         lines.append(

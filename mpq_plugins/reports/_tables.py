@@ -10,7 +10,8 @@ from rich.table import Table
 
 from mpq_plugins._allocate import Allocation
 from mpq_plugins._cost import format_amount
-from mpq_plugins._layers import Inventory, Skipped
+from mpq_plugins._layers import Inventory, Layer, Skipped
+from mpq_plugins._left_in_float import LeftInFloat, shares
 
 if TYPE_CHECKING:
     from mpq_plugins.reports._compare import Comparison, Row
@@ -40,16 +41,19 @@ def layer_table(inventory: Inventory) -> Table:
     return table
 
 
-def skipped_table(skipped: Iterable[Skipped]) -> Table | None:
-    """What stays in float and why; None when nothing does."""
+def skipped_table(skipped: Iterable[Skipped], layers: Iterable[Layer]) -> Table | None:
+    """What stays in float beside `layers`, how much that is, and why; None when nothing does."""
     rows = tuple(skipped)
     if not rows:
         return None
-    table = Table(title=f"{len(rows)} not quantized", title_justify="left")
+    left = LeftInFloat.of(layers, rows)
+    table = Table(title=f"{len(rows)} not quantized: {shares(left.weights, left.macs)}", title_justify="left")
     table.add_column("what")
+    table.add_column("weights", justify="right")
+    table.add_column("MACs", justify="right")
     table.add_column("reason")
     for item in rows:
-        table.add_row(item.name, item.reason)
+        table.add_row(item.name, f"{item.n_weights:,}", format_amount(item.macs, ""), item.reason)
     return table
 
 
@@ -59,7 +63,7 @@ def allocation_table(allocation: Allocation) -> Table:
 
     space, bits = allocation.space, allocation.bits
     size, bit_ops = WeightSize(), BitOps()
-    table = Table(title="bit configuration", title_justify="left")
+    table = Table(title=f"bit configuration, weight bits on average: {allocation.average_bits}", title_justify="left")
     table.add_column("layer")
     for column in ("weight bits", "activation bits", "size", "BOPs"):
         table.add_column(column, justify="right")

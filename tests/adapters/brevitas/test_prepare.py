@@ -182,7 +182,10 @@ class TestRepair:
 
 
 class Strange(nn.Conv2d):
-    """A subclass, which Brevitas leaves in float."""
+    """A subclass that computes something else, which stays in float."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
 
 
 class Untraceable(Cnn):
@@ -218,17 +221,20 @@ class TestRefusals:
             Precision(4, 1)
 
     def test_subclass(self):
-        """A subclass of Conv2d is named with the reason, not left in float."""
+        """A subclass that computes something else is named with the reason, not left in float."""
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), Strange(4, 4, 3))
         inventory = find_layers(model, images())
-        assert list(BrevitasAdapter().unconvertible(model, inventory)) == ["2"]
-        with pytest.raises(AdapterError, match="2: Strange is a subclass of Conv2d"):
+        assert list(BrevitasAdapter().unconvertible(model, inventory, images())) == ["2"]
+        with pytest.raises(AdapterError, match="2: Strange changes the result"):
             BrevitasAdapter().prepare(model, uniform(model, images()), images(), [images()])
 
     def test_parametrized(self):
-        """A parametrized weight, whose stored tensor is not what is computed with, is named."""
+        """A parametrized weight, whose stored tensor is not what is computed with, is named, and the rest is prepared."""
         model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.Conv2d(4, 4, 3))
-        assert list(BrevitasAdapter().unconvertible(model, find_layers(model, images()))) == ["0"]
+        inventory = find_layers(model, images())
+        assert list(BrevitasAdapter().unconvertible(model, inventory)) == ["0"]
+        bits = BitConfig({"1": Precision(4, 4)}, inventory.fingerprint)
+        assert BrevitasAdapter().prepare(model, bits, images(), [images()])[1].weight_quant.bit_width() == 4
 
     def test_grouped_transposed(self):
         """Grouped transposed convolutions, which fail inside Brevitas, are refused before the search."""

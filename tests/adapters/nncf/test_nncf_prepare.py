@@ -18,7 +18,7 @@ from nncf_nets import Residual, images
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from mpq_plugins import BitConfig, Precision, find_layers
+from mpq_plugins import BitConfig, FloatLayersWarning, Precision, build_space, find_layers
 from mpq_plugins._errors import AdapterError, DataError, FingerprintError, UnknownLayerError
 from mpq_plugins._quantizer import mse_scale, quantize
 
@@ -189,6 +189,32 @@ def test_computed_weights_are_unconvertible(adapter):
         reasons = adapter.unconvertible(model, inventory, known)
         assert set(reasons) == {"0"}
         assert "computed, not a parameter" in reasons["0"]
+
+
+class Standardised(nn.Conv2d):
+    """A convolution whose forward pass standardises the weight, which stays a parameter."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight / (weight.std() + 1e-5), self.bias)
+
+
+class Scaled(nn.Linear):
+    """A linear layer that multiplies its weight by a constant before each call."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight * 0.5, self.bias)
+
+
+@pytest.mark.parametrize("name", ["0", "3"])
+def test_weights_computed_in_forward_are_refused_when_the_space_is_built(adapter, name):
+    """What only NNCF's trace shows is known before anything is scored: such a layer is skipped with the reason."""
+    kinds = {"0": (Standardised, nn.Linear), "3": (nn.Conv2d, Scaled)}[name]
+    model = nn.Sequential(kinds[0](3, 4, 3), nn.ReLU(), nn.Flatten(), kinds[1](4 * 30 * 30, 2), nn.Linear(2, 2))
+    with pytest.warns(FloatLayersWarning, match="NNCF's trace shows no operation that reads its weight"):
+        space = build_space(model, images(2)[0], adapter=adapter)
+    assert name in {item.name for item in space.skipped}
+    assert name not in {layer.name for layer in space.layers}
 
 
 def test_attention_internals_stay_float(adapter):

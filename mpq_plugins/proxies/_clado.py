@@ -43,6 +43,7 @@ class CLADO(AbstractSensitivity):
     clip: bool = False
     loss: Literal["auto", "cross_entropy", "kl", "squared_error"] | Callable[..., Any] = "auto"
     per_channel: bool = True
+    correction: bool = True
     n_images: int = 256
     n_samples: int = 0
     seed: int = 0

@@ -40,6 +40,7 @@ class Fisher(AbstractSensitivity):
     of: Literal["outputs", "weights"] = "outputs"
     loss: Literal["auto", "cross_entropy", "kl", "squared_error"] | Callable[..., Any] = "auto"
     per_channel: bool = True
+    correction: bool = True
     n_images: int = 256
     seed: int = 0
     output: str | int | Callable[..., Any] | None = None

@@ -29,6 +29,7 @@ class KLDivergence(AbstractSensitivity):
     name: ClassVar[str] = "kl-divergence"
     loss: ClassVar[str] = "kl"
     per_channel: bool = True
+    correction: bool = True
     n_images: int = 256
     seed: int = 0
     output: str | int | Callable[..., Any] | None = None

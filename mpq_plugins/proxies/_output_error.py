@@ -38,6 +38,7 @@ class OutputError(AbstractSensitivity):
     loss: ClassVar[str] = "squared_error"
     measure: Literal["mse", "sqnr"] = "mse"
     per_channel: bool = True
+    correction: bool = True
     n_images: int = 256
     seed: int = 0
     output: str | int | Callable[..., Any] | None = None

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from mpq_plugins._errors import DataError, PluginError
-from mpq_plugins._model import Batch, Output, batches_of
+from mpq_plugins._model import Batch, Output, batches_of, joined
 from mpq_plugins._progress import track
 from mpq_plugins._space import Space
+from mpq_plugins.sensitivity._correction import LEAST_IMAGES
 from mpq_plugins.sensitivity._criteria import AbstractMeasure, Loss, UserLoss, measure
 from mpq_plugins.sensitivity._engine import AbstractRun, Engine
 from mpq_plugins.sensitivity._journal import Journal, digest_of_batches, digest_of_model, text_of_function
@@ -28,7 +29,12 @@ class Setup:
 
     `loss` is read by `measure` in `_criteria`; `output` selects the tensor that counts. Weights are quantized per output
     channel or per tensor; activations too, where the space lets units choose their bits. `memory_mb` bounds what is kept.
-    `replay` and `folding` switch the two accelerations of the engine off, to compare. Raises `PluginError`.
+    `replay` and `folding` switch the two accelerations of the engine off, to compare.
+
+    With `correction` quantized runs are corrected as adapters correct a prepared network: the statistics of batch
+    normalisations and the biases of other layers move by what quantization did to them. They are those of the images that
+    run together, a piece of a batch as large as the memory allows; smaller batches than `LEAST_IMAGES` are joined. The
+    published definitions of scores have no correction; `correction=False` gives them. Raises `PluginError`.
     """
 
     loss: Loss = "auto"
@@ -40,6 +46,7 @@ class Setup:
     memory_mb: int = 1024
     replay: bool = True
     folding: bool = True
+    correction: bool = True
 
     def __post_init__(self) -> None:
         for name in ("n_samples", "memory_mb"):
@@ -74,7 +81,8 @@ class Lab:
 
     def __init__(self, model: nn.Module, space: Space, batches: Iterable[Any], setup: Setup) -> None:
         self.model, self.space, self.setup = model, space, setup
-        self.batches = sensitivity_set(batches, setup.n_images)
+        found = sensitivity_set(batches, setup.n_images)
+        self.batches = joined(found, LEAST_IMAGES) if setup.correction else found
         self.start = np.concatenate([[0], np.cumsum([len(unit.choices) for unit in space.units])])
 
     @cached_property
@@ -90,6 +98,7 @@ class Lab:
             memory_mb=setup.memory_mb,
             replay=setup.replay,
             folding=setup.folding,
+            correction=setup.correction,
         )
 
     @property
@@ -163,8 +172,9 @@ class Lab:
             totals = np.zeros(len(missing))
             for index, batch in track(list(enumerate(self.pieces())), "plans through the model"):
                 at_base = self.measure(self.engine.run(batch), batch, index)
+                reference = self.engine.reference(batch)
                 for row, at in enumerate(missing):
-                    totals[row] += float(at_base.losses(self.engine.quantized(batch, choices[at])).sum())
+                    totals[row] += float(at_base.losses(self.engine.quantized(batch, choices[at], reference)).sum())
             if not np.isfinite(totals).all():
                 raise DataError(
                     f"the loss of {int((~np.isfinite(totals)).sum())} of {len(totals)} quantized plans is not finite. Run the "

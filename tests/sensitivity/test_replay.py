@@ -9,7 +9,6 @@ from torch import nn
 from mpq_plugins import Batch
 from mpq_plugins.sensitivity import Engine
 
-
 hard = pytest.mark.parametrize(
     ("build", "inputs", "replays"), HARD, ids=[f"{build.__name__}-{type(inputs).__name__}" for build, inputs, _ in HARD]
 )

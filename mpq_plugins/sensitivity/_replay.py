@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from mpq_plugins._flow import WEIGHTED, LayerOfCall, bias_argument, input_argument, weight_argument
 from mpq_plugins._model import Output, batch_size, call, select, tensors
 from mpq_plugins.sensitivity._change import Change, Changes, run_changed
-from mpq_plugins.sensitivity._correction import Moments, Norm, Site, correct
+from mpq_plugins.sensitivity._correction import Corrector, Norm, Site
 from mpq_plugins.sensitivity._tape import CannotReplay, Tape, is_metadata
 
 
@@ -93,11 +93,11 @@ class Player:
         everything = Plan(self.tape, None)
         if not correction:
             return self._play(everything, inputs, _NOTHING, changes, 1)
-        measured: dict[int, Moments] = {}
+        measured: dict[int, Corrector] = {}
         of_float = self._play(everything, inputs, _NOTHING, {}, 1, keep=not changes, measured=measured)
         if not changes:
-            return replace(of_float, moments=measured)
-        return self._play(everything, inputs, replace(_NOTHING, moments=measured), changes, 1)
+            return replace(of_float, correctors=measured)
+        return self._play(everything, inputs, replace(_NOTHING, correctors=measured), changes, 1)
 
     def replay(self, values: Values, inputs: Any, roots: Iterable[str], changes: Changes, *, keep: bool = False) -> Values:
         """Run what depends on the layers `roots`, everything else being as in `values`.
@@ -119,26 +119,26 @@ class Player:
         n_variants: int,
         *,
         keep: bool = True,
-        measured: dict[int, Moments] | None = None,
+        measured: dict[int, Corrector] | None = None,
     ) -> Values:
         playing = _Pass(self, plan, inputs, values, changes, n_variants, keep, measured)
         with playing:
             result = select(call(self.model, inputs), self.output)
         if playing.cursor != len(self.tape.calls):
             raise CannotReplay("its forward pass ended early")
-        return Values(result, {**values.kept, **playing.kept} if keep else values.kept, values.moments)
+        return Values(result, {**values.kept, **playing.kept} if keep else values.kept, values.correctors)
 
 
 @dataclass(frozen=True)
 class Values:
     """The output of a pass and the values that later passes read, by call.
 
-    `moments` are those of the float network by call, where passes are corrected.
+    `correctors` hold what the float network has, by call, where passes are corrected.
     """
 
     output: Tensor
     kept: Mapping[int, Any] = field(repr=False)
-    moments: Mapping[int, Moments] = field(repr=False, default_factory=dict)
+    correctors: Mapping[int, Corrector] = field(repr=False, default_factory=dict)
 
 
 _NOTHING = Values(torch.empty(0), {})
@@ -184,15 +184,15 @@ class _Pass(TorchFunctionMode):
         changes: Changes,
         n_variants: int,
         keep: bool,
-        measured: dict[int, Moments] | None,
+        measured: dict[int, Corrector] | None,
     ) -> None:
         super().__init__()
         self.kept: dict[int, Any] = {}
         self.cursor = 0
         self._player, self._tape, self._plan = player, player.tape, plan
         self._base, self._changes, self._n_variants, self._keep = values.kept, changes, n_variants, keep
-        self._moments, self._measured = values.moments, measured
-        self._changed = self._tape.bits(tuple(changes)) if values.moments else 0
+        self._correctors, self._measured = values.correctors, measured
+        self._changed = self._tape.bits(tuple(changes)) if values.correctors else 0
         n_images = batch_size(inputs)
         rows = [tensor for tensor in tensors(inputs) if tensor.dim() and tensor.shape[0] == n_images]
         self._single: dict[int, Tensor] = {id(tensor): tensor for tensor in rows}  # with the images of one variant only
@@ -248,9 +248,9 @@ class _Pass(TorchFunctionMode):
         if func in WEIGHTED:
             self._player.counter.run += len(value)
         if self._measured is not None and index in self._player.sites:
-            self._measured[index] = Moments.of(value, self._player.sites[index])
-        if index in self._moments and self._tape.calls[index].reach & self._changed:
-            correct(value, self._player.sites[index], self._moments[index], self._n_variants)
+            self._measured[index] = Corrector(value, self._player.sites[index])
+        if index in self._correctors and self._tape.calls[index].reach & self._changed:
+            self._correctors[index](value, self._n_variants)
         return value
 
     def _compute(self, index: int, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -321,16 +321,17 @@ def _check(engine: Engine, example: Batch) -> None:
     run = engine.run(one)
     inputs = engine._on_device(one)
     for unit, members in enumerate(engine.space.units):
+        ends = sorted({0, len(members.choices) - 1})
         try:
-            replays = list(run.single(unit, range(len(members.choices))))
+            replays = list(run.single(unit, ends))
         except MPQError:
             raise
         except Exception as error:
             raise CannotReplay(f"a replay with {members.name} changed fails: {type(error).__name__}: {error}") from error
-        for choice in {0, len(members.choices) - 1}:
+        for choice, replayed in zip(ends, replays, strict=True):
             with evaluating(engine.model), engine.owner:
                 plain = _plain(engine, inputs, engine.changes({**engine.pinned, unit: choice}, merged=False))
-            if replays[choice].shape != plain.shape or not _agree(replays[choice], plain):
+            if replayed.shape != plain.shape or not _agree(replayed, plain):
                 raise CannotReplay(f"a replay with {members.name} at {members.choices[choice]} differs from a plain pass")
 
 

@@ -59,6 +59,11 @@ def input_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return args[0] if args else kwargs.get("input")
 
 
+def bias_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The bias of a convolution or linear call, None without one."""
+    return args[2] if len(args) > 2 else kwargs.get("bias")
+
+
 def parameter_names(model: nn.Module) -> dict[int, str]:
     """`id(parameter)` -> its first name in the state dict."""
     return {id(parameter): name for name, parameter in model.named_parameters()}

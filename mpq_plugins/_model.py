@@ -73,6 +73,44 @@ def batches_of(loader: Iterable[Any]) -> Iterator[Batch]:
     return (Batch.of(item) for item in loader)
 
 
+def joined(batches: Sequence[Batch], least: int) -> list[Batch]:
+    """The same images in batches of at least `least` where neighbours can be joined: all but the number of images equal."""
+    found: list[Batch] = []
+    for batch in batches:
+        both = _both(found[-1], batch) if found and min(len(found[-1]), len(batch)) < least else None
+        found[len(found) - (both is not None) :] = [batch if both is None else both]
+    return found
+
+
+def _both(one: Batch, other: Batch) -> Batch | None:
+    sizes = (len(one), len(other))
+    try:
+        labels = None if one.labels is None and other.labels is None else _chained(one.labels, other.labels, sizes)
+        return Batch(_chained(one.inputs, other.inputs, sizes), labels)
+    except ValueError:
+        return None
+
+
+def _chained(one: Any, other: Any, sizes: tuple[int, int]) -> Any:
+    """Two inputs of one form, one after the other along the axis of images. Raises `ValueError` where that cannot be."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        if (
+            one.dtype == other.dtype
+            and one.shape[1:] == other.shape[1:]
+            and (one.shape[:1], other.shape[:1]) == tuple((size,) for size in sizes)
+        ):
+            return torch.cat([one, other])
+        if torch.equal(one, other):
+            return one
+    elif isinstance(one, Mapping) and isinstance(other, Mapping) and one.keys() == other.keys():
+        return {key: _chained(value, other[key], sizes) for key, value in one.items()}
+    elif isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)) and len(one) == len(other):
+        return tuple(_chained(first, second, sizes) for first, second in zip(one, other, strict=True))
+    elif type(one) is type(other) and isinstance(one, (int, float, str, type(None))) and one == other:
+        return one
+    raise ValueError("of different forms")
+
+
 def first_batch(loader: Iterable[Any], *, purpose: str) -> Batch:
     """The first item of `loader`; raises `DataError` when there is none."""
     for batch in batches_of(loader):

@@ -17,13 +17,14 @@ from mpq_plugins._quantizer import mse_range, mse_scale
 class NaiveLoop:
     """Whole forward passes of deep copies of `model`, in which some units of `space` are quantized.
 
-    Activations are quantized too where the space has several activation bits, with the ranges of `batches[0]`.
+    Activations are quantized too where the space has several activation bits, with the ranges of `batches[0]`. With
+    `correction` the copies are corrected by `corrected_copy` on the very batch that they then run.
     """
 
-    def __init__(self, model, space, batches, *, per_channel=True, output=None):
+    def __init__(self, model, space, batches, *, per_channel=True, output=None, correction=False):
         self.model = copy.deepcopy(model).eval()
         self.space, self.batches, self.per_channel, self.output = space, batches, per_channel, output
-        self.n_forwards = 0
+        self.n_forwards, self.correction = 0, correction
         self.options = [(unit, choice) for unit, own in enumerate(space.units) for choice in range(len(own.choices))]
         self._pinned = [(unit, 0) for unit, own in enumerate(space.units) if len(own.choices) == 1]
         self._inputs = self._layer_inputs() if space.searches_activations else {}
@@ -34,7 +35,11 @@ class NaiveLoop:
         batches = [inputs for inputs, _ in self.batches] if inputs is None else [inputs]
         self.n_forwards += len(batches)
         with torch.no_grad():
-            return torch.cat([select(call(changed, inputs), self.output) for inputs in batches])
+            if self.correction:
+                copies = [(corrected_copy(self.model, changed, inputs), inputs) for inputs in batches]
+            else:
+                copies = [(changed, inputs) for inputs in batches]
+            return torch.cat([select(call(copied, inputs), self.output) for copied, inputs in copies])
 
     def single_losses(self, criterion):
         """Changes of a criterion of the outputs with one unit changed [option]."""
@@ -90,6 +95,70 @@ class NaiveLoop:
         with torch.no_grad():
             call(probe, self.batches[0][0])
         return found
+
+
+def corrected_copy(model, quantized, inputs):
+    """A copy of `quantized` with its statistics and biases moved by what sets it apart from `model` on `inputs`.
+
+    In the order of the forward pass: of every batch normalisation the mean by the difference of the means of what it reads,
+    the variance by the ratio of the variances (0.1 to 10); of other layers with a bias, the bias by the mean difference.
+    Every module is called once.
+    """
+    of_float, normed, handles = {}, set(), []
+    names = {module: name for name, module in model.named_modules()}
+    outputs = {}
+
+    def keep_input(module, args):
+        normed.update(name for name, output in outputs.items() if output is args[0])
+        of_float[names[module]] = args[0].clone()
+
+    def keep_output(module, _args, output):
+        outputs[names[module]] = output
+        of_float[names[module]] = output.clone()
+
+    for module in model.modules():
+        if is_norm(module):
+            handles.append(module.register_forward_pre_hook(keep_input))
+        elif has_bias(module):
+            handles.append(module.register_forward_hook(keep_output))
+    call(model, inputs)
+    for handle in handles:
+        handle.remove()
+
+    changed = copy.deepcopy(quantized)
+    handles = []
+    for name, module in changed.named_modules():
+        if name in of_float and is_norm(module):
+            handles.append(module.register_forward_pre_hook(functools.partial(_move_statistics, of_float[name])))
+        elif name in of_float and name not in normed:
+            handles.append(module.register_forward_hook(functools.partial(_move_bias, of_float[name])))
+    call(changed, inputs)
+    for handle in handles:
+        handle.remove()
+    return changed
+
+
+def is_norm(module):
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def has_bias(module):
+    return isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and module.bias is not None
+
+
+def _move_statistics(of_float, norm, args):
+    axes = [axis for axis in range(of_float.dim()) if axis != 1]
+    ratio = args[0].var(axes, correction=0) / of_float.var(axes, correction=0)
+    norm.running_mean += args[0].mean(axes) - of_float.mean(axes)
+    norm.running_var *= torch.where(of_float.var(axes, correction=0) == 0, 1.0, ratio).clamp(0.1, 10)
+
+
+def _move_bias(of_float, layer, _args, output):
+    channel = 1 if isinstance(layer, nn.modules.conv._ConvNd) else output.dim() - 1
+    axes = [axis for axis in range(output.dim()) if axis != channel]
+    moved = of_float.mean(axes) - output.mean(axes)
+    layer.bias = nn.Parameter(layer.bias + moved)
+    return output + moved.reshape(-1, *[1] * (output.dim() - 1 - channel))
 
 
 def cross_entropy(batches):

@@ -95,7 +95,7 @@ def test_measured_losses_are_those_of_a_quantized_copy(net, batches):
 
     space = space_of(net)
     plan = [len(unit.choices) - 1 - index % len(unit.choices) for index, unit in enumerate(space.units)]
-    lab = Lab(net, space, batches, Setup())
+    lab = Lab(net, space, batches, Setup(correction=False))
     twin = copy.deepcopy(net)
     for name, precision in space.assignment(plan).items():
         weight = dict(twin.named_modules())[name].weight.data
@@ -233,9 +233,9 @@ def test_a_killed_run_goes_on_where_it_stopped(net, batches, tmp_path):
         resumed = proxy.score(net, space, batches)
     assert resumed.loss == whole.loss
     assert np.array_equal(resumed.pairwise, whole.pairwise)
-    # The base pass of the batch that was cut off ran twice.
+    # The float pass and the base pass, which has units without a choice, of the batch that was cut off ran twice.
     more = resumed.facts["layer_evaluations"] - whole.facts["layer_evaluations"]
-    assert 0 < more <= 32 * len(space.layers)
+    assert 0 < more <= 2 * 32 * len(space.layers)
     assert passes.count < 0.8 * n_whole
 
 

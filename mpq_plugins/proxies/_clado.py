@@ -33,8 +33,10 @@ class CLADO(AbstractSensitivity):
 
     `cross=False` leaves the interactions out (the ablation of the paper; the sensitivities are the measured ones). `clip` sets
     negative eigenvalues of M to zero, as published for `exact`: needed by convex solvers only, and it changes the objective.
-    `per_channel=False` takes the published per-tensor quantizer. `loss` and the rest are those of `Setup` in
-    `mpq_plugins.sensitivity`. Activations are quantized together with weights where the space has several activation bits.
+    `per_channel=False` takes the published per-tensor quantizer, `correction=False` the published network: by default
+    normalisations and biases are corrected in every measurement as in a prepared network. `loss` and the rest are those of
+    `Setup` in `mpq_plugins.sensitivity`. Activations are quantized together with weights where the space has several activation
+    bits.
     """
 
     name: ClassVar[str] = "clado"
@@ -43,6 +45,7 @@ class CLADO(AbstractSensitivity):
     clip: bool = False
     loss: Literal["auto", "cross_entropy", "kl", "squared_error"] | Callable[..., Any] = "auto"
     per_channel: bool = True
+    correction: bool = True
     n_images: int = 256
     n_samples: int = 0
     seed: int = 0
@@ -54,8 +57,8 @@ class CLADO(AbstractSensitivity):
         from mpq_plugins.sensitivity import Lab, first_order_effects
 
         lab = Lab(model, space, batches, self.setup())
-        pairs = self.tier == "exact" and self.cross
-        effects = first_order_effects(lab) if self.tier == "fisher" else lab.effects(pairs=pairs)
+        pairs, curvature = self.cross and self.tier == "exact", self.cross and self.tier == "gram"
+        effects = first_order_effects(lab) if self.tier == "fisher" else lab.effects(pairs=pairs, curvature=curvature)
         linear, matrix = self._program(effects)
         facts = {"base_loss": effects.base_loss, **effects.facts}
         if self.tier != "fisher":
@@ -64,12 +67,11 @@ class CLADO(AbstractSensitivity):
 
     def _program(self, effects: Effects) -> tuple[np.ndarray, np.ndarray | None]:
         """Linear losses [choice] and the matrix [choice, choice] of the quadratic program."""
-        if not self.cross:
+        if effects.slopes is not None and effects.curvature is not None:
             half = 0.5 * np.diag(effects.curvature)
-            return (effects.slopes + half if self.tier == "fisher" else effects.losses), None
-        if self.tier != "exact":
-            return effects.slopes, effects.curvature
-        assert effects.pairs is not None
+            return (effects.slopes, effects.curvature) if self.cross else (effects.slopes + half, None)
+        if effects.pairs is None:
+            return effects.losses, None
         if not self.clip:
             return effects.losses, effects.pairs
         return np.zeros_like(effects.losses), _clipped(effects.pairs + np.diag(2 * effects.losses))

@@ -30,6 +30,9 @@ class Fisher(AbstractSensitivity):
     FIT of Zandonati et al. (arXiv 2210.08502) with every weight's own error in place of the layer's noise power.
     Gradients g are those of each image's own loss; without labels, of a label drawn from the model's own predictions.
 
+    With `correction` d is what is left of the change once the normalisation behind the layer, or its own bias, is corrected
+    as in a prepared network; ModelOpt has no such thing. It does not count with `of="weights"`.
+
     A diagonal forgets that errors of one layer add up or cancel, and the linear term.
     `CLADO(tier="fisher", cross=False)` keeps both: E[g.d] + 1/2 E[(g.d)^2], whose second term is MPQCO's (Chen et al.,
     arXiv 2110.06554). With `of="outputs"` activations are quantized with the weights where the space searches their bits; with
@@ -40,6 +43,7 @@ class Fisher(AbstractSensitivity):
     of: Literal["outputs", "weights"] = "outputs"
     loss: Literal["auto", "cross_entropy", "kl", "squared_error"] | Callable[..., Any] = "auto"
     per_channel: bool = True
+    correction: bool = True
     n_images: int = 256
     seed: int = 0
     output: str | int | Callable[..., Any] | None = None

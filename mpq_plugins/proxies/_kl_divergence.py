@@ -23,12 +23,14 @@ class KLDivergence(AbstractSensitivity):
 
     The `kl_div` score of NVIDIA ModelOpt's AutoQuantize. It is the cross-entropy increase to be expected if labels were drawn
     from the float model's own predictions. Outputs [N, class], [N, class, ...] or [N, position, class]; positions of an image
-    are averaged. Activations are quantized with the weights where the space searches their bits.
+    are averaged. With `correction` the quantized network is corrected as a prepared one is, which ModelOpt does not.
+    Activations are quantized with the weights where the space searches their bits.
     """
 
     name: ClassVar[str] = "kl-divergence"
     loss: ClassVar[str] = "kl"
     per_channel: bool = True
+    correction: bool = True
     n_images: int = 256
     seed: int = 0
     output: str | int | Callable[..., Any] | None = None
@@ -39,6 +41,6 @@ class KLDivergence(AbstractSensitivity):
         from mpq_plugins.sensitivity import Lab
 
         lab = Lab(model, space, batches, self.setup())
-        effects = lab.effects()
+        effects = lab.effects(curvature=False)
         # Rounding alone makes a divergence negative.
         return Scores(space, by_unit(space, np.maximum(effects.losses, 0.0)), self.recipe(), effects.facts)

@@ -21,12 +21,14 @@ class LossIncrease(AbstractSensitivity):
 
     The diagonal of CLADO (arXiv 2307.05657) and the `naive` metric of MQBench. It can be negative, and more bits can lose
     more on few images. `loss="auto"` is cross-entropy with labels, else KL divergence or squared error of the output; a
-    function takes the output and the batch. Activations are quantized with the weights where the space searches their bits.
+    function takes the output and the batch. With `correction` the quantized network is corrected as a prepared one is, which
+    the published forms do not. Activations are quantized with the weights where the space searches their bits.
     """
 
     name: ClassVar[str] = "loss-increase"
     loss: Literal["auto", "cross_entropy", "kl", "squared_error"] | Callable[..., Any] = "auto"
     per_channel: bool = True
+    correction: bool = True
     n_images: int = 256
     seed: int = 0
     output: str | int | Callable[..., Any] | None = None
@@ -37,6 +39,6 @@ class LossIncrease(AbstractSensitivity):
         from mpq_plugins.sensitivity import Lab
 
         lab = Lab(model, space, batches, self.setup())
-        effects = lab.effects()
+        effects = lab.effects(curvature=False)
         facts = {"base_loss": effects.base_loss, **effects.facts}
         return Scores(space, by_unit(space, effects.losses), self.recipe(), facts)

@@ -30,6 +30,7 @@ class OutputError(AbstractSensitivity):
     ratio in decibels, -10 log10(E[y^2] / E[(y_q - y)^2]), the ranking metric of Qualcomm AIMET (Pandey et al., "A Practical
     Mixed Precision Algorithm for Post-Training Quantization", arXiv 2302.05397). Both order the choices alike; a plan's sum
     of decibels is the product of its errors, so a unit of small error counts as much as one of large error.
+    With `correction` y_q is corrected as a prepared network is; AIMET has no such thing.
     Noise below float32 rounding counts as 138 dB. Activations are quantized with the weights where the space searches
     their bits.
     """
@@ -38,6 +39,7 @@ class OutputError(AbstractSensitivity):
     loss: ClassVar[str] = "squared_error"
     measure: Literal["mse", "sqnr"] = "mse"
     per_channel: bool = True
+    correction: bool = True
     n_images: int = 256
     seed: int = 0
     output: str | int | Callable[..., Any] | None = None
@@ -48,7 +50,7 @@ class OutputError(AbstractSensitivity):
         from mpq_plugins.sensitivity import Lab
 
         lab = Lab(model, space, batches, self.setup())
-        effects = lab.effects()
+        effects = lab.effects(curvature=False)
         row = effects.losses if self.measure == "mse" else _decibels(lab, effects)
         return Scores(space, by_unit(space, row), self.recipe(), {"power": effects.power, **effects.facts})
 

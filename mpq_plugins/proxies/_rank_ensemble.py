@@ -32,6 +32,7 @@ class RankEnsemble(AbstractSensitivity):
     name: ClassVar[str] = "rank-ensemble"
     members: str | tuple[str, ...] = "fisher,kl-divergence,weight-error"
     per_channel: bool = True
+    correction: bool = True
     n_images: int = 256
     seed: int = 0
     output: str | int | Callable[..., Any] | None = None

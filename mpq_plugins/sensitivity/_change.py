@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpq_plugins._flow import input_argument
+from mpq_plugins._flow import bias_argument, input_argument
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def run_changed(
 def _call(
     function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], values: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
-    own = args[2] if len(args) > 2 else kwargs.get("bias")
+    own = bias_argument(args, kwargs)
     geometry = {name: value for name, value in kwargs.items() if name not in ("input", "weight", "bias")}
     output: Tensor = function(values, weight, own if bias is None else bias, *args[3:], **geometry)
     return output

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, final
 
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from mpq_plugins._errors import DataError, PluginError
-from mpq_plugins._model import Batch, Output, batches_of
+from mpq_plugins._model import Batch, Output, batches_of, joined
 from mpq_plugins._progress import track
 from mpq_plugins._space import Space
+from mpq_plugins.sensitivity._correction import LEAST_IMAGES
 from mpq_plugins.sensitivity._criteria import AbstractMeasure, Loss, UserLoss, measure
 from mpq_plugins.sensitivity._engine import AbstractRun, Engine
 from mpq_plugins.sensitivity._journal import Journal, digest_of_batches, digest_of_model, text_of_function
@@ -28,7 +29,12 @@ class Setup:
 
     `loss` is read by `measure` in `_criteria`; `output` selects the tensor that counts. Weights are quantized per output
     channel or per tensor; activations too, where the space lets units choose their bits. `memory_mb` bounds what is kept.
-    `replay` and `folding` switch the two accelerations of the engine off, to compare. Raises `PluginError`.
+    `replay` and `folding` switch the two accelerations of the engine off, to compare.
+
+    With `correction` quantized runs are corrected as adapters correct a prepared network: the statistics of batch
+    normalisations and the biases of other layers move by what quantization did to them. They are those of the images that
+    run together, a piece of a batch as large as the memory allows; smaller batches than `LEAST_IMAGES` are joined. The
+    published definitions of scores have no correction; `correction=False` gives them. Raises `PluginError`.
     """
 
     loss: Loss = "auto"
@@ -40,6 +46,7 @@ class Setup:
     memory_mb: int = 1024
     replay: bool = True
     folding: bool = True
+    correction: bool = True
 
     def __post_init__(self) -> None:
         for name in ("n_samples", "memory_mb"):
@@ -55,13 +62,14 @@ class Effects:
     `losses` is the loss with one unit at one choice less the base loss, `slopes` its first-order part and `curvature` the
     second-order terms, all around the float model (with units of a single choice at that choice). `pairs` is the loss with
     two units changed less the base loss and both single changes (CLADO's Omega), zero within a unit; None unless asked for.
+    `slopes` and `curvature` are None where only losses were asked for.
     `power` is the mean square of the base output; None where nobody looked.
     """
 
     base_loss: float
     losses: np.ndarray  # [choice]
-    slopes: np.ndarray  # [choice]
-    curvature: np.ndarray  # [choice, choice]
+    slopes: np.ndarray | None  # [choice]
+    curvature: np.ndarray | None  # [choice, choice]
     pairs: np.ndarray | None  # [choice, choice]
     n_images: int
     facts: Mapping[str, Any]
@@ -74,7 +82,8 @@ class Lab:
 
     def __init__(self, model: nn.Module, space: Space, batches: Iterable[Any], setup: Setup) -> None:
         self.model, self.space, self.setup = model, space, setup
-        self.batches = sensitivity_set(batches, setup.n_images)
+        found = sensitivity_set(batches, setup.n_images)
+        self.batches = joined(found, LEAST_IMAGES) if setup.correction else found
         self.start = np.concatenate([[0], np.cumsum([len(unit.choices) for unit in space.units])])
 
     @cached_property
@@ -90,6 +99,7 @@ class Lab:
             memory_mb=setup.memory_mb,
             replay=setup.replay,
             folding=setup.folding,
+            correction=setup.correction,
         )
 
     @property
@@ -107,16 +117,19 @@ class Lab:
         unit = next(index for index, members in enumerate(self.space.units) if layer in members.layers)
         return [(unit, choice) for choice in range(len(self.space.units[unit].choices))]
 
-    def effects(self, *, pairs: bool = False) -> Effects:
+    def effects(self, *, pairs: bool = False, curvature: bool = True) -> Effects:
         """Measure every choice of every unit, and with `pairs` every two of them. Takes up what the journal holds.
 
-        Raises `DataError` when the output is not finite with some unit quantized.
+        Without `curvature` only losses are measured, which keeps no outputs. Raises `DataError` when the output is not finite
+        with some unit quantized.
         """
-        whole = "all-pairs" if pairs else "all-sums"
-        sums = self.journal.get(whole)
+        what = _What(pairs, curvature)
+        sums = self.journal.get(f"all-{what}")
+        if sums is None and not curvature:  # What was measured with it holds the losses too.
+            sums = self.journal.get(f"all-{replace(what, curvature=True)}")
         if sums is None:
-            sums = self._measure_all(pairs=pairs)
-            self.journal.put(whole, sums)
+            sums = self._measure_all(what)
+            self.journal.put(f"all-{what}", sums)
         mean = {name: sums[name] / self.n_images for name in sums}
         facts = {
             "n_images": self.n_images,
@@ -126,24 +139,24 @@ class Lab:
         return Effects(
             float(mean["base"]),
             mean["losses"],
-            mean["slopes"],
-            mean["curvature"],
+            mean["slopes"] if curvature else None,
+            mean["curvature"] if curvature else None,
             mean.get("pairs"),
             self.n_images,
             facts,
             float(mean["power"]),
         )
 
-    def _measure_all(self, *, pairs: bool) -> dict[str, np.ndarray]:
+    def _measure_all(self, what: _What) -> dict[str, np.ndarray]:
         """Sums over all images, piece by piece."""
         sums: dict[str, np.ndarray] = {}
         pieces = list(enumerate(self.pieces()))
         steps = [(piece, unit) for piece in range(len(pieces)) for unit in (*self.free, None)]
         run: _PieceRun | None = None
-        for piece, unit in track(steps, "units through the model, pair by pair" if pairs else "units through the model"):
-            done = self.journal.get(_piece_key(piece, pairs))
+        for piece, unit in track(steps, "units through the model, pair by pair" if what.pairs else "units through the model"):
+            done = self.journal.get(f"piece{piece:05d}-{what}")
             if done is None:
-                run = run if run is not None and run.piece == piece else _PieceRun(self, piece, pieces[piece], pairs)
+                run = run if run is not None and run.piece == piece else _PieceRun(self, piece, pieces[piece], what)
                 if unit is not None:
                     run.measure(unit)
                     continue
@@ -163,8 +176,9 @@ class Lab:
             totals = np.zeros(len(missing))
             for index, batch in track(list(enumerate(self.pieces())), "plans through the model"):
                 at_base = self.measure(self.engine.run(batch), batch, index)
+                reference = self.engine.reference(batch)
                 for row, at in enumerate(missing):
-                    totals[row] += float(at_base.losses(self.engine.quantized(batch, choices[at])).sum())
+                    totals[row] += float(at_base.losses(self.engine.quantized(batch, choices[at], reference)).sum())
             if not np.isfinite(totals).all():
                 raise DataError(
                     f"the loss of {int((~np.isfinite(totals)).sum())} of {len(totals)} quantized plans is not finite. Run the "
@@ -200,11 +214,23 @@ class Lab:
 
 
 @final
+@dataclass(frozen=True)
+class _What:
+    """What is measured, told apart by its text in the journal."""
+
+    pairs: bool
+    curvature: bool
+
+    def __str__(self) -> str:
+        return ("pairs" if self.pairs else "sums") + ("" if self.curvature else "-of-losses")
+
+
+@final
 class _PieceRun:
     """The measurements of one piece of a batch, unit by unit, kept in the journal as they are made."""
 
-    def __init__(self, lab: Lab, piece: int, item: tuple[int, Batch], pairs: bool) -> None:
-        self.piece, self._lab, self._pairs = piece, lab, pairs
+    def __init__(self, lab: Lab, piece: int, item: tuple[int, Batch], what: _What) -> None:
+        self.piece, self._lab, self._what = piece, lab, what
         self._batch = item[1]
         self._run: AbstractRun | None = None
         self._measure: AbstractMeasure | None = None
@@ -214,7 +240,7 @@ class _PieceRun:
         journal, key = self._lab.journal, self._key(unit)
         if journal.get(key) is None:
             journal.put(key, self._counted(self._singles, unit))
-        if self._pairs and journal.get(key + "-pairs") is None:
+        if self._what.pairs and journal.get(key + "-pairs") is None:
             journal.put(key + "-pairs", self._counted(self._joint, unit))
 
     def _counted(self, measure: Callable[[int], dict[str, np.ndarray]], unit: int) -> dict[str, np.ndarray]:
@@ -228,25 +254,32 @@ class _PieceRun:
         """The sums over the piece's images, kept in place of the units' own arrays."""
         lab, n_choices = self._lab, int(self._lab.start[-1])
         found = {unit: self._taken_up(unit, self._singles) for unit in lab.free}
-        n_features = max((arrays["features"].shape[1] for arrays in found.values()), default=0)
-        features = np.zeros((n_choices, n_features))
-        sums = {"losses": np.zeros(n_choices), "slopes": np.zeros(n_choices)}
+        sums = {"losses": np.zeros(n_choices)}
         sums["evaluations"] = np.asarray(sum(int(arrays["evaluations"]) for arrays in found.values()))
         base = self._at_base()
         for unit, arrays in found.items():
-            row = slice(lab.start[unit], lab.start[unit + 1])
-            features[row] = arrays["features"]
-            sums["losses"][row] = arrays["losses"] - base
-            sums["slopes"][row] = arrays["slopes"]
-        sums |= {"base": np.asarray(base), "power": np.asarray(self._power()), "curvature": features @ features.T}
-        if self._pairs:
+            sums["losses"][lab.start[unit] : lab.start[unit + 1]] = arrays["losses"] - base
+        sums |= {"base": np.asarray(base), "power": np.asarray(self._power())}
+        if self._what.curvature:
+            sums |= self._second_order(found)
+        if self._what.pairs:
             joint = {unit: self._taken_up(unit, self._joint, "-pairs") for unit in lab.free}
             sums["pairs"] = self._omega(joint, sums["losses"], base)
             sums["evaluations"] = sums["evaluations"] + sum(int(arrays["evaluations"]) for arrays in joint.values())
-        lab.journal.put(_piece_key(self.piece, self._pairs), sums)
+        lab.journal.put(f"piece{self.piece:05d}-{self._what}", sums)
         keys = [self._key(unit) for unit in lab.free]
         lab.journal.drop([*keys, *(key + "-pairs" for key in keys)])
         return sums
+
+    def _second_order(self, found: Mapping[int, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """Slopes [choice] and curvature [choice, choice]."""
+        lab, n_choices = self._lab, int(self._lab.start[-1])
+        slopes = np.zeros(n_choices)
+        features = np.zeros((n_choices, max((arrays["features"].shape[1] for arrays in found.values()), default=0)))
+        for unit, arrays in found.items():
+            row = slice(lab.start[unit], lab.start[unit + 1])
+            slopes[row], features[row] = arrays["slopes"], arrays["features"]
+        return {"slopes": slopes, "curvature": features @ features.T}
 
     def _taken_up(self, unit: int, measure: Callable[[int], dict[str, np.ndarray]], suffix: str = "") -> dict[str, np.ndarray]:
         """A unit's measurements from the journal, or made anew where their file does not read."""
@@ -263,13 +296,13 @@ class _PieceRun:
     def _singles(self, unit: int) -> dict[str, np.ndarray]:
         run, at_base = self._started()
         outputs = run.single(unit, range(len(self._lab.space.units[unit].choices)))
-        rows = [(at_base.losses(o), at_base.slopes(o), at_base.features(o)) for o in self._finite(unit, outputs)]
-        losses, slopes, features = zip(*rows, strict=True)
-        return {
-            "losses": np.asarray([float(loss.sum()) for loss in losses]),
-            "slopes": np.asarray([float(slope.sum()) for slope in slopes]),
-            "features": torch.stack([feature.flatten() for feature in features]).float().cpu().numpy(),
-        }
+        found: dict[str, list[Any]] = {"losses": [], "slopes": [], "features": []}
+        for output in self._finite(unit, outputs):
+            found["losses"].append(float(at_base.losses(output).sum()))
+            if self._what.curvature:
+                found["slopes"].append(float(at_base.slopes(output).sum()))
+                found["features"].append(at_base.features(output).flatten().float().cpu().numpy())
+        return {name: np.asarray(values) for name, values in found.items() if values}
 
     def _joint(self, unit: int) -> dict[str, np.ndarray]:
         """Losses with both changed [choice of the unit, choice of all units], NaN for units up to this one."""
@@ -313,7 +346,7 @@ class _PieceRun:
         return self._run, self._measure
 
     def _key(self, unit: int) -> str:
-        return f"piece{self.piece:05d}-unit{unit:04d}"
+        return f"piece{self.piece:05d}-unit{unit:04d}{'' if self._what.curvature else '-losses'}"
 
 
 def sensitivity_set(batches: Iterable[Any], n_images: int) -> list[Batch]:
@@ -345,7 +378,3 @@ def _is_plain(value: Any) -> bool:
 
 def _function_name(function: UserLoss | Any) -> str:
     return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', repr(function))}"
-
-
-def _piece_key(piece: int, pairs: bool) -> str:
-    return f"piece{piece:05d}-{'pairs' if pairs else 'sums'}"

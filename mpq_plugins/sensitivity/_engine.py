@@ -19,6 +19,7 @@ from mpq_plugins._model import Batch, Output, batch_size, call, device_of, evalu
 from mpq_plugins._space import Space
 from mpq_plugins.sensitivity._calibrate import activation_steps
 from mpq_plugins.sensitivity._change import Change, Changes, run_changed
+from mpq_plugins.sensitivity._correction import LEAST_IMAGES, Occurrences, Reference
 from mpq_plugins.sensitivity._replay import Counter, Player, Values
 from mpq_plugins.sensitivity._tape import CannotReplay, record
 from mpq_plugins.sensitivity._variants import Variants
@@ -62,6 +63,7 @@ class Engine:
     counter: Counter
     channels_last: bool = False
     stacking: bool = True
+    correction: bool = False
 
     @classmethod
     def start(
@@ -75,15 +77,19 @@ class Engine:
         memory_mb: int = 1024,
         replay: bool = True,
         folding: bool = True,
+        correction: bool = False,
     ) -> Engine:
-        """An engine for batches like `example`; `memory_mb` bounds what is kept beside the model and one pass."""
+        """An engine for batches like `example`; `memory_mb` bounds what is kept beside the model and one pass.
+
+        With `correction` quantized runs are corrected as a prepared network is, by the statistics of their own images.
+        """
         memory_bytes = memory_mb * _MIB // 2  # half for quantized weights, half for kept activations
         variants = Variants(model, space, per_channel=per_channel, cache_bytes=memory_bytes)
         owner = LayerOfCall(model, space.layers)
         if space.searches_activations:
             with telling_failures(model):
                 variants.activations = activation_steps(model, space, owner, example, output)
-        plain = cls(model, space, variants, owner, None, "asked for", output, memory_bytes, Counter())
+        plain = cls(model, space, variants, owner, None, "asked for", output, memory_bytes, Counter(), correction=correction)
         if not replay:
             return plain
         try:
@@ -97,13 +103,19 @@ class Engine:
             return replace(plain, why_plain=str(reason))
 
     def pieces(self, batch: Batch) -> Iterator[Batch]:
-        """`batch` in pieces whose kept values fit into the memory."""
-        n_images = len(batch)
+        """`batch` in pieces of about one size whose kept values fit into the memory.
+
+        With `correction` a piece has at least `LEAST_IMAGES`, where the batch has: statistics of few images are noise.
+        """
+        n_images = max(1, len(batch))
         if self.player is not None:
             per_image = max(1, self.player.tape.kept_bytes)
-            n_images = max(1, min(n_images, self.memory_bytes // per_image))
-        for start in range(0, len(batch), n_images):
-            yield batch.part(start, start + n_images)
+            least = LEAST_IMAGES if self.correction else 1
+            n_images = min(n_images, max(least, self.memory_bytes // per_image))
+        n_pieces = -(-len(batch) // n_images)
+        ends = [len(batch) * piece // n_pieces for piece in range(n_pieces + 1)]
+        for start, stop in itertools.pairwise(ends):
+            yield batch.part(start, stop)
 
     def run(self, batch: Batch) -> AbstractRun:
         """The model on a piece of a batch, float but for the units that have only one choice.
@@ -114,9 +126,16 @@ class Engine:
         with evaluating(self.model), self.owner, telling_failures(self.model):
             if self.player is not None:
                 with contextlib.suppress(CannotReplay):  # the course of some models changes with the number of images
-                    values = self.player.base(inputs, self.changes(self.pinned, merged=True))
+                    changes = self.changes(self.pinned, merged=True)
+                    values = self.player.base(inputs, changes, correction=self.correction)
                     return _ReplayedRun(self, inputs, self.pinned, values)
-            return _PlainRun(self, inputs, self.pinned)
+            return _PlainRun(self, inputs, self.pinned, _reference(self, inputs))
+
+    def reference(self, batch: Batch) -> Reference | None:
+        """What whole passes over a piece of a batch are corrected by; None without `correction`."""
+        inputs = self._on_device(batch)
+        with evaluating(self.model), self.owner, telling_failures(self.model):
+            return _reference(self, inputs)
 
     def _on_device(self, batch: Batch) -> Any:
         inputs = to_device(batch.inputs, device_of(self.model))
@@ -136,20 +155,20 @@ class Engine:
             found.update(self.variants.changes(unit, [choice], merged=merged))
         return found
 
-    def quantized(self, batch: Batch, choice: Sequence[int]) -> Tensor:
-        """The output with every unit quantized at its choice."""
+    def quantized(self, batch: Batch, choice: Sequence[int], reference: Reference | None = None) -> Tensor:
+        """The output with every unit quantized at its choice, corrected by `reference` if given."""
         changes = self.changes(dict(enumerate(choice)), merged=False)
         inputs = self._on_device(batch)
         with evaluating(self.model), self.owner, telling_failures(self.model):
-            return _plain(self, inputs, changes)
+            return _plain(self, inputs, changes, reference)
 
 
 @final
 class _PlainRun(AbstractRun):
     """Whole forward passes, for models that cannot be replayed; `fixed` holds the choices of units throughout."""
 
-    def __init__(self, engine: Engine, inputs: Any, fixed: Mapping[int, int]) -> None:
-        self._engine, self._inputs, self._fixed = engine, inputs, fixed
+    def __init__(self, engine: Engine, inputs: Any, fixed: Mapping[int, int], reference: Reference | None) -> None:
+        self._engine, self._inputs, self._fixed, self._reference = engine, inputs, fixed, reference
         self.output = self._at(fixed)
 
     def single(self, unit: int, choices: Sequence[int]) -> Iterator[Tensor]:
@@ -157,11 +176,12 @@ class _PlainRun(AbstractRun):
             yield self._at({**self._fixed, unit: choice})
 
     def under(self, unit: int, choice: int) -> AbstractRun:
-        return _PlainRun(self._engine, self._inputs, {**self._fixed, unit: choice})
+        return _PlainRun(self._engine, self._inputs, {**self._fixed, unit: choice}, self._reference)
 
     def _at(self, choices: Mapping[int, int]) -> Tensor:
         with evaluating(self._engine.model), self._engine.owner:
-            return _plain(self._engine, self._inputs, self._engine.changes(choices, merged=False))
+            changes = self._engine.changes(choices, merged=False)
+            return _plain(self._engine, self._inputs, changes, self._reference if changes else None)
 
 
 @final
@@ -204,16 +224,23 @@ class _ReplayedRun(AbstractRun):
 
 @final
 class _Substitute(TorchFunctionMode):
-    """Runs the model as it is, with changed layers."""
+    """Runs the model as it is, with changed layers; corrected by `reference` if given."""
 
-    def __init__(self, engine: Engine, changes: Changes) -> None:
+    def __init__(self, engine: Engine, changes: Changes, reference: Reference | None) -> None:
         super().__init__()
-        self._engine, self._changes = engine, changes
+        self._engine, self._changes, self._reference = engine, changes, reference
+        self._sites = None if reference is None else Occurrences(reference.leaves)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        value = self._run(func, args, kwargs)
+        if self._reference is None or self._sites is None:
+            return value
+        return self._reference.correct(self._sites.site(func, args, kwargs), value)
+
+    def _run(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if func not in WEIGHTED:
             return func(*args, **kwargs)
         self._engine.counter.run += int(input_argument(args, kwargs).shape[0])
@@ -221,9 +248,40 @@ class _Substitute(TorchFunctionMode):
         return func(*args, **kwargs) if changes is None else run_changed(func, args, kwargs, changes)
 
 
-def _plain(engine: Engine, inputs: Any, changes: Changes) -> Tensor:
-    with _Substitute(engine, changes):
+@final
+class _FloatPass(TorchFunctionMode):
+    """Runs the model as it is and takes up what quantized passes are corrected by."""
+
+    def __init__(self, reference: Reference) -> None:
+        super().__init__()
+        self._reference, self._sites = reference, Occurrences(reference.leaves)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        site = self._sites.site(func, args, kwargs)
+        read = input_argument(args, kwargs)
+        self._reference.note(site, read)
+        value = func(*args, **kwargs)
+        self._reference.add(site, value)
+        return value
+
+
+def _plain(engine: Engine, inputs: Any, changes: Changes, reference: Reference | None = None) -> Tensor:
+    with _Substitute(engine, changes, reference):
         return select(call(engine.model, inputs), engine.output)
+
+
+def _reference(engine: Engine, inputs: Any) -> Reference | None:
+    """What whole passes over `inputs` are corrected by; None without correction."""
+    if not engine.correction:
+        return None
+    model = engine.model
+    reference = Reference(frozenset(id(tensor) for tensor in itertools.chain(model.parameters(), model.buffers())))
+    with _FloatPass(reference):
+        select(call(model, inputs), engine.output)
+    return reference
 
 
 def _player(model: nn.Module, space: Space, owner: LayerOfCall, example: Batch, output: Output, folding: bool) -> Player:
@@ -246,7 +304,7 @@ def _checked(engine: Engine, example: Batch, *, channels_last: bool) -> Engine:
     for last, stacking in itertools.product((True, False) if channels_last else (False,), (True, False)):
         wanted = replace(engine, channels_last=last, stacking=stacking)
         try:
-            _check(wanted, example)
+            _check(replace(wanted, correction=False), example)
         except (DataError, CannotReplay) as error:
             failure: Exception = error
         else:
@@ -263,16 +321,17 @@ def _check(engine: Engine, example: Batch) -> None:
     run = engine.run(one)
     inputs = engine._on_device(one)
     for unit, members in enumerate(engine.space.units):
+        ends = sorted({0, len(members.choices) - 1})
         try:
-            replays = list(run.single(unit, range(len(members.choices))))
+            replays = list(run.single(unit, ends))
         except MPQError:
             raise
         except Exception as error:
             raise CannotReplay(f"a replay with {members.name} changed fails: {type(error).__name__}: {error}") from error
-        for choice in {0, len(members.choices) - 1}:
+        for choice, replayed in zip(ends, replays, strict=True):
             with evaluating(engine.model), engine.owner:
                 plain = _plain(engine, inputs, engine.changes({**engine.pinned, unit: choice}, merged=False))
-            if replays[choice].shape != plain.shape or not _agree(replays[choice], plain):
+            if replayed.shape != plain.shape or not _agree(replayed, plain):
                 raise CannotReplay(f"a replay with {members.name} at {members.choices[choice]} differs from a plain pass")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,12 +14,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from mpq_plugins._errors import ModelError
-from mpq_plugins._flow import WEIGHTED, input_argument, weight_argument
-from mpq_plugins._model import Batch, call, evaluating, select, telling_failures
+from mpq_plugins._flow import WEIGHTED, bias_argument, input_argument, weight_argument
+from mpq_plugins._model import Batch, call, evaluating, select, telling_failures, tensors
 from mpq_plugins._progress import track
 from mpq_plugins.sensitivity._change import Change, Changes, run_changed
+from mpq_plugins.sensitivity._correction import ChangeOfOutput, Norm, Occurrences, Reference
 from mpq_plugins.sensitivity._criteria import measure
 from mpq_plugins.sensitivity._effects import Effects, Lab
+from mpq_plugins.sensitivity._tape import is_metadata
 
 
 def first_order_effects(lab: Lab) -> Effects:
@@ -60,13 +63,18 @@ class CallGradient:
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
     gradient: Tensor
+    correction: ChangeOfOutput | None = None
 
     def changed(self, lab: Lab, unit: int, choice: int) -> Tensor:
-        """What `unit` at `choice` adds to the output of this call of one of its layers."""
+        """What `unit` at `choice` adds to the output of this call of one of its layers, after the correction if any."""
+        change = self._change(lab, unit, choice)
+        return change if self.correction is None else self.correction(change)
+
+    def _change(self, lab: Lab, unit: int, choice: int) -> Tensor:
         [change] = lab.engine.variants.changes(unit, [choice], merged=False)[self.layer]
         if change.activation is None:  # The layer is linear, so the change of its weight alone gives the change of its output.
             delta = change.weight - weight_argument(self.args, self.kwargs)
-            bias = self.args[2] if len(self.args) > 2 else self.kwargs.get("bias")
+            bias = bias_argument(self.args, self.kwargs)
             no_bias = None if bias is None else torch.zeros_like(bias)
             return run_changed(self.function, self.args, self.kwargs, [Change(delta)], bias=no_bias)
         return run_changed(self.function, self.args, self.kwargs, [change]) - self._own
@@ -93,7 +101,8 @@ def backward(lab: Lab, batch: Batch, index: int) -> Backward:
     """
     model, engine = lab.model, lab.engine
     layers = {name for unit in lab.free for name in lab.space.units[unit].layers}
-    taps = _Taps(engine.owner, layers, engine.changes(engine.pinned, merged=False))
+    reference = engine.reference(batch) if engine.pinned else None
+    taps = _Taps(engine.owner, layers, engine.changes(engine.pinned, merged=False), reference)
     with evaluating(model), engine.owner, telling_failures(model), torch.enable_grad(), taps:
         output = select(call(model, batch.inputs), engine.output)
     generator = torch.Generator().manual_seed(lab.setup.seed + index)
@@ -102,8 +111,10 @@ def backward(lab: Lab, batch: Batch, index: int) -> Backward:
         base, loss = at_base.losses(output), at_base.probe(output, generator)
         gradients = taps.gradients(loss)
     calls = [
-        CallGradient(tap.layer, tap.function, tap.args, tap.kwargs, gradient)
-        for tap, gradient in zip(taps.found, gradients, strict=True)
+        CallGradient(
+            tap.layer, tap.function, tap.args, tap.kwargs, gradient, taps.correction(at) if engine.correction else None
+        )
+        for at, (tap, gradient) in enumerate(zip(taps.found, gradients, strict=True))
         if gradient is not None
     ]
     return Backward(float(base.detach().sum()), at_base.has_slope, calls)
@@ -139,10 +150,13 @@ class _Tap:
 
 @final
 class _Taps(TorchFunctionMode):
-    def __init__(self, owner: Any, layers: set[str], pinned: Changes) -> None:
+    def __init__(self, owner: Any, layers: set[str], pinned: Changes, reference: Reference | None) -> None:
         super().__init__()
         self.found: list[_Tap] = []
         self._owner, self._layers, self._pinned = owner, layers, pinned
+        self._reference = reference
+        self._sites = None if reference is None else Occurrences(reference.leaves)
+        self._readers = _Readers()
         self._versions: list[int] = []  # of the activation that each call has read
 
     def gradients(self, loss: Tensor) -> Sequence[Tensor | None]:
@@ -159,17 +173,59 @@ class _Taps(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        self._readers.note(func, args, kwargs)
         layer: str = (self._owner.name(args, kwargs) if func in WEIGHTED else None) or ""
         if layer in self._pinned:
-            return _at_its_only_choice(func, args, kwargs, self._pinned[layer])
-        output = func(*args, **kwargs)
+            return self._corrected(func, args, kwargs, _at_its_only_choice(func, args, kwargs, self._pinned[layer]))
+        output = self._corrected(func, args, kwargs, func(*args, **kwargs))
         if layer not in self._layers:
             return output
         offset = torch.zeros_like(output, requires_grad=True)
         args = [value.detach() if isinstance(value, Tensor) else value for value in args]
         self._versions.append(input_argument(args, kwargs)._version)
         self.found.append(_Tap(layer, func, args, kwargs, offset))
-        return output + offset
+        moved = output + offset
+        self._readers.watch(moved)
+        return moved
+
+    def _corrected(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], value: Any) -> Any:
+        if self._reference is None or self._sites is None:
+            return value
+        return self._reference.corrected(self._sites.site(func, args, kwargs), value)
+
+    def correction(self, at: int) -> ChangeOfOutput | None:
+        """What is left of a change of the output of call `at`; None where nothing next to it is corrected."""
+        n_readers, norm, output = self._readers.of[at]
+        tap = self.found[at]
+        if norm is not None:
+            return ChangeOfOutput.before_norm(output, norm) if n_readers == 1 and output is not None else None
+        return None if bias_argument(tap.args, tap.kwargs) is None else ChangeOfOutput.of_layer(tap.function)
+
+
+@final
+class _Readers:
+    """How many calls read each watched tensor, and the norm among them with the tensor itself."""
+
+    def __init__(self) -> None:
+        self.of: list[tuple[int, Norm | None, Tensor | None]] = []
+        self._watched: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+
+    def watch(self, value: Tensor) -> None:
+        """Watch one more tensor."""
+        self._watched[id(value)] = (weakref.ref(value), len(self.of))
+        self.of.append((0, None, None))
+
+    def note(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Take down a call that is about to run."""
+        if is_metadata(function):
+            return
+        for tensor in (*tensors(args), *tensors(kwargs)):
+            reference, at = self._watched.get(id(tensor), (None, 0))
+            if reference is None or reference() is not tensor:
+                continue
+            n_readers, norm, output = self.of[at]
+            found = Norm.of(function, args, kwargs)
+            self.of[at] = (n_readers + 1, norm, output) if found is None else (n_readers + 1, found[0], tensor.detach())
 
 
 def _at_its_only_choice(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], changes: Sequence[Change]) -> Tensor:

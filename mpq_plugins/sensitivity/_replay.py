@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, final
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mpq_plugins._flow import WEIGHTED, LayerOfCall, input_argument, weight_argument
+from mpq_plugins._flow import WEIGHTED, LayerOfCall, bias_argument, input_argument, weight_argument
 from mpq_plugins._model import Output, batch_size, call, select, tensors
 from mpq_plugins.sensitivity._change import Change, Changes, run_changed
-from mpq_plugins.sensitivity._tape import CannotReplay, Norm, Tape, is_metadata
+from mpq_plugins.sensitivity._correction import Corrector, Norm, Site
+from mpq_plugins.sensitivity._tape import CannotReplay, Tape, is_metadata
 
 
 @dataclass
@@ -63,15 +64,40 @@ class Player:
         assert norm is not None  # norm_of lists calls that have one
         return norm
 
+    @cached_property
+    def sites(self) -> Mapping[int, Site]:
+        """Calls whose values are corrected, as prepared networks are: norms, and layers with a bias that no norm reads."""
+        calls = self.tape.calls
+        found: dict[int, Site] = {}
+        for index, step in enumerate(calls):
+            if index in self.folded:
+                continue
+            norm = self._norm(index) if index in self.norm_of else step.norm
+            if norm is not None:
+                found[index] = Site.of_norm(norm)
+            elif step.has_bias and all(calls[reader].norm is None for reader in self.tape.readers[index]):
+                found[index] = Site.of_layer(step.function)
+        return found
+
     def plan(self, roots: int) -> Plan:
         """What to run, and what to return for the rest, when the layers in `roots` change."""
         if roots not in self._plans:
             self._plans[roots] = Plan(self.tape, roots)
         return self._plans[roots]
 
-    def base(self, inputs: Any, changes: Changes) -> Values:
-        """Run everything under `changes` and keep what later passes need."""
-        return self._play(Plan(self.tape, None), inputs, {}, changes, 1)
+    def base(self, inputs: Any, changes: Changes, *, correction: bool = False) -> Values:
+        """Run everything under `changes` and keep what later passes need.
+
+        With `correction` this run and those that start from it are corrected by the statistics of the float network.
+        """
+        everything = Plan(self.tape, None)
+        if not correction:
+            return self._play(everything, inputs, _NOTHING, changes, 1)
+        measured: dict[int, Corrector] = {}
+        of_float = self._play(everything, inputs, _NOTHING, {}, 1, keep=not changes, measured=measured)
+        if not changes:
+            return replace(of_float, correctors=measured)
+        return self._play(everything, inputs, replace(_NOTHING, correctors=measured), changes, 1)
 
     def replay(self, values: Values, inputs: Any, roots: Iterable[str], changes: Changes, *, keep: bool = False) -> Values:
         """Run what depends on the layers `roots`, everything else being as in `values`.
@@ -82,25 +108,40 @@ class Player:
         roots = tuple(roots)
         n_variants = max(len(changes[name]) for name in roots)
         plan = self.plan(self.tape.bits(roots))
-        return self._play(plan, inputs, values.kept, changes, n_variants, keep=keep)
+        return self._play(plan, inputs, values, changes, n_variants, keep=keep)
 
     def _play(
-        self, plan: Plan, inputs: Any, kept: Mapping[int, Any], changes: Changes, n_variants: int, *, keep: bool = True
+        self,
+        plan: Plan,
+        inputs: Any,
+        values: Values,
+        changes: Changes,
+        n_variants: int,
+        *,
+        keep: bool = True,
+        measured: dict[int, Corrector] | None = None,
     ) -> Values:
-        playing = _Pass(self, plan, inputs, kept, changes, n_variants, keep)
+        playing = _Pass(self, plan, inputs, values, changes, n_variants, keep, measured)
         with playing:
             result = select(call(self.model, inputs), self.output)
         if playing.cursor != len(self.tape.calls):
             raise CannotReplay("its forward pass ended early")
-        return Values(result, {**kept, **playing.kept} if keep else kept)
+        return Values(result, {**values.kept, **playing.kept} if keep else values.kept, values.correctors)
 
 
 @dataclass(frozen=True)
 class Values:
-    """The output of a pass and the values that later passes read, by call."""
+    """The output of a pass and the values that later passes read, by call.
+
+    `correctors` hold what the float network has, by call, where passes are corrected.
+    """
 
     output: Tensor
     kept: Mapping[int, Any] = field(repr=False)
+    correctors: Mapping[int, Corrector] = field(repr=False, default_factory=dict)
+
+
+_NOTHING = Values(torch.empty(0), {})
 
 
 @final
@@ -139,16 +180,19 @@ class _Pass(TorchFunctionMode):
         player: Player,
         plan: Plan,
         inputs: Any,
-        base: Mapping[int, Any],
+        values: Values,
         changes: Changes,
         n_variants: int,
         keep: bool,
+        measured: dict[int, Corrector] | None,
     ) -> None:
         super().__init__()
         self.kept: dict[int, Any] = {}
         self.cursor = 0
         self._player, self._tape, self._plan = player, player.tape, plan
-        self._base, self._changes, self._n_variants, self._keep = base, changes, n_variants, keep
+        self._base, self._changes, self._n_variants, self._keep = values.kept, changes, n_variants, keep
+        self._correctors, self._measured = values.correctors, measured
+        self._changed = self._tape.bits(tuple(changes)) if values.correctors else 0
         n_images = batch_size(inputs)
         rows = [tensor for tensor in tensors(inputs) if tensor.dim() and tensor.shape[0] == n_images]
         self._single: dict[int, Tensor] = {id(tensor): tensor for tensor in rows}  # with the images of one variant only
@@ -203,6 +247,10 @@ class _Pass(TorchFunctionMode):
         value = self._compute(index, func, args, kwargs)
         if func in WEIGHTED:
             self._player.counter.run += len(value)
+        if self._measured is not None and index in self._player.sites:
+            self._measured[index] = Corrector(value, self._player.sites[index])
+        if index in self._correctors and self._tape.calls[index].reach & self._changed:
+            self._correctors[index](value, self._n_variants)
         return value
 
     def _compute(self, index: int, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -225,7 +273,7 @@ class _Pass(TorchFunctionMode):
         return run_changed(func, args, kwargs, changes, bias=bias, stacked=is_stacked)
 
     def _bias(self, index: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-        return self._player.bias(index, args[2] if len(args) > 2 else kwargs.get("bias"))
+        return self._player.bias(index, bias_argument(args, kwargs))
 
     def _stacked(self, values: Any) -> Any:
         """`values` with every tensor of one variant repeated for all of them."""

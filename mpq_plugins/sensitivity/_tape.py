@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mpq_plugins._errors import MPQError
-from mpq_plugins._flow import METADATA_NAMES, WEIGHTED, LayerOfCall, function_name
+from mpq_plugins._flow import METADATA_NAMES, WEIGHTED, LayerOfCall, bias_argument, function_name
 from mpq_plugins._model import Output, batch_size, call, select, tensors
+from mpq_plugins.sensitivity._correction import Norm
 
 _TENSOR_PROPERTIES = frozenset(("T", "mT", "H", "mH", "data", "real", "imag", "grad"))
 # Functions that give numbers to Python, and functions that take only the form of a tensor, not its values.
@@ -35,14 +36,6 @@ _FOLDABLE = frozenset((torch.conv1d, torch.conv2d, torch.conv3d, F.linear))
 
 class CannotReplay(MPQError):
     """The model does something that a tape cannot play again; plain forward passes still work. Says what."""
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A batch normalisation in evaluation mode, as scale and shift per channel: y = x factor + shift."""
-
-    factor: Tensor  # [channel]
-    shift: Tensor  # [channel]
 
 
 @dataclass(frozen=True)
@@ -63,6 +56,7 @@ class Call:
     rows: tuple[int, ...] = ()  # length of the first axis of every tensor of the value
     grows: bool = False  # the first axis grows with the number of images
     norm: Norm | None = None  # the batch normalisation it computes, when it computes one of constants
+    has_bias: bool = False  # a weighted call that adds a bias
 
 
 @final
@@ -261,6 +255,7 @@ class _Recorder(TorchFunctionMode):
                 n_bytes=sum(tensor.numel() * tensor.element_size() for tensor in returned),
                 rows=tuple(tensor.shape[0] if tensor.dim() else 0 for tensor in returned),
                 norm=self._norm(function, args, kwargs),
+                has_bias=function in WEIGHTED and bias_argument(args, kwargs) is not None,
             )
         )
 
@@ -276,15 +271,5 @@ class _Recorder(TorchFunctionMode):
                 raise CannotReplay("it changes a tensor in place through a view or an index")
 
     def _norm(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Norm | None:
-        if function_name(function) != "batch_norm" or function is not F.batch_norm:
-            return None
-        names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        mean, variance = given.get("running_mean"), given.get("running_var")
-        constants = [given[name] for name in names[1:5] if given.get(name) is not None]
-        if given.get("training") or mean is None or variance is None or any(id(t) not in self._leaves for t in constants):
-            return None
-        weight, bias = given.get("weight"), given.get("bias")
-        factor = torch.rsqrt(variance + given.get("eps", 1e-5)) * (1.0 if weight is None else weight)
-        shift = -mean * factor + (0.0 if bias is None else bias)
-        return Norm(factor.detach(), shift.detach())
+        found = Norm.of(function, args, kwargs)
+        return None if found is None or any(id(tensor) not in self._leaves for tensor in found[1]) else found[0]

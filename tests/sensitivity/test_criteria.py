@@ -68,7 +68,7 @@ def test_gram_is_its_formula():
     p = softmax(base)
     expected = np.einsum("nc,inc->i", p - np.eye(N_CLASSES)[labels()], r) / N_IMAGES
     batches = [(images()[:4], labels()[:4]), (images()[4:], labels()[4:])]
-    scores = CLADO(tier="gram").score(model, space, batches)
+    scores = CLADO(tier="gram", correction=False).score(model, space, batches)
     np.testing.assert_allclose(np.concatenate(scores.loss), expected, rtol=1e-9)
     np.testing.assert_allclose(scores.pairwise, gram(p, r), rtol=1e-5, atol=1e-6 * gram(p, r).max())
     assert np.linalg.eigvalsh(scores.pairwise).min() > -1e-12 * np.trace(scores.pairwise)
@@ -79,7 +79,7 @@ def test_gram_without_labels_has_no_linear_term():
     model = small_net()
     space = space_of(model)
     base, r = logit_changes(model, space, images())
-    scores = CLADO(tier="gram").score(model, space, [images()])
+    scores = CLADO(tier="gram", correction=False).score(model, space, [images()])
     assert not np.any(np.concatenate(scores.loss))
     np.testing.assert_allclose(scores.pairwise, gram(softmax(base), r), rtol=1e-5, atol=1e-6 * gram(softmax(base), r).max())
 
@@ -91,7 +91,7 @@ def test_gram_without_interactions_is_the_measured_loss():
     base, r = logit_changes(model, space, images())
     target = torch.from_numpy(base)
     losses = [F.cross_entropy(target + torch.from_numpy(change), labels()) - F.cross_entropy(target, labels()) for change in r]
-    scores = CLADO(tier="gram", cross=False).score(model, space, [(images(), labels())])
+    scores = CLADO(tier="gram", correction=False, cross=False).score(model, space, [(images(), labels())])
     np.testing.assert_allclose(np.concatenate(scores.loss), losses, rtol=1e-9)
     assert scores.pairwise is None
 
@@ -104,7 +104,7 @@ def test_sampled_labels_converge_to_the_gram():
     exact = gram(softmax(base), r)
 
     def distance(n_samples):
-        found = CLADO(tier="gram", n_samples=n_samples).score(model, space, [(images(), labels())]).pairwise
+        found = CLADO(tier="gram", correction=False, n_samples=n_samples).score(model, space, [(images(), labels())]).pairwise
         return np.linalg.norm(found - exact) / np.linalg.norm(exact)
 
     assert distance(20_000) < 0.02 < 0.05 < distance(20) < 2
@@ -131,7 +131,7 @@ def test_fisher_is_the_gradient_of_every_image_times_the_change():
     model = small_net()
     space = space_of(model, tie=[("0", "3")])
     v = derivatives(model, space, lambda logits, n: F.cross_entropy(logits, labels()[n : n + 1]))
-    scores = CLADO(tier="fisher").score(model, space, [(images(), labels())])
+    scores = CLADO(tier="fisher", correction=False).score(model, space, [(images(), labels())])
     np.testing.assert_allclose(np.concatenate(scores.loss), v.mean(0), rtol=1e-8)
     np.testing.assert_allclose(scores.pairwise, v.T @ v / N_IMAGES, rtol=1e-8, atol=1e-14)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -146,7 +146,7 @@ def test_fisher_without_labels_is_an_average_over_the_models_own():
     for label in range(N_CLASSES):
         v = derivatives(model, space, lambda logits, n, y=label: F.cross_entropy(logits, torch.tensor([y])))
         expected = expected + np.einsum("n,ni,nj->ij", p[:, label], v, v) / N_IMAGES
-    scores = CLADO(tier="fisher", n_images=6000).score(model, space, [images().repeat(1000, 1, 1, 1)])
+    scores = CLADO(tier="fisher", correction=False, n_images=6000).score(model, space, [images().repeat(1000, 1, 1, 1)])
     assert not np.any(np.concatenate(scores.loss))
     assert np.linalg.norm(scores.pairwise - expected) < 0.05 * np.linalg.norm(expected)
 
@@ -181,7 +181,7 @@ def test_fisher_with_activations_takes_the_change_at_each_layers_output():
             v[n, column] = (slope[name] * (moved - held[name][1].detach())).sum()
     for handle in handles:
         handle.remove()
-    scores = CLADO(tier="fisher").score(model, space, [(images(), labels())])
+    scores = CLADO(tier="fisher", correction=False).score(model, space, [(images(), labels())])
     np.testing.assert_allclose(np.concatenate(scores.loss), v.mean(0), rtol=1e-7, atol=1e-13)
     np.testing.assert_allclose(scores.pairwise, v.T @ v / N_IMAGES, rtol=1e-7, atol=1e-13)
 
@@ -201,8 +201,8 @@ def test_pinned_layers_are_quantized_when_others_are_measured(activations):
         quantized[3].register_forward_pre_hook(lambda _, args: (args[0] + (quantizer(args[0]) - args[0]).detach(),))
     alone = Space.build(find_layers(quantized, images(1), include=["0", "6"]), free)
     for tier in ("fisher", "gram", "exact"):
-        expected = CLADO(tier=tier).score(quantized, alone, [(images(), labels())])
-        found = CLADO(tier=tier).score(model, pinned, [(images(), labels())])
+        expected = CLADO(tier=tier, correction=False).score(quantized, alone, [(images(), labels())])
+        found = CLADO(tier=tier, correction=False).score(model, pinned, [(images(), labels())])
         kept = [index for index, (unit, _) in enumerate(by_hand.options) if unit != 1]
         assert found.facts["base_loss"] == pytest.approx(expected.facts["base_loss"], rel=1e-9)
         if len(activations) == 1:  # else ranges were found behind the quantized layer
@@ -232,7 +232,7 @@ def test_activations_written_over_are_refused_by_the_backward_pass():
         CLADO(tier="fisher").score(model, space_of(model), [(images(), labels())])
     naive = NaiveLoop(model, space_of(model), [(images(), labels())])
     losses = [F.cross_entropy(naive.logits(option), labels()).item() for option in naive.options]
-    effects = Lab(model, space_of(model), [(images(), labels())], Setup()).effects()
+    effects = Lab(model, space_of(model), [(images(), labels())], Setup(correction=False)).effects()
     np.testing.assert_allclose(effects.losses + effects.base_loss, losses, rtol=1e-9)
 
 
@@ -291,7 +291,7 @@ def test_outputs_with_positions_average_over_those_that_count(case):
         if counted.any():
             r = np.stack([change[n][counted].numpy() for change in changes])
             matrix += gram(softmax(base[n][counted].numpy()), r) / len(inputs)
-    effects = Lab(model, space, [(inputs, wanted)], Setup()).effects()
+    effects = Lab(model, space, [(inputs, wanted)], Setup(correction=False)).effects()
     np.testing.assert_allclose(effects.losses, expected, rtol=1e-9)
     np.testing.assert_allclose(effects.slopes, linear, rtol=1e-9)
     np.testing.assert_allclose(effects.curvature, matrix, rtol=1e-4, atol=1e-5 * matrix.max())
@@ -302,7 +302,7 @@ def test_squared_error_is_exactly_its_curvature():
     model = small_net()
     space = space_of(model)
     _, r = logit_changes(model, space, images())
-    effects = Lab(model, space, [images()], Setup(loss="squared_error")).effects(pairs=True)
+    effects = Lab(model, space, [images()], Setup(correction=False, loss="squared_error")).effects(pairs=True)
     np.testing.assert_allclose(effects.losses, (r**2).mean((1, 2)), rtol=1e-9)
     assert not effects.slopes.any()
     expected = 2 * np.einsum("inc,jnc->ij", r, r) / r[0].size
@@ -323,7 +323,7 @@ def test_a_loss_of_the_users_own(loss):
     model = small_net()
     space = space_of(model)
     batches = [(images(), labels())]
-    own, built_in = (Lab(model, space, batches, Setup(loss=loss)) for loss in (loss, "cross_entropy"))
+    own, built_in = (Lab(model, space, batches, Setup(correction=False, loss=loss)) for loss in (loss, "cross_entropy"))
     one, other = own.effects(pairs=True), built_in.effects(pairs=True)
     for name in ("base_loss", "losses", "slopes", "pairs"):
         np.testing.assert_allclose(getattr(one, name), getattr(other, name), rtol=1e-6, atol=1e-12)

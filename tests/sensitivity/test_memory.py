@@ -55,7 +55,7 @@ def test_little_memory_cuts_batches_into_pieces():
     """With next to no memory every image runs alone, and the result is that of one piece."""
     model, space = made()
     large = batches(20, size=64)
-    little, ample = (Lab(model, space, large, Setup(memory_mb=memory)) for memory in (1, 1024))
+    little, ample = (Lab(model, space, large, Setup(correction=False, memory_mb=memory)) for memory in (1, 1024))
     assert len(list(ample.engine.pieces(ample.batches[0]))) == 1
     pieces = list(little.engine.pieces(little.batches[0]))
     assert len(pieces) > 4
@@ -67,9 +67,9 @@ def test_little_memory_cuts_batches_into_pieces():
 def test_the_cut_into_batches_does_not_matter():
     """Batches of different length, one image among them, give what one batch of all images gives."""
     model, space = made()
-    expected = Lab(model, space, batches(12), Setup()).effects(pairs=True)
+    expected = Lab(model, space, batches(12), Setup(correction=False)).effects(pairs=True)
     for sizes in ((5, 1, 6), (1, 11), (11, 1)):
-        same(Lab(model, space, batches(*sizes), Setup()).effects(pairs=True), expected)
+        same(Lab(model, space, batches(*sizes), Setup(correction=False)).effects(pairs=True), expected)
 
 
 def test_the_number_of_images_is_kept():
@@ -80,11 +80,11 @@ def test_the_number_of_images_is_kept():
         yield from batches(5, 5, 5)[:2]
         raise AssertionError("a batch too many")
 
-    lab = Lab(model, space, loader(), Setup(n_images=7))
+    lab = Lab(model, space, loader(), Setup(correction=False, n_images=7))
     assert list(map(len, lab.batches)) == [5, 2]
     first = batches(5, 5, 5)
     cut = [first[0], (first[1][0][:2], first[1][1][:2])]
-    same(lab.effects(pairs=True), Lab(model, space, cut, Setup()).effects(pairs=True))
+    same(lab.effects(pairs=True), Lab(model, space, cut, Setup(correction=False)).effects(pairs=True))
 
 
 @pytest.mark.parametrize(("n_images", "n_example"), [(1, 4), (3, 4), (1, 1)])

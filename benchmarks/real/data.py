@@ -28,7 +28,7 @@ _BATCH = 16
 
 @dataclass(frozen=True)
 class Case:
-    """A float network in evaluation mode with its inputs; `calibration` and `test` hold what the network takes, batch by batch."""
+    """A float network in evaluation mode; `calibration` and `test` hold what it takes, batch by batch."""
 
     name: str
     net: nn.Module
@@ -131,6 +131,7 @@ class CRNN(nn.Module):
         self.Prediction = nn.Linear(256, 1 + len(ALPHABET))
 
     def forward(self, images: Tensor) -> Tensor:
+        """Logits."""
         steps = self.FeatureExtraction(images).mean(dim=2).transpose(1, 2)
         return self.Prediction(self.SequenceModeling(steps))
 
@@ -159,6 +160,7 @@ class MiniLM(nn.Module):
         self.encoder = encoder
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Embeddings, not normalised."""
         states = self.encoder(input_ids=tokens, attention_mask=mask).last_hidden_state
         weight = mask.unsqueeze(-1).to(states.dtype)
         return (states * weight).sum(dim=1) / weight.sum(dim=1)

@@ -82,8 +82,9 @@ def _stamps() -> list[np.ndarray]:
 def _picture_files() -> list[Path]:
     """One file of each picture; resolutions, dark forms and empty ones are no pictures of their own."""
     backgrounds = [
-        *(unpacked("mate-backgrounds") / "usr/share/backgrounds/mate").rglob("*"),
-        *(unpacked("gnome-backgrounds") / "usr/share/backgrounds/gnome").glob("*"),
+        *(unpacked("mate-backgrounds") / "usr/share/backgrounds/mate/nature").glob("*"),
+        *(unpacked("mate-backgrounds") / "usr/share/backgrounds/mate/abstract").glob("*"),
+        *(unpacked("gnome-backgrounds") / "usr/share/backgrounds/gnome").glob("*-l.webp"),
     ]
     kept = [
         file

@@ -35,6 +35,7 @@ class Case:
     calibration: tuple[Any, ...]
     test: tuple[Any, ...]
     judge: Judge
+    loss: str = "kl"  # what scores that look at outputs measure: "kl" of class logits, or "squared_error"
 
     @property
     def example(self) -> Any:
@@ -187,7 +188,8 @@ def minilm(n_calibration: int, n_test: int, seed: int) -> Case:
         return torch.tensor([item.ids for item in found]), torch.tensor([item.attention_mask for item in found])
 
     test = batches(tokens(sentences("test", n_test, 0)))
-    return Case("minilm", net, batches(tokens(sentences("calibration", n_calibration, seed))), test, Embeddings(net, test))
+    calibration = batches(tokens(sentences("calibration", n_calibration, seed)))
+    return Case("minilm", net, calibration, test, Embeddings(net, test), "squared_error")
 
 
 def _minilm_files() -> Path:

@@ -23,7 +23,8 @@ from photographs import imagenet_images, pool
 from texts import sentences, words_as_images
 from torch import Tensor, nn
 
-_BATCH = 16
+_BATCH = 8
+_SMALL_BATCH = 4  # larger images: what a layer makes of four of them fits into the cache of a CPU
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def batches(inputs: Any, size: int = _BATCH) -> tuple[Any, ...]:
 def efficientnet_lite0(n_calibration: int, n_test: int, seed: int) -> Case:
     """Photographs; judged against the float network, and on 20 labelled ImageNet images."""
     net = efficientnet()
-    test = batches(as_input(pool("test", n_test, 0)))
+    test = batches(as_input(pool("test", n_test, 0)), _SMALL_BATCH)
     images, labels = imagenet_images()
     judge = Classes(net, test, as_input(images), torch.from_numpy(labels))
     return Case("efficientnet_lite0", net, batches(as_input(pool("calibration", n_calibration, seed))), test, judge)
@@ -200,10 +201,26 @@ def _minilm_files() -> Path:
     return folder
 
 
+# ---- the demo's digits, where calibration and training images are the same
+
+
+def digits_net(n_calibration: int, n_test: int, seed: int) -> Case:
+    """The small residual network of the core, trained here in seconds; 500 labelled digits to test on, whatever is asked."""
+    from mpq_plugins.digits import digits, trained_digits_net
+
+    net = trained_digits_net()
+    images = torch.cat([batch.inputs for batch in digits(train=True)])
+    labelled = digits(train=False, batch_size=500)[0]
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:n_calibration]
+    judge = Classes(net, batches(labelled.inputs, 100), labelled.inputs, labelled.labels)
+    return Case("digits", net, batches(images[order], 64), batches(labelled.inputs, 100), judge)
+
+
 NETWORKS: dict[str, Callable[[int, int, int], Case]] = {
     "efficientnet_lite0": efficientnet_lite0,
     "crnn": crnn,
     "minilm": minilm,
+    "digits": digits_net,
 }
 
 

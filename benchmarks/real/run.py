@@ -19,13 +19,16 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for cells.py
 
-import adapters
+# isort: split
+
 import batch_norm
 import scores
 from cells import Cells
-from data import NETWORKS, load
+from data import NETWORKS
 from fetch import FetchError, cache_folder
 from standins import STANDINS
+
+import adapters
 
 PARTS = ("scores", "batch-norm", "adapters")
 RESULTS = Path(__file__).parent / "results"
@@ -64,6 +67,7 @@ def main() -> None:
     if options.tiny:
         with tempfile.TemporaryDirectory() as folder:
             options.results, options.calibration, options.test = Path(folder), 32, 64
+            options.averages, options.bits = [4.0, 2.5], ["w4a8"]
             run(options, parts, STANDINS, Path(folder))
         return
     try:

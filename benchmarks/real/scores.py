@@ -11,6 +11,7 @@ import itertools
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +96,10 @@ def measure(
             scores = scores_of(case, weights, space, name, cells, folder, f"{case.name}/{seed}/{chosen}/{held}/{name}")
         except MPQError as error:
             for key in keys.values():
-                cells.get(key, lambda error=error: {"refused": str(error)})
+                cells.get(key, partial(dict, refused=str(error)))
             continue
         for average, key in keys.items():
-            cells.get(key, lambda average=average: cell(case, weights, scores, average, judged, solve_seconds))
+            cells.get(key, partial(cell, case, weights, scores, average, judged, solve_seconds))
 
 
 def space_of(weights: Weights, widths: Iterable[int], held: str) -> Space:
@@ -144,13 +145,12 @@ def _ranked() -> type:
 
 def restricted(scores: Scores, space: Space) -> Scores:
     """The scores of the choices that `space` has, of the same units."""
-    if [unit.choices for unit in scores.space.units] == [unit.choices for unit in space.units] or len(
-        scores.space.units
-    ) != len(space.units):
+    own, wanted = ([unit.choices for unit in part.units] for part in (scores.space, space))
+    if own == wanted or len(own) != len(wanted):  # the uniform control has one unit
         return scores
-    kept = [[own.choices.index(c) for c in unit.choices] for own, unit in zip(scores.space.units, space.units, strict=True)]
+    kept = [[there.index(choice) for choice in choices] for there, choices in zip(own, wanted, strict=True)]
     loss = tuple(tuple(row[i] for i in indices) for row, indices in zip(scores.loss, kept, strict=True))
-    starts = np.cumsum([0, *(len(unit.choices) for unit in scores.space.units)])
+    starts = np.cumsum([0, *map(len, own)])
     columns = [start + i for start, indices in zip(starts, kept, strict=False) for i in indices]
     pairwise = None if scores.pairwise is None else scores.pairwise[np.ix_(columns, columns)]
     return Scores(space, loss, scores.proxy, {}, pairwise)
@@ -194,7 +194,8 @@ def tables(cells: Cells, net: str, main: str) -> list[str]:
             found.setdefault((chosen, held), {}).setdefault(name, {}).setdefault(average, []).append(value)
     parts = []
     for (chosen, held), rows in sorted(found.items()):
-        averages = [f"{average:g}" for average in AVERAGES]
+        measured = {average for row in rows.values() for average in row}
+        averages = [f"{average:g}" for average in AVERAGES if f"{average:g}" in measured]
         best = {
             average: min((_mean(row[average], main) for row in rows.values() if average in row), default=None)
             for average in averages

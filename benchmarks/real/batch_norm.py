@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from cells import Cells
-from correction import repair
+from correction import correct_batch_norm, correct_biases
 from data import Case
 from torch import nn
 from weights import Weights
@@ -33,12 +33,15 @@ def measure(case: Case, cells: Cells, *, seed: int) -> None:
 def cell(case: Case, weights: Weights, width: int, way: str) -> dict[str, Any]:
     """Figures of one way at one width."""
     module = weights.at(weights.uniform(width, pinned=True))
+    normalised = any(isinstance(child, nn.modules.batchnorm._BatchNorm) for child in module.modules())
     if way == "re-estimated":
-        if not any(isinstance(child, nn.modules.batchnorm._BatchNorm) for child in module.modules()):
+        if not normalised:
             return {"refused": "the network has no batch normalisation"}
         reestimate_batch_norm(module, [(inputs, None) for inputs in case.calibration])
+    elif way == "corrected" and normalised:
+        correct_batch_norm(case.net, module, case.calibration)
     elif way == "corrected":
-        repair(case.net, module, case.calibration, weights.names)
+        correct_biases(case.net, module, case.calibration, weights.names)
     return {"figures": case.judge.of(module)}
 
 
@@ -51,7 +54,10 @@ def tables(cells: Cells, net: str, main: str) -> list[str]:
             found.setdefault((width, way), []).append(value["figures"])
     if not found:
         return []
-    lines = [f"{net}: {main} by what is done with batch normalisation", ""]
+    instead = (
+        " (it has none: biases)" if any("no batch norm" in value.get("refused", "") for value in cells.found.values()) else ""
+    )
+    lines = [f"{net}: {main} by what is done with batch normalisation{instead}", ""]
     lines += ["| weights | " + " | ".join(WAYS) + " |", "|---" * (1 + len(WAYS)) + "|"]
     lines += [f"| w{w} | " + " | ".join(_shown(found.get((f"w{w}", way)), main) for way in WAYS) + " |" for w in WIDTHS]
     return ["\n".join(lines)]

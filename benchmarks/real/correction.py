@@ -1,8 +1,7 @@
 """What quantization did to a network, measured on the same inputs through both, and taken back in place.
 
-Batch normalisation keeps its trained statistics, moved by the difference. Layers of a network without batch normalisation
-get the difference of their mean output into the bias. Both go in the order of the forward pass, those before already
-corrected, and need one pass of each network.
+Batch normalisation keeps its trained statistics, moved by the difference. Biases give up the difference of the layer's mean
+output. Both go in the order of the forward pass, those before already corrected, and need one pass of each network.
 """
 
 from __future__ import annotations
@@ -17,15 +16,6 @@ from torch import Tensor, nn
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _RATIO = (0.1, 10.0)
-
-
-def repair(reference: nn.Module, module: nn.Module, batches: Sequence[Any], layers: Iterable[str]) -> nn.Module:
-    """`module` corrected in place: its batch normalisations, or the biases of `layers` where it has none."""
-    if any(isinstance(child, _NORMS) for child in module.modules()):
-        correct_batch_norm(reference, module, batches)
-    else:
-        correct_biases(reference, module, batches, layers)
-    return module
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """Which score finds the better bits: every score and every control, at equal size, weights only.
 
 A score is asked once per menu and pins, and solved at every average. The plan's weights are quantized by the reference
-quantizer, the network is repaired (`correction.py`) and judged. What the sensitivity engine measures is measured once, at the
-six widths with nothing pinned; the smaller menu and the pins only leave choices out.
+quantizer, its batch normalisation is corrected by difference, and the network is judged. What the sensitivity engine measures
+is measured once, at the six widths with nothing pinned; the smaller menu and the pins only leave choices out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from cells import Cells
-from correction import repair
+from correction import correct_batch_norm
 from data import Case
 from weights import Weights
 
@@ -177,8 +177,9 @@ def judge_plan(case: Case, weights: Weights, bits: Mapping[str, int], judged: di
     """Figures of a plan, which are not measured twice."""
     plan = "".join(str(bits[name]) for name in weights.names)
     if plan not in judged:
-        figures = case.judge.of(repair(case.net, weights.at(bits), case.calibration, weights.names))
-        judged[plan] = {"plan": plan, "figures": figures}
+        module = weights.at(bits)
+        correct_batch_norm(case.net, module, case.calibration)
+        judged[plan] = {"plan": plan, "figures": case.judge.of(module)}
     return {"plan": plan, "figures": judged[plan]["figures"]}
 
 

@@ -88,11 +88,11 @@ _QUESTIONS = (
 )
 
 
-def sentences(half: str, n: int, seed: int) -> list[str]:
-    """`n` different sentences; those of the two halves begin and end with different parts."""
+def sentences(half: str, seed: int) -> list[str]:
+    """Different sentences in the order of the seed; those of the two halves share no subject, verb or ending."""
     random = np.random.default_rng((_HALVES[half], seed))
     own = _HALVES[half]
     subjects, verbs, ends = _SUBJECTS[own::2], _VERBS[own::2], _ENDS[own::2]
     every = [t.format(s=s, v=v, e=e) for t in _QUESTIONS for s in subjects for v in verbs for e in ends]
     unique = list(dict.fromkeys(text[0].upper() + text[1:] for text in every))
-    return [unique[i] for i in random.permutation(len(unique))[:n]]
+    return [unique[i] for i in random.permutation(len(unique))]

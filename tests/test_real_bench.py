@@ -1,0 +1,86 @@
+"""The bench on real networks: its path on two tiny networks made in code, and what its figures are made of."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+REAL = Path(__file__).parent.parent / "benchmarks" / "real"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """A module of the bench by name, as its own scripts import it."""
+    monkeypatch.syspath_prepend(str(REAL.parent))
+    monkeypatch.syspath_prepend(str(REAL))
+    names = [path.stem for path in REAL.glob("*.py")]
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield lambda name: importlib.import_module(name)
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def test_the_whole_path_runs_without_a_download(tmp_path):
+    """Scores, batch norm and adapters are measured and printed for both stand-ins; nothing is written to the results."""
+    run = [sys.executable, str(REAL / "run.py"), "--tiny"]
+    environment = {**os.environ, "CI": "true", "MPQ_REAL_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(run, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tables = [line for line in done.stdout.splitlines() if line.startswith("tiny_") and "{'" not in line]
+    assert sum("weights {" in line for line in tables) == 2 * 4  # two networks, two menus, pinned and free
+    assert sum("batch normalisation" in line for line in tables) == 2
+    assert sum("through the adapters" in line for line in tables) == 2
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| clado gram")]
+    assert len(rows) == 8
+    assert not any("-" in row.split("|", 3)[3] for row in rows)  # every average of every table
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("read", "word", "edits"), [("kitten", "sitting", 3), ("", "abc", 3), ("same", "same", 0), ("ab", "ba", 2)]
+)
+def test_edits_are_counted(bench, read, word, edits):
+    """Letters inserted, deleted and replaced, counted by hand."""
+    assert bench("judge").edit_distance(read, word) == edits
+
+
+def test_repeats_and_blanks_are_no_letters(bench):
+    """The steps a a - a b b - read "aab": a repeat is one letter unless a blank is between."""
+    assert bench("judge").read_steps([1, 1, 0, 1, 2, 2, 0], "ab") == "aab"
+
+
+def test_correction_moves_statistics_by_what_the_weight_did(bench):
+    """A weight doubled: the input of the norm has twice the mean and four times the variance, and so have its statistics."""
+    net = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1)).eval()
+    with torch.no_grad():
+        net[0].weight.fill_(1.0)
+        net[0].bias.zero_()
+        net[1].running_mean.fill_(5.0)  # of other images than those below
+        net[1].running_var.fill_(3.0)
+    module = torch.nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1)).eval()
+    module.load_state_dict(net.state_dict())
+    with torch.no_grad():
+        module[0].weight.fill_(2.0)
+    batch = torch.tensor([1.0, 2.0, 3.0, 6.0]).reshape(4, 1, 1, 1)  # mean 3, variance 3.5
+    bench("correction").correct_batch_norm(net, module, (batch,))
+    assert float(module[1].running_mean) == pytest.approx(5.0 + (6.0 - 3.0))
+    assert float(module[1].running_var) == pytest.approx(3.0 * 4.0)
+
+
+def test_a_smaller_menu_leaves_choices_out(bench):
+    """The losses of {2,4,8} are those of the same choices among the six widths."""
+    standins, scores, weights = bench("standins"), bench("scores"), bench("weights")
+    case = standins.tiny_mixer(8, 8, 0)
+    own = weights.Weights(case.net, case.example)
+    wide, narrow = (scores.space_of(own, widths, "free") for widths in ((2, 3, 4, 5, 6, 8), (2, 4, 8)))
+    from mpq_plugins.proxies import WeightError
+
+    found = scores.restricted(WeightError().score(case.net, wide), narrow)
+    for ours, theirs in zip(found.loss, WeightError().score(case.net, narrow).loss, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)

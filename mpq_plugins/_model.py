@@ -77,8 +77,11 @@ def joined(batches: Sequence[Batch], least: int) -> list[Batch]:
     """The same images in batches of at least `least` where neighbours can be joined: all but the number of images equal."""
     found: list[Batch] = []
     for batch in batches:
-        both = _both(found[-1], batch) if found and min(len(found[-1]), len(batch)) < least else None
+        both = _both(found[-1], batch) if found and len(found[-1]) < least else None
         found[len(found) - (both is not None) :] = [batch if both is None else both]
+    if len(found) > 1 and len(found[-1]) < least:
+        both = _both(found[-2], found[-1])
+        found[-2:] = found[-2:] if both is None else [both]
     return found
 
 

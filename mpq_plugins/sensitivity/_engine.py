@@ -105,14 +105,14 @@ class Engine:
     def pieces(self, batch: Batch) -> Iterator[Batch]:
         """`batch` in pieces of about one size whose kept values fit into the memory.
 
-        With `correction` a piece has at least `LEAST_IMAGES`, where the batch has: statistics of few images are noise.
+        With `correction` a piece has at least `LEAST_IMAGES`, where the batch has, whatever memory that takes.
         """
-        n_images = max(1, len(batch))
+        n_pieces = 1
         if self.player is not None:
-            per_image = max(1, self.player.tape.kept_bytes)
-            least = LEAST_IMAGES if self.correction else 1
-            n_images = min(n_images, max(least, self.memory_bytes // per_image))
-        n_pieces = -(-len(batch) // n_images)
+            n_fitting = max(1, self.memory_bytes // max(1, self.player.tape.kept_bytes))
+            n_pieces = -(-len(batch) // n_fitting)
+        if self.correction:
+            n_pieces = max(1, min(n_pieces, len(batch) // LEAST_IMAGES))
         ends = [len(batch) * piece // n_pieces for piece in range(n_pieces + 1)]
         for start, stop in itertools.pairwise(ends):
             yield batch.part(start, stop)

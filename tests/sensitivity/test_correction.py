@@ -208,18 +208,19 @@ def test_fisher_starts_from_the_corrected_base():
 
 
 def test_pieces_have_images_enough_for_statistics():
-    """Single images are joined before they run, and little memory does not cut them into less than eight."""
+    """Single images are joined before they run, and little memory does not cut them into pieces of less than 32."""
     model, space = depthwise()
-    singles = [(images(20)[n : n + 1], labels(20)[n : n + 1]) for n in range(20)]
+    n = 70
+    singles = [(images(n)[at : at + 1], labels(n)[at : at + 1]) for at in range(n)]
     lab = Lab(model, space, singles, Setup(memory_mb=0))
-    sizes = [len(piece) for piece in lab.pieces()]
-    assert sum(sizes) == 20
-    assert min(sizes) >= 6
-    assert torch.equal(torch.cat([piece.inputs for piece in lab.pieces()]), images(20))
-    assert torch.equal(torch.cat([piece.labels for piece in lab.pieces()]), labels(20))
+    assert [len(piece) for piece in lab.pieces()] == [32, 38]
+    assert torch.equal(torch.cat([piece.inputs for piece in lab.pieces()]), images(n))
+    assert torch.equal(torch.cat([piece.labels for piece in lab.pieces()]), labels(n))
+    pieces = list(lab.engine.pieces(Batch(images(100))))
+    assert [len(piece) for piece in pieces] == [33, 33, 34]
     other = [*singles[:3], (torch.zeros(1, 3, 9, 9, dtype=torch.float64), labels(1))]
     assert list(map(len, Lab(model, space, other, Setup()).batches)) == [3, 1]
-    assert list(map(len, Lab(model, space, singles, Setup(correction=False)).batches)) == [1] * 20
+    assert list(map(len, Lab(model, space, singles, Setup(correction=False)).batches)) == [1] * n
 
 
 def test_kept_measurements_tell_the_correction(tmp_path):

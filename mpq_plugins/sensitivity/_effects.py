@@ -34,7 +34,8 @@ class Setup:
     With `correction` quantized runs are corrected as adapters correct a prepared network: the statistics of batch
     normalisations and the biases of other layers move by what quantization did to them. They are those of the images that
     run together: a piece of a batch, as large as the memory allows but of `LEAST_IMAGES` at least; smaller batches are
-    joined. With fewer images a correction is fitted to the very images that are measured, and losses come out low. The published definitions of scores have no correction; `correction=False` gives them. Raises `PluginError`.
+    joined. With fewer images a correction is fitted to the very images that are measured, and losses come out low.
+    The published definitions of scores have no correction; `correction=False` gives them. Raises `PluginError`.
     """
 
     loss: Loss = "auto"

@@ -150,7 +150,7 @@ def _move_statistics(of_float, norm, args):
     axes = [axis for axis in range(of_float.dim()) if axis != 1]
     ratio = args[0].var(axes, correction=0) / of_float.var(axes, correction=0)
     norm.running_mean += args[0].mean(axes) - of_float.mean(axes)
-    norm.running_var *= torch.where(of_float.var(axes, correction=0) == 0, 1.0, ratio).clamp(0.1, 10)
+    norm.running_var *= torch.where((ratio > 0) & ratio.isfinite(), ratio, 1.0).clamp(0.1, 10)
 
 
 def _move_bias(of_float, layer, _args, output):

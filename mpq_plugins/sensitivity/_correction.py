@@ -29,6 +29,7 @@ from mpq_plugins._flow import WEIGHTED, bias_argument, function_name
 LEAST_IMAGES = 32
 _RATIOS = (0.1, 10.0)
 _CONSTANT = 1e-10  # of the trained variance: a channel that varies less on these images says nothing about its ratio
+_DEAD = 1e-6  # of the float variance: quantization left the channel constant but for rounding, so there is no ratio
 _AXIS = {
     torch.conv1d: -2,
     torch.conv2d: -3,
@@ -120,6 +121,7 @@ class Corrector:
         constant = variance <= _CONSTANT * norm.factor.square() * own
         self._least, self._most = (torch.where(constant, 1.0, ratio) * own + norm.eps for ratio in _RATIOS)
         self._gain = torch.where(constant, 0.0, own / variance)
+        self._dead = _DEAD * variance
         # A constant channel has its own variance: the gain is zero, so both bounds hold it.
         self._eps = torch.full_like(self._gain, norm.eps)
         self._bias = norm.bias.to(variance.dtype)
@@ -135,7 +137,7 @@ class Corrector:
         moved = offset.sub_(self._offset)
         if variance is None:
             return None, _spread(moved.neg_(), values, self._site.axis)
-        scale = (self._of_float / self._square_of_sigma(variance)).sqrt_()
+        scale = (self._of_float / self._square_of_sigma(variance)).sqrt_().masked_fill_(variance <= self._dead, 1.0)
         shift = torch.addcmul(self._bias, moved.add_(self._bias), scale, value=-1)
         return _spread(scale, values, self._site.axis), _spread(shift, values, self._site.axis)
 

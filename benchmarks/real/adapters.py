@@ -13,6 +13,7 @@ from typing import Any
 
 from cells import Cells
 from data import Case
+from scores import SECOND
 
 from mpq_plugins import Precision, find_layers, first_and_last
 from mpq_plugins._bits import BitConfig
@@ -94,4 +95,5 @@ def tables(cells: Cells, net: str, main: str) -> list[str]:
 
 
 def _shown(figures: Mapping[str, Any], main: str) -> str:
-    return f"{figures[main]:.3g}" + (f", {figures['right']}" if "right" in figures else "")
+    second = next((key for key in SECOND if key in figures and key != main), None)
+    return f"{figures[main]:.3g}" + ("" if second is None else f", {figures[second]:.4g}")

@@ -13,6 +13,7 @@ import numpy as np
 from cells import Cells
 from correction import correct_batch_norm, correct_biases
 from data import Case
+from scores import SECOND
 from torch import nn
 from weights import Weights
 
@@ -68,5 +69,6 @@ def _shown(found: Sequence[Mapping[str, Any]] | None, main: str) -> str:
         return "-"
     values = [figures[main] for figures in found]
     error = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.2g}" if len(values) > 1 else ""
-    right = f", {np.mean([figures['right'] for figures in found]):.4g}" if "right" in found[0] else ""
-    return f"{np.mean(values):.3g}{error}{right}"
+    second = next((key for key in SECOND if key in found[0] and key != main), None)
+    behind = "" if second is None else f", {np.mean([figures[second] for figures in found]):.4g}"
+    return f"{np.mean(values):.3g}{error}{behind}"

@@ -30,6 +30,7 @@ from mpq_plugins.proxies._sensitivity import AbstractSensitivity
 MENUS = {"2,4,8": (2, 4, 8), "2-6,8": (2, 3, 4, 5, 6, 8)}
 AVERAGES = (5, 4, 3, 2.5)
 PINS = ("free", "pinned")
+SECOND = ("right", "cosine_least", "kl")  # the figure that stands behind the main one
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,7 @@ def _shown(found: Sequence[Mapping[str, Any]] | None, main: str, best: float | N
         text += f" ± {np.std([value['figures'][main] for value in found], ddof=1) / len(found) ** 0.5:.2g}"
     if best is not None and mean <= best * 1.005:
         text = f"**{text}**"
-    if "right" in found[0]["figures"]:
-        text += f", {np.mean([value['figures']['right'] for value in found]):.3g}"
+    second = next((key for key in SECOND if key in found[0]["figures"] and key != main), None)
+    if second is not None:
+        text += f", {np.mean([value['figures'][second] for value in found]):.3g}"
     return text + ("" if all(value["status"] == "optimal" for value in found) else " (unproven)")

@@ -53,16 +53,16 @@ def _rendered(word: str, file: Path, random: np.random.Generator) -> np.ndarray:
     image = Image.new("L", (right - left + 16, bottom - top + 16), 0)
     ImageDraw.Draw(image).text((8 - left, 8 - top), word, font=font, fill=255)
     image = image.rotate(random.uniform(-3, 3), resample=Image.Resampling.BICUBIC)
-    if random.random() < 0.5:  # what was small or blurred once
-        share = random.uniform(0.25, 0.5)
+    if random.random() < 0.75:  # what was small or blurred once
+        share = random.uniform(0.18, 0.45)
         image = image.resize((int(image.width * share), int(image.height * share)), Image.Resampling.BILINEAR)
     width = min(_WIDTH, int(image.width * _HEIGHT / image.height))
     ink = np.zeros((_HEIGHT, _WIDTH), np.float32)
     ink[:, :width] = np.asarray(image.resize((width, _HEIGHT), Image.Resampling.BICUBIC), np.float32) / 255
-    paper, letters = random.uniform(0.6, 1.0), random.uniform(0.0, 0.35)
+    paper, letters = random.uniform(0.55, 1.0), random.uniform(0.0, 0.4)
     if random.random() < 0.3:
         paper, letters = letters, paper
-    grey = paper + (letters - paper) * ink + random.normal(0, random.uniform(0, 0.08), ink.shape)
+    grey = paper + (letters - paper) * ink + random.normal(0, random.uniform(0, 0.12), ink.shape)
     return (2 * np.clip(grey, 0, 1) - 1).astype(np.float32)
 
 

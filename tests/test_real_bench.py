@@ -36,7 +36,7 @@ def test_the_whole_path_runs_without_a_download(tmp_path):
     assert sum("weights {" in line for line in tables) == 2 * 4  # two networks, two menus, pinned and free
     assert sum("batch normalisation" in line for line in tables) == 2
     assert sum("through the adapters" in line for line in tables) == 2
-    rows = [line for line in done.stdout.splitlines() if line.startswith("| clado gram")]
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| clado gram |")]
     assert len(rows) == 8
     assert not any("-" in row.split("|", 3)[3] for row in rows)  # every average of every table
     assert not (tmp_path / "cache").exists()
@@ -71,6 +71,21 @@ def test_correction_moves_statistics_by_what_the_weight_did(bench):
     bench("correction").correct_batch_norm(net, module, (batch,))
     assert float(module[1].running_mean) == pytest.approx(5.0 + (6.0 - 3.0))
     assert float(module[1].running_var) == pytest.approx(3.0 * 4.0)
+
+
+def test_the_correction_is_that_of_the_core(bench):
+    """The bench keeps the float network's moments between plans; on one batch statistics are those of the core's correction."""
+    from mpq_plugins._batch_norm import correct_batch_norm
+
+    case = bench("standins").tiny_cnn(8, 8, 0)
+    assert len(case.calibration) == 1
+    weights = bench("weights").Weights(case.net, case.example)
+    for width in (4, 2):  # the second finds the moments of the first
+        ours, theirs = (weights.at(weights.uniform(width, pinned=False)) for _ in range(2))
+        bench("correction").correct_batch_norm(case.net, ours, case.calibration)
+        correct_batch_norm(case.net, theirs, [(inputs, None) for inputs in case.calibration])
+        for name, value in theirs.state_dict().items():
+            torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_a_smaller_menu_leaves_choices_out(bench):

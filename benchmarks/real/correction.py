@@ -20,7 +20,11 @@ _RATIO = (0.1, 10.0)
 
 @torch.no_grad()
 def correct_batch_norm(reference: nn.Module, module: nn.Module, batches: Sequence[Any]) -> None:
-    """Move trained means by m_q - m_f and variances by v_q / v_f (within 0.1 .. 10), averaged over batches."""
+    """Move trained means by m_q - m_f and variances by v_q / v_f (within 0.1 .. 10), averaged over batches.
+
+    The core's own correction goes through each batch with the mean of those before, here a batch has its own; and the float
+    network runs once for all plans.
+    """
     norms, originals = dict(module.named_modules()), dict(reference.named_modules())
     names = [name for name, norm in norms.items() if isinstance(norm, _NORMS) and norm.track_running_stats]
     moments = _float_moments(reference, batches, names)

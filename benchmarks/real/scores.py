@@ -54,11 +54,17 @@ SCORES: dict[str, Score] = {
     "ompq": Score("ompq", {}, 64),
     "csmpq": Score("csmpq", {}, 64),
     "fisher": Score("fisher", {}, 64),
-    "clado fisher": Score("clado", {"tier": "fisher"}, 64),
     "output-error": Score("output-error", {}, 16),
     "kl-divergence": Score("kl-divergence", {}, 16),
     "loss-increase": Score("loss-increase", {}, 16),
     "clado gram": Score("clado", {"tier": "gram"}, 16),
+    "clado fisher": Score("clado", {"tier": "fisher"}, 64),
+    # Raw: measured on the network that is not corrected, as published.
+    "fisher raw": Score("fisher", {"correction": False}, 64),
+    "output-error raw": Score("output-error", {"correction": False}, 16),
+    "kl-divergence raw": Score("kl-divergence", {"correction": False}, 16),
+    "clado gram raw": Score("clado", {"tier": "gram", "correction": False}, 16),
+    "clado fisher raw": Score("clado", {"tier": "fisher", "correction": False}, 64),
     "rank-ensemble": Score("rank-ensemble", {}, 16),
     "hessian-trace": Score("hessian-trace", {"n_probes": 16}, 16),
 }
@@ -68,7 +74,7 @@ def refusal(name: str, case: Case) -> str | None:
     """Why a score is not in the table of a network."""
     if name == "loss-increase" and case.loss == "kl":
         return "loss-increase without labels is kl-divergence"
-    if name in {"kl-divergence", "rank-ensemble"} and case.loss != "kl":
+    if name.startswith(("kl-divergence", "rank-ensemble")) and case.loss != "kl":
         return f"{name} needs class logits"
     return None
 

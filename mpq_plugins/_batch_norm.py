@@ -36,9 +36,21 @@ class Moments:
     @classmethod
     def of(cls, values: Tensor, axis: int) -> Moments:
         """Over all axes but `axis`; the variance is that of the values at hand (biased)."""
-        rows = values.detach().movedim(axis, 0).flatten(1).float()
-        variance, mean = torch.var_mean(rows, dim=1, correction=0)
-        return cls(mean, variance)
+        values = values.detach().float()
+        others = [other for other in range(values.dim()) if other != axis % values.dim()]
+        mean = values.mean(others, keepdim=True)
+        # Several times faster than `torch.var_mean` over these axes.
+        spread = torch.linalg.vector_norm(values - mean, dim=others)
+        return cls(mean.flatten(), spread.square() / max(1, values.numel() // max(1, mean.numel())))
+
+
+def is_of_tokens(values: Tensor, axis: int) -> bool:
+    """Whether the output of a layer has a row per token: a linear layer's with more axes than image and channel.
+
+    Single tokens of transformers have huge values, whose error a mean would spread over all the others: with such biases
+    corrected a MiniLM at 4 bits was farther from the float network on the very images of the correction.
+    """
+    return axis == -1 and values.dim() > 2
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,8 @@ class AbstractSite(abc.ABC):
 
     def correct(self, values: Tensor, expected: Moments, n_images: int) -> Tensor:
         """Learn from one call, and give what takes the place of `values`."""
+        if not self.of_input and is_of_tokens(values, self.axis):
+            return values
         shift = Shift.between(expected, Moments.of(values, self.axis))
         self._n_images += n_images
         self.shift = shift if self.shift is None else self.shift.towards(shift, n_images / self._n_images)
@@ -129,7 +143,7 @@ class NormSite(AbstractSite):
 
 @final
 class BiasSite(AbstractSite):
-    """A layer that no normalisation reads: its bias takes the shift of the mean back."""
+    """A layer that no normalisation reads: its bias takes the shift of the mean back, but for layers of tokens."""
 
     def __init__(self, layer: Any, kind: str) -> None:
         super().__init__()

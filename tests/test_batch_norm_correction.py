@@ -223,3 +223,16 @@ def test_prepare_judges_its_repairs(trained, adapter, options):
     judge = Judge(net, [Batch(digits(train=False, batch_size=100)[0].inputs)])
     assert judge.distance(module) < 0.5 * judge.distance(plain)
     assert repairs_of(copy.deepcopy(module)) == repairs_of(module)
+
+
+def test_layers_of_tokens_keep_their_biases():
+    """A mean over tokens would spread the error of a few over all: only a layer with one row per image is corrected."""
+    reference = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
+    module = copy.deepcopy(reference)
+    with torch.no_grad():
+        module[0].weight.mul_(1.5)
+    before = module[0].bias.clone()
+    sites = bias_sites(module, {"0": "Linear", "3": "Linear"})
+    correct_by_difference(reference, module, [torch.randn(8, 3, 4)], sites)
+    assert torch.equal(module[0].bias, before)
+    assert not torch.equal(module[3].bias, reference[3].bias)

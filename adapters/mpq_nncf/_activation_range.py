@@ -58,19 +58,15 @@ def fit(module: nn.Module, histograms: Mapping[str, Histogram], *, method: Activ
     for hook, histogram in histograms.items():
         quantizer = nncf_quantizers.quantizer_at(module, hook)
         kind = nncf_quantizers.activation_kind(quantizer)
-        rows = [_range(histogram, row, kind, method) for row in range(histogram.n_channels)]
-        lows, highs = (torch.stack(values) for values in zip(*rows, strict=True))
-        nncf_quantizers.set_activation_range(quantizer, lows, highs)
+        nncf_quantizers.set_activation_range(quantizer, *_range(histogram, kind, method))
 
 
-def _range(histogram: Histogram, row: int, kind: nncf_quantizers.ActivationKind, method: ActivationRange) -> Range:
+def _range(histogram: Histogram, kind: nncf_quantizers.ActivationKind, method: ActivationRange) -> Range:
     if method == "max":
-        low, high = histogram.least[row], histogram.most[row]
-    elif method == "percentile":
-        low, high = histogram.quantile(row, _OUTLIERS), histogram.quantile(row, 1 - _OUTLIERS)
-    else:
-        return _of_least_error(histogram, row, kind)
-    return _covering(low, high, kind)
+        return _covering(histogram.least, histogram.most, kind)
+    if method == "percentile":
+        return _covering(histogram.quantile(_OUTLIERS), histogram.quantile(1 - _OUTLIERS), kind)
+    return _of_least_error(histogram, kind)
 
 
 def _covering(low: Tensor, high: Tensor, kind: nncf_quantizers.ActivationKind) -> Range:
@@ -86,34 +82,33 @@ def _symmetric(threshold: Tensor, kind: nncf_quantizers.ActivationKind) -> Range
     return threshold * (kind.lowest / kind.highest), threshold
 
 
-def _of_least_error(histogram: Histogram, row: int, kind: nncf_quantizers.ActivationKind) -> Range:
-    low, high = _covering(histogram.least[row], histogram.most[row], kind)
-    centres, counts = histogram.of_row(row)
+def _of_least_error(histogram: Histogram, kind: nncf_quantizers.ActivationKind) -> Range:
+    low, high = _covering(histogram.least, histogram.most, kind)
 
     def error(lows: Tensor, highs: Tensor) -> Tensor:
-        steps = ((highs - lows) / (kind.n_levels - 1))[:, None]
-        zero_points = torch.round(-lows[:, None] / steps)
-        codes = (torch.round(centres / steps) + zero_points).clamp_(0, kind.n_levels - 1)
-        return (centres - (codes - zero_points) * steps).square_() @ counts
+        return histogram.squared_error(lows, highs, kind.n_levels)
 
     if not kind.asymmetric:
         return _symmetric(_best(high, lambda tried: error(*_symmetric(tried, kind))), kind)
     least, most = low, high
     for _ in range(_N_ROUNDS):
-        if most > 0:
-            high = _best(most, lambda tried, low=low: error(low.expand_as(tried), tried))  # type: ignore[misc]
-        if least < 0:
-            low = -_best(-least, lambda tried, high=high: error(-tried, high.expand_as(tried)))  # type: ignore[misc]
+        high = torch.where(most > 0, _best(most, lambda tried, low=low: error(low[:, None].expand_as(tried), tried)), high)
+        low = torch.where(
+            least < 0, -_best(-least, lambda tried, high=high: error(-tried, high[:, None].expand_as(tried))), low
+        )
     return low, high
 
 
 def _best(largest: Tensor, error: Callable[[Tensor], Tensor]) -> Tensor:
-    """The threshold up to `largest` with the least error: tried at equal ratios, then between the neighbours of the best."""
-    tried = largest * torch.logspace(-2, 0, _N_TRIED, device=largest.device)
-    index = int(error(tried).argmin())
-    around = torch.linspace(float(tried[max(0, index - 1)]), float(tried[min(_N_TRIED - 1, index + 1)]), _N_REFINED)
-    around = around.to(largest.device)
-    return around[error(around).argmin()]
+    """The threshold up to `largest` with the least error: tried at equal ratios, then between the neighbours of the best.
+
+    # largest and result [row]; `error` takes and gives [row, tried]
+    """
+    tried = largest[:, None] * torch.logspace(-2, 0, _N_TRIED, device=largest.device)
+    place = error(tried).argmin(dim=1, keepdim=True)
+    below, above = (tried.gather(1, (place + by).clamp(0, _N_TRIED - 1)) for by in (-1, 1))
+    around = torch.lerp(below, above, torch.linspace(0, 1, _N_REFINED, device=largest.device))
+    return around.gather(1, error(around).argmin(dim=1, keepdim=True))[:, 0]
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 _N_BINS = 8192  # a multiple of 4: bins are merged in pairs around zero
+_HEADROOM = 1.5  # of the first limit: later batches seldom exceed it, and merging bins costs more than counting
+_AT_A_TIME = 2**24  # numbers in one step of a search
 
 
 @final
@@ -34,15 +36,21 @@ class Histogram:
         """Count the values of one batch."""
         rows = values.float().reshape(1, -1) if self.n_channels == 1 else values.float().movedim(1, 0).flatten(1)
         self._move(rows.device)
-        self.least = torch.minimum(self.least, rows.amin(dim=1))
-        self.most = torch.maximum(self.most, rows.amax(dim=1))
+        least, most = torch.aminmax(rows, dim=1)
+        self.least, self.most = torch.minimum(self.least, least), torch.maximum(self.most, most)
         if not self.usable:
             return
         self._grow(torch.maximum(self.most, -self.least))
+        if self.n_channels == 1:
+            limit = float(self.limit)
+            self.counts[0] += torch.histc(rows[0], self.n_bins, min=-limit, max=limit)
+            return
         scale = self.n_bins / 2 / self.limit[:, None]
-        bins = ((rows + self.limit[:, None]) * scale).long().clamp_(0, self.n_bins - 1)
-        bins += torch.arange(self.n_channels, device=rows.device)[:, None] * self.n_bins
-        counted = torch.bincount(bins.flatten(), minlength=self.counts.numel())
+        offsets = (torch.arange(self.n_channels, device=rows.device)[:, None] + 0.5) * self.n_bins
+        # Rounded towards zero; an integer type of 64 bits is what counting takes, and twice the work for everything before.
+        bins = torch.addcmul(offsets, rows, scale.expand_as(rows)).int()
+        most_bins = (torch.arange(1, self.n_channels + 1, device=rows.device, dtype=torch.int32) * self.n_bins - 1)[:, None]
+        counted = torch.bincount(torch.minimum(bins, most_bins).flatten(), minlength=self.counts.numel())
         self.counts += counted.reshape(self.counts.shape)
 
     def of_row(self, row: int) -> tuple[Tensor, Tensor]:
@@ -52,12 +60,44 @@ class Histogram:
         held = self.counts[row] > 0
         return centres[held], self.counts[row][held]
 
-    def quantile(self, row: int, share: float) -> Tensor:
-        """The value below which `share` of the row's values lie, to the width of a bin."""
-        centres, counts = self.of_row(row)
-        passed = counts.double().cumsum(0) / counts.double().sum()
-        index = int((passed < share).sum())
-        return centres[min(index, len(centres) - 1)].clamp(self.least[row], self.most[row])
+    def quantile(self, share: float) -> Tensor:
+        """The value below which `share` of each row's values lie, to the width of a bin.  # [row]"""
+        passed = self.counts.double().cumsum(1)
+        index = (passed < share * passed[:, -1:]).sum(1).clamp(max=self.n_bins - 1)
+        centres = (index + 0.5) * (2 / self.n_bins) - 1
+        return (centres.float() * self.limit).clamp(self.least, self.most)
+
+    def squared_error(self, lows: Tensor, highs: Tensor, n_levels: int) -> Tensor:
+        """Squared error of quantizers of `n_levels` codes from `lows` to `highs`, 0 among them, per row.
+
+        # lows, highs and result [row, tried]; the result is relative to each row's limit, squared
+
+        From counts and sums at the boundaries between codes: a value v pays (v - l s)^2 for the lowest code l, and gets back
+        2 s (v - c) at each boundary c below it.
+        """
+        n_rows = max(1, _AT_A_TIME // (lows.shape[1] * n_levels + self.n_bins))
+        parts = [
+            self._squared_error(slice(start, start + n_rows), lows, highs, n_levels)
+            for start in range(0, self.n_channels, n_rows)
+        ]
+        return torch.cat(parts)
+
+    def _squared_error(self, part: slice, lows: Tensor, highs: Tensor, n_levels: int) -> Tensor:
+        limit, counts = self.limit[part, None].double(), self.counts[part].double()
+        centres = (torch.arange(self.n_bins, device=counts.device) + 0.5) * (2 / self.n_bins) - 1  # [bin], of limit 1
+        n_below = _sums_of_first(counts)
+        sums_below = _sums_of_first(counts * centres)
+        squares = (counts * centres.square()).sum(1, keepdim=True)
+        steps = (highs[part] - lows[part]).double() / limit / (n_levels - 1)  # [row, tried]
+        lowest = torch.round(lows[part].double() / limit / steps)
+        codes = torch.arange(n_levels - 1, device=counts.device) + 0.5
+        boundaries = ((lowest[:, :, None] + codes) * steps[:, :, None]).flatten(1)
+        index = torch.ceil((boundaries + 1) * (self.n_bins / 2) - 0.5).long().clamp_(0, self.n_bins)
+        above, sums_above = n_below[:, -1:] - n_below.gather(1, index), sums_below[:, -1:] - sums_below.gather(1, index)
+        back = (sums_above - boundaries * above).reshape(*steps.shape, -1).sum(2)
+        least = lowest * steps
+        paid = squares - 2 * least * sums_below[:, -1:] + n_below[:, -1:] * least.square()
+        return (paid - 2 * steps * back).clamp(min=0)
 
     def _move(self, device: torch.device) -> None:
         if self.counts.device != device:
@@ -66,7 +106,7 @@ class Histogram:
 
     def _grow(self, largest: Tensor) -> None:
         new = self.limit == 0
-        self.limit[new] = largest[new]
+        self.limit[new] = _HEADROOM * largest[new]
         self.limit[self.limit == 0] = torch.finfo(torch.float32).tiny
         n_quarter = self.n_bins // 4
         while bool((short := self.limit < largest).any()):
@@ -74,3 +114,9 @@ class Histogram:
             self.counts[short] = 0
             self.counts[short, n_quarter : 3 * n_quarter] = merged
             self.limit[short] *= 2
+
+
+def _sums_of_first(values: Tensor) -> Tensor:
+    sums = values.new_zeros(values.shape[0], values.shape[1] + 1)
+    torch.cumsum(values, dim=1, out=sums[:, 1:])
+    return sums

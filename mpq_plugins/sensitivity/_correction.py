@@ -7,7 +7,7 @@ sigma(v) = sqrt(v + eps),
 
     o <- (o - b - (mean(o) - mean_float)) sigma(v) / sigma(v ratio) + b,     ratio = variance(o) / variance_float in 0.1 .. 10
 
-and with the output o of a layer that has a bias and no norm, o <- o - (mean(o) - mean_float).
+and with the output o of a layer that has a bias, no norm and no axis of tokens, o <- o - (mean(o) - mean_float).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mpq_plugins._batch_norm import is_of_tokens
 from mpq_plugins._flow import WEIGHTED, bias_argument, function_name
 
 # Of a run. The fewer images, the more of what quantization did to them the correction takes back, and not alike in all layers:
@@ -95,6 +96,7 @@ class Corrector:
 
     def __init__(self, of_float: Tensor, site: Site) -> None:
         self._site = site
+        self._is_idle = site.norm is None and is_of_tokens(of_float, site.axis)
         # The mean but for rounding: squares around it are accurate.
         self._origin = _means(of_float, site.axis)
         self._offset, variance = self._around(of_float)
@@ -103,6 +105,8 @@ class Corrector:
 
     def __call__(self, values: Tensor, n_variants: int = 1) -> Tensor:
         """`values` corrected in place; variants stand one after the other along the first axis, with statistics each."""
+        if self._is_idle:
+            return values
         for part in values.chunk(n_variants) if n_variants > 1 else (values,):
             scale, shift = self._affine(part)
             if scale is not None:
@@ -112,6 +116,8 @@ class Corrector:
 
     def apart(self, values: Tensor) -> Tensor:
         """The same as a new tensor, the statistics taken as constants by gradients."""
+        if self._is_idle:
+            return values
         scale, shift = self._affine(values.detach())
         return values + shift if scale is None else values * scale + shift
 
@@ -180,6 +186,8 @@ class ChangeOfOutput:
     def __call__(self, change: Tensor) -> Tensor:
         """The change that is left after the correction. The argument is written over."""
         if self._output is None:
+            if is_of_tokens(change, self._axis):
+                return change
             mean = _means(change, self._axis)
             return change.sub_(_spread(mean, change, self._axis))
         return self._corrector(change.add_(self._output)).sub_(self._output)
@@ -265,5 +273,7 @@ class Reference:
 
     def corrected(self, site: tuple[tuple[int, int], Site] | None, values: Any) -> Any:
         """The same as a new tensor, the statistics taken as constants by gradients."""
+        if self._is_idle:
+            return values
         corrector = None if site is None else self._correctors.get(site[0])
         return values if corrector is None else corrector.apart(values)

@@ -101,7 +101,8 @@ def corrected_copy(model, quantized, inputs):
     """A copy of `quantized` with its statistics and biases moved by what sets it apart from `model` on `inputs`.
 
     In the order of the forward pass: of every batch normalisation the mean by the difference of the means of what it reads,
-    the variance by the ratio of the variances (0.1 to 10); of other layers with a bias, the bias by the mean difference.
+    the variance by the ratio of the variances (0.1 to 10); of other layers with a bias and one row per image, the bias by the
+    mean difference.
     Every module is called once.
     """
     of_float, normed, handles = {}, set(), []
@@ -154,6 +155,8 @@ def _move_statistics(of_float, norm, args):
 
 
 def _move_bias(of_float, layer, _args, output):
+    if isinstance(layer, nn.Linear) and output.dim() > 2:  # a row per token: see `is_of_tokens`
+        return
     channel = 1 if isinstance(layer, nn.modules.conv._ConvNd) else output.dim() - 1
     axes = [axis for axis in range(output.dim()) if axis != channel]
     moved = of_float.mean(axes) - output.mean(axes)

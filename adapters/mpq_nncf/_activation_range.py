@@ -18,7 +18,7 @@ from mpq_plugins._ptq import ActivationRange
 
 Range = tuple[Tensor, Tensor]  # the lowest and the highest value, one each or one per channel
 _OUTLIERS = 1e-4  # the share that NNCF's quantile estimator leaves out at either end
-_N_TRIED, _N_REFINED = 64, 17
+_N_TRIED, _N_REFINED = 48, 17
 _N_ROUNDS = 3
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 
 _N_BINS = 8192  # a multiple of 4: bins are merged in pairs around zero
+_N_BINS_PER_CHANNEL = 2048  # thousands of channels must stay near the processor
+_N_SAMPLED, _N_SAMPLED_PER_CHANNEL = 2**20, 2**15  # values of a row that are counted in one batch
 _HEADROOM = 1.5  # of the first limit: later batches seldom exceed it, and merging bins costs more than counting
+_LEAST_LIMIT = 1e-30  # of rows of zeros
+_MANY_LEVELS = 64
 _AT_A_TIME = 2**24  # numbers in one step of a search
 
 
@@ -21,7 +26,7 @@ class Histogram:
 
     def __init__(self, n_channels: int) -> None:
         self.n_channels = n_channels
-        self.n_bins = _N_BINS
+        self.n_bins = _N_BINS if n_channels == 1 else _N_BINS_PER_CHANNEL
         self.counts = torch.zeros(n_channels, self.n_bins)  # [channel, bin]
         self.limit = torch.zeros(n_channels)
         self.least = torch.full((n_channels,), torch.inf)
@@ -33,24 +38,27 @@ class Histogram:
         return bool(self.least.isfinite().all() and self.most.isfinite().all())
 
     def add(self, values: Tensor) -> None:
-        """Count the values of one batch."""
-        rows = values.float().reshape(1, -1) if self.n_channels == 1 else values.float().movedim(1, 0).flatten(1)
-        self._move(rows.device)
-        least, most = torch.aminmax(rows, dim=1)
-        self.least, self.most = torch.minimum(self.least, least), torch.maximum(self.most, most)
+        """Count the values of one batch; of very many only every so many, the extremes being exact all the same."""
+        values = values.float().reshape(1, 1, -1) if self.n_channels == 1 else values.float().reshape(*values.shape[:2], -1)
+        self._move(values.device)
+        self.least = torch.minimum(self.least, values.amin((0, 2)))
+        self.most = torch.maximum(self.most, values.amax((0, 2)))
         if not self.usable:
             return
         self._grow(torch.maximum(self.most, -self.least))
+        most = _N_SAMPLED if self.n_channels == 1 else _N_SAMPLED_PER_CHANNEL
+        stride = values.shape[0] * values.shape[2] // most
+        values = values[:, :, :: stride + 1 - stride % 2 if stride > 1 else 1]  # odd, as images have even widths
+        rows = values.movedim(1, 0).flatten(1)
         if self.n_channels == 1:
             limit = float(self.limit)
             self.counts[0] += torch.histc(rows[0], self.n_bins, min=-limit, max=limit)
             return
         scale = self.n_bins / 2 / self.limit[:, None]
-        offsets = (torch.arange(self.n_channels, device=rows.device)[:, None] + 0.5) * self.n_bins
-        # Rounded towards zero; an integer type of 64 bits is what counting takes, and twice the work for everything before.
-        bins = torch.addcmul(offsets, rows, scale.expand_as(rows)).int()
-        most_bins = (torch.arange(1, self.n_channels + 1, device=rows.device, dtype=torch.int32) * self.n_bins - 1)[:, None]
-        counted = torch.bincount(torch.minimum(bins, most_bins).flatten(), minlength=self.counts.numel())
+        # Counting takes integers of 64 bits; those of 32 are enough, and half the work, up to there.
+        bins = rows.mul(scale).add_(self.n_bins / 2).int().clamp_(0, self.n_bins - 1)
+        bins.add_(torch.arange(self.n_channels, device=rows.device, dtype=torch.int32)[:, None] * self.n_bins)
+        counted = torch.bincount(bins.flatten(), minlength=self.counts.numel())
         self.counts += counted.reshape(self.counts.shape)
 
     def of_row(self, row: int) -> tuple[Tensor, Tensor]:
@@ -72,10 +80,10 @@ class Histogram:
 
         # lows, highs and result [row, tried]; the result is relative to each row's limit, squared
 
-        From counts and sums at the boundaries between codes: a value v pays (v - l s)^2 for the lowest code l, and gets back
-        2 s (v - c) at each boundary c below it.
+        From counts and sums at the boundaries between codes. With more than 64 of them rounding errors are spread evenly:
+        s^2/12 a value, but exact where it is clipped or becomes 0.
         """
-        n_rows = max(1, _AT_A_TIME // (lows.shape[1] * n_levels + self.n_bins))
+        n_rows = max(1, _AT_A_TIME // (lows.shape[1] * min(n_levels, _MANY_LEVELS) + self.n_bins))
         parts = [
             self._squared_error(slice(start, start + n_rows), lows, highs, n_levels)
             for start in range(0, self.n_channels, n_rows)
@@ -87,17 +95,12 @@ class Histogram:
         centres = (torch.arange(self.n_bins, device=counts.device) + 0.5) * (2 / self.n_bins) - 1  # [bin], of limit 1
         n_below = _sums_of_first(counts)
         sums_below = _sums_of_first(counts * centres)
-        squares = (counts * centres.square()).sum(1, keepdim=True)
         steps = (highs[part] - lows[part]).double() / limit / (n_levels - 1)  # [row, tried]
         lowest = torch.round(lows[part].double() / limit / steps)
-        codes = torch.arange(n_levels - 1, device=counts.device) + 0.5
-        boundaries = ((lowest[:, :, None] + codes) * steps[:, :, None]).flatten(1)
-        index = torch.ceil((boundaries + 1) * (self.n_bins / 2) - 0.5).long().clamp_(0, self.n_bins)
-        above, sums_above = n_below[:, -1:] - n_below.gather(1, index), sums_below[:, -1:] - sums_below.gather(1, index)
-        back = (sums_above - boundaries * above).reshape(*steps.shape, -1).sum(2)
-        least = lowest * steps
-        paid = squares - 2 * least * sums_below[:, -1:] + n_below[:, -1:] * least.square()
-        return (paid - 2 * steps * back).clamp(min=0)
+        sums = _Sums(self.n_bins, n_below, sums_below, _sums_of_first(counts * centres.square()))
+        if n_levels > _MANY_LEVELS:
+            return sums.expected_error(steps, lowest, n_levels)
+        return sums.error(steps, lowest, n_levels)
 
     def _move(self, device: torch.device) -> None:
         if self.counts.device != device:
@@ -107,7 +110,7 @@ class Histogram:
     def _grow(self, largest: Tensor) -> None:
         new = self.limit == 0
         self.limit[new] = _HEADROOM * largest[new]
-        self.limit[self.limit == 0] = torch.finfo(torch.float32).tiny
+        self.limit[self.limit == 0] = _LEAST_LIMIT
         n_quarter = self.n_bins // 4
         while bool((short := self.limit < largest).any()):
             merged = self.counts[short].reshape(-1, self.n_bins // 2, 2).sum(dim=2)
@@ -120,3 +123,41 @@ def _sums_of_first(values: Tensor) -> Tensor:
     sums = values.new_zeros(values.shape[0], values.shape[1] + 1)
     torch.cumsum(values, dim=1, out=sums[:, 1:])
     return sums
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Counts, sums and sums of squares of the first bins of rows of limit 1.  # [row, bin + 1] each"""
+
+    n_bins: int
+    counts: Tensor
+    sums: Tensor
+    squares: Tensor
+
+    def error(self, steps: Tensor, lowest: Tensor, n_levels: int) -> Tensor:
+        """Exactly: v pays (v - l s)^2 for the lowest code l, and gets back 2 s (v - c) at each boundary c below it."""
+        codes = torch.arange(n_levels - 1, device=steps.device) + 0.5
+        boundaries = ((lowest[:, :, None] + codes) * steps[:, :, None]).flatten(1)
+        counts, sums, _ = self._above(boundaries)
+        back = (sums - boundaries * counts).reshape(*steps.shape, -1).sum(2)
+        least = lowest * steps
+        paid = self.squares[:, -1:] - 2 * least * self.sums[:, -1:] + self.counts[:, -1:] * least.square()
+        return (paid - 2 * steps * back).clamp(min=0)
+
+    def expected_error(self, steps: Tensor, lowest: Tensor, n_levels: int) -> Tensor:
+        """As if errors were spread evenly within (-s/2, s/2), but where values are clipped or become 0."""
+        low, high = lowest * steps, (lowest + n_levels - 1) * steps
+        ends = torch.cat([low - steps / 2, -steps / 2, steps / 2, high + steps / 2], dim=1)
+        counts, sums, squares = (part.chunk(4, dim=1) for part in self._above(ends))
+        below = [self.counts[:, -1:] - counts[0], self.sums[:, -1:] - sums[0], self.squares[:, -1:] - squares[0]]
+        clipped = below[2] - 2 * low * below[1] + low.square() * below[0]
+        clipped += squares[3] - 2 * high * sums[3] + high.square() * counts[3]
+        n_between = counts[0] - counts[1] + counts[2] - counts[3]
+        return (clipped + squares[1] - squares[2] + n_between * steps.square() / 12).clamp(min=0)
+
+    def _above(self, boundaries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        index = torch.ceil((boundaries + 1) * (self.n_bins / 2) - 0.5).long().clamp_(0, self.n_bins)
+        counts, sums, squares = (
+            of_first[:, -1:] - of_first.gather(1, index) for of_first in (self.counts, self.sums, self.squares)
+        )
+        return counts, sums, squares

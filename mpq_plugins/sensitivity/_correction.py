@@ -273,7 +273,5 @@ class Reference:
 
     def corrected(self, site: tuple[tuple[int, int], Site] | None, values: Any) -> Any:
         """The same as a new tensor, the statistics taken as constants by gradients."""
-        if self._is_idle:
-            return values
         corrector = None if site is None else self._correctors.get(site[0])
         return values if corrector is None else corrector.apart(values)

@@ -270,3 +270,30 @@ def test_older_checkpoints_load(adapter, case, tmp_path):
     loaded = adapter.set_bits(adapter.load(model, tmp_path / "older.pt", data[0]), narrow)
     ours, theirs = adapter.codes(loaded), adapter.codes(adapter.set_bits(module, narrow))
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_channels_of_zeros_and_late_extremes_are_counted():
+    """A dead channel beside a living one, and values a thousand times those of the first batch, are all counted."""
+    histogram = Histogram(2)
+    for spread in (1.0, 1000.0):
+        values = torch.linspace(-1, 1, 11) * spread
+        histogram.add(torch.stack([torch.zeros(11), values])[None])
+    assert histogram.counts.sum(1).tolist() == [22, 22]
+    assert float(histogram.of_row(0)[0].abs().max()) < 1e-20
+
+
+def test_the_error_of_a_histogram_is_that_of_its_values():
+    """Signed and unsigned, with and without zero point: against the definition on all values, to the width of a bin."""
+    values = torch.randn(2, 3, 4000, generator=torch.Generator().manual_seed(0))
+    histogram = Histogram(3)
+    histogram.add(values)
+    lows, highs = torch.tensor([[-1.0, -2.0, 0.0]]).expand(3, 3), torch.tensor([[1.5, 2.5, 3.0]]).expand(3, 3)
+    for n_levels in (4, 16, 256):
+        found = histogram.squared_error(lows, highs, n_levels) * histogram.limit[:, None].double().square()
+        for row in range(3):
+            for column in range(3):
+                step = (highs[row, column] - lows[row, column]) / (n_levels - 1)
+                zero = torch.round(-lows[row, column] / step)
+                codes = (torch.round(values[:, row] / step) + zero).clamp(0, n_levels - 1)
+                expected = float((values[:, row] - (codes - zero) * step).square().sum())
+                assert float(found[row, column]) == pytest.approx(expected, rel=0.02)

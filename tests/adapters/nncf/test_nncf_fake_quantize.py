@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-
 from mpq_nncf._fake_quantize import TorchFunctions, spare_compiling
 
 # 4 levels from -1 to 0.5: codes -2, -1, 0, 1 in steps of 0.5.

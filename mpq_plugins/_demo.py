@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mpq_plugins._adapter import AbstractAdapter
 from mpq_plugins._allocate import Allocation, build_space, solve_scores
+from mpq_plugins._evaluate import labels_of
 from mpq_plugins._files import write_json
 from mpq_plugins._imagenet_demo import imagenet_network, labelled_images, photographs, shifted_images
 from mpq_plugins._model import Batch, evaluating
@@ -89,34 +90,31 @@ class Row:
 
 @final
 @dataclass(frozen=True)
-class TestSet:
-    """Images with labels, the first `n_centred` as the network is meant to see them, and the float network's answers."""
+class Images:
+    """Images, labels of the first ones, which are as the network is meant to see them, and the float network's answers."""
 
-    batch: Batch
-    n_centred: int
+    inputs: Tensor
+    labels: Tensor
     expected: Tensor  # [image, class]
 
     @classmethod
-    def of(cls, net: nn.Module) -> TestSet:
+    def of(cls, net: nn.Module) -> Images:
         """The 20 labelled images, and random crops of them."""
         centred, shifted = labelled_images(), shifted_images(N_SHIFTED)
-        pieces = [(images.inputs, images.labels) for images in (centred, shifted)]
-        inputs, labels = (torch.cat([piece[index] for piece in pieces]) for index in (0, 1))
         with evaluating(net):
-            expected = torch.cat([net(chunk) for chunk in inputs.split(20)])
-        return cls(Batch(inputs, labels), len(centred), expected)
+            expected = torch.cat([net(images.inputs) for images in (centred, shifted)])
+        return cls(torch.cat([centred.inputs, shifted.inputs]), labels_of(centred.labels), expected)
 
     def judge(self, logits: Tensor) -> dict[str, Any]:
         """The figures of a `Row` that need answers [image, class]."""
-        assert self.batch.labels is not None
         log_p, log_q = self.expected.double().log_softmax(1), logits.double().log_softmax(1)
         each = (log_p.exp() * (log_p - log_q)).sum(1)
-        answers, n_centred = logits.argmax(1), self.n_centred
+        answers = logits.argmax(1)
         return {
             "kl": float(each.mean()),
             "kl_error": float(each.std()) / math.sqrt(len(each)),
             "agreement": float((answers == self.expected.argmax(1)).double().mean()),
-            "n_right": int((answers[:n_centred] == self.batch.labels[:n_centred]).sum()),
+            "n_right": int((answers[: len(self.labels)] == self.labels).sum()),
         }
 
 
@@ -146,7 +144,7 @@ def run_demo(folder: Path, *, adapters: Sequence[str], as_json: bool) -> int:
     steps.tell(
         f"EfficientNet-Lite0, trained on ImageNet; {N_CALIBRATION} crops of photographs to calibrate on, 20 labelled images"
     )
-    test = TestSet.of(net)
+    test = Images.of(net)
     space = build_space(net, images[0].inputs[:1], choices=MENU, adapter=next(iter(targets.values()), None))
     n_weights = sum(layer.n_weights for layer in space.layers)
     rows = [Row("float", None, 32.0, n_weights * 4 / _MEGA, None, **test.judge(test.expected))]
@@ -164,7 +162,7 @@ def run_demo(folder: Path, *, adapters: Sequence[str], as_json: bool) -> int:
     if as_json:
         print(json.dumps(_document(rows, steps.seconds), indent=2, sort_keys=True))
     else:
-        console.print(demo_table(rows, len(test.batch), test.n_centred))
+        console.print(demo_table(rows, len(test.inputs), len(test.labels)))
         for line in what_to_see(rows):
             console.print(line)
         steps.tell(f"files in {folder}; which layer got which bits: {folder / 'bits.png'}")
@@ -177,14 +175,14 @@ def _row(
     adapter: AbstractAdapter,
     net: nn.Module,
     images: Sequence[Batch],
-    test: TestSet,
+    test: Images,
     folder: Path,
 ) -> Row:
     """Quantize, export, verify, and judge the file."""
-    example, bits = test.batch.inputs[:1], allocation.bits
+    example, bits = test.inputs[:1], allocation.bits
     module = adapter.prepare(net, bits, example, images)
     path = adapter.export(module, folder / f"{plan.stem}-{adapter.name}{SUFFIX[adapter.name]}", example)
-    report = verify(adapter, path, bits, module=module, inputs=test.batch.inputs[:4], model=net)
+    report = verify(adapter, path, bits, module=module, inputs=test.inputs[:4], model=net)
     report.save(path.with_suffix(".verification.json"))
     return Row(
         plan.name,
@@ -192,7 +190,7 @@ def _row(
         allocation.average_bits.overall,
         bits.costs["size"] / _MEGA,
         sum(part.stat().st_size for part in {path, path.with_suffix(".bin")} if part.exists()) / _MEGA,
-        **test.judge(torch.from_numpy(adapter.run(path, test.batch.inputs)[0])),
+        **test.judge(torch.from_numpy(adapter.run(path, test.inputs)[0])),
         problems=report.problems,
     )
 
@@ -232,8 +230,8 @@ def what_to_see(rows: Sequence[Row]) -> list[str]:
             f"network with 4 bits everywhere, {mixed.kl:.2f} with mixed bits."
         )
     lines.append(
-        "First and last layer stay at 8 bits, activations have 8. All figures are those of the exported file; verified: bits and "
-        "every weight code were read back from it."
+        "First and last layer stay at 8 bits, activations have 8. All figures are those of the exported files; verified: bits "
+        "and every weight code were read back from the file."
     )
     if any(row.adapter == "brevitas" for row in rows):
         lines.append(

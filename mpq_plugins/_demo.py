@@ -34,7 +34,7 @@ FORMAT = "mpq-demo/1"
 MENU = menu((2, 3, 4, 6, 8), (8,))
 SUFFIX = {"nncf": ".xml", "brevitas": ".onnx"}
 FILE_FORMAT = {"nncf": "OpenVINO", "brevitas": "QONNX"}
-N_CALIBRATION, N_SCORED, N_SHIFTED = 48, 16, 2
+N_CALIBRATION, N_SCORED, N_SHIFTED = 32, 16, 2
 _MEGA = 1e6
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,14 +58,14 @@ def photographs(n_images: int, *, batch_size: int = 16, seed: int = 0) -> tuple[
     pictures = [_opened(path) for path in files]
     crops = [_random_crop(pictures[index % len(pictures)], chance, least=0.35) for index in range(n_images)]
     chance.shuffle(crops)
-    return tuple(Batch(torch.stack(crops[start : start + batch_size])) for start in range(0, n_images, batch_size))
+    return tuple(Batch(_stacked(crops[start : start + batch_size])) for start in range(0, n_images, batch_size))
 
 
 def labelled_images() -> Batch:
     """The 20 ImageNet images with their labels, as the network is meant to see them: short side 256, centre cut."""
     found = _labelled_files()
     images = [_centre(_opened(path)) for path, _ in found]
-    return Batch(torch.stack(images), torch.tensor([label for _, label in found]))
+    return Batch(_stacked(images), torch.tensor([label for _, label in found]))
 
 
 def shifted_images(n_each: int, *, seed: int = 0) -> Batch:
@@ -72,7 +73,7 @@ def shifted_images(n_each: int, *, seed: int = 0) -> Batch:
     chance = random.Random(seed)
     found = [(path, label) for path, label in _labelled_files() for _ in range(n_each)]
     images = [_random_crop(_opened(path), chance, least=0.6) for path, _ in found]
-    return Batch(torch.stack(images), torch.tensor([label for _, label in found]))
+    return Batch(_stacked(images), torch.tensor([label for _, label in found]))
 
 
 def _labelled_files() -> list[tuple[Path, int]]:
@@ -114,6 +115,11 @@ def _random_crop(picture: Image, chance: random.Random, *, least: float) -> Tens
     left, top = chance.randint(0, width - side), chance.randint(0, height - side)
     crop = _as_input(picture.resize((SIDE, SIDE), _bicubic(), box=(left, top, left + side, top + side)))
     return crop.flip(-1) if chance.random() < 0.5 else crop
+
+
+def _stacked(images: Sequence[Tensor]) -> Tensor:
+    # Channels last: depthwise convolutions on the CPU take two thirds of the time.
+    return torch.stack(tuple(images)).contiguous(memory_format=torch.channels_last)
 
 
 def _bicubic() -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 _N_BINS = 8192  # a multiple of 4: bins are merged in pairs around zero
 _HEADROOM = 1.5  # of the first limit: later batches seldom exceed it, and merging bins costs more than counting
+_LEAST_LIMIT = 1e-30  # of a channel that is always 0: bins over a smaller one overflow
 _AT_A_TIME = 2**24  # numbers in one step of a search
 
 
@@ -107,7 +108,7 @@ class Histogram:
     def _grow(self, largest: Tensor) -> None:
         new = self.limit == 0
         self.limit[new] = _HEADROOM * largest[new]
-        self.limit[self.limit == 0] = torch.finfo(torch.float32).tiny
+        self.limit[self.limit == 0] = _LEAST_LIMIT
         n_quarter = self.n_bins // 4
         while bool((short := self.limit < largest).any()):
             merged = self.counts[short].reshape(-1, self.n_bins // 2, 2).sum(dim=2)

@@ -193,9 +193,16 @@ def plugins(options: Namespace) -> int:
 
 def demo(options: Namespace) -> int:
     """`mpq demo`."""
+    folder, adapters = Path(options.out), words(options.adapters)
+    if options.network == "digits":
+        from mpq_plugins._digits_demo import run_digits_demo
+
+        return run_digits_demo(folder, n_seeds=options.seeds or 5, adapters=adapters, as_json=options.json)
     from mpq_plugins._demo import run_demo
 
-    return run_demo(Path(options.out), n_seeds=options.seeds, adapters=words(options.adapters), as_json=options.json)
+    if options.seeds is not None:
+        raise DataError("--seeds is about the random control, which only the digits demo has. Add --network digits.")
+    return run_demo(folder, adapters=adapters, as_json=options.json)
 
 
 def _solve_and_report(options: Namespace, scores: Scores, budgets: Sequence[Budget], measure: Measure | None = None) -> int:

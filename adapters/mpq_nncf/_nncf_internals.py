@@ -11,6 +11,7 @@ import importlib
 import re
 from typing import Any
 
+from mpq_nncf._fake_quantize import spare_compiling
 from mpq_plugins._errors import AdapterError
 from mpq_plugins._plugins import require
 
@@ -46,6 +47,9 @@ _NAMES = {
     "AdvancedSmoothQuantParameters": "nncf.quantization.advanced_parameters",
     "AdvancedQuantizationParameters": "nncf.quantization.advanced_parameters",
     "track": "nncf.common.logging.track_progress",
+    "QuantizedFunctionsCPU": "nncf.torch.quantization.extensions",
+    "QuantizedFunctionsCPU._loaded_namespace": "nncf.torch.quantization.extensions",
+    "QuantizedFunctionsCUDA": "nncf.torch.quantization.extensions",
 }
 
 
@@ -71,4 +75,6 @@ def private() -> dict[str, Any]:
             f"NNCF {version} has no {', '.join(missing)}, which this adapter builds on (tested with NNCF {TESTED}). "
             f"Install the tested version: pip install 'nncf=={TESTED}.*'."
         )
+    # Here, because nothing of this adapter reaches a quantizer of NNCF without asking for these names.
+    spare_compiling(found["QuantizedFunctionsCPU"], found["QuantizedFunctionsCUDA"])
     return found

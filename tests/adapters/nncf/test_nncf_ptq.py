@@ -120,6 +120,18 @@ def test_histograms_grow_without_loss():
             assert float(histogram.quantile(0.9)[row]) == pytest.approx(expected, abs=width)
 
 
+def test_a_channel_that_is_always_zero_is_counted():
+    """Beside one with values it keeps its zeros in the bins around zero; pretrained networks have such channels."""
+    histogram = Histogram(2)
+    values = torch.rand(4, 2, 5, 5, generator=torch.Generator().manual_seed(0))
+    values[:, 1] = 0
+    for _ in range(2):
+        histogram.add(values)
+    assert histogram.counts.sum(1).tolist() == [200, 200]
+    assert float(histogram.quantile(0.9)[1]) == 0
+    assert int(histogram.counts[1].argmax()) in (histogram.n_bins // 2 - 1, histogram.n_bins // 2)
+
+
 def test_asymmetric_ranges(case):
     """A range of least squared error with a zero point serves one-sided values better than the full symmetric one does."""
     adapter = NNCFAdapter(asymmetric=True)

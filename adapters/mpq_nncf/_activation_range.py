@@ -48,7 +48,8 @@ def measured(module: nn.Module, hooks: Iterable[str], inputs: Iterable[Any]) -> 
 
 def _feeding(histogram: Histogram) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def feed(_quantizer: nn.Module, arguments: tuple[Any, ...]) -> None:
-        histogram.add(arguments[0].detach())
+        with torch._C.DisableTorchFunction():  # NNCF watches all functions, and many small ones take long then
+            histogram.add(arguments[0].detach())
 
     return feed
 

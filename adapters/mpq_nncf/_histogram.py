@@ -108,9 +108,8 @@ class Histogram:
             self.least, self.most = self.least.to(device), self.most.to(device)
 
     def _grow(self, largest: Tensor) -> None:
-        new = self.limit == 0
-        self.limit[new] = _HEADROOM * largest[new]
-        self.limit[self.limit == 0] = _LEAST_LIMIT
+        new = self.limit <= _LEAST_LIMIT  # zeros stay in their bin whatever the limit is
+        self.limit[new] = (_HEADROOM * largest[new]).clamp(min=_LEAST_LIMIT)
         n_quarter = self.n_bins // 4
         while bool((short := self.limit < largest).any()):
             merged = self.counts[short].reshape(-1, self.n_bins // 2, 2).sum(dim=2)

@@ -200,7 +200,7 @@ def test_an_interrupted_run_leaves_everything_as_it_was():
 def test_data_that_cannot_be_trained_on_are_told():
     """Unlabelled, empty and unsized data, and a lone image before batch normalisation, are errors that say what to do."""
     wrong = {
-        "has none": [batch.inputs for batch in data()],
+        "has no labels": [batch.inputs for batch in data()],
         "are empty": [],
         "do not say how many": lambda number: iter(data()),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -215,6 +215,24 @@ def correct_by_difference(
 def correct_batch_norm(reference: nn.Module, module: nn.Module, batches: Iterable[Any], *, held: Collection[str] = ()) -> int:
     """`correct_by_difference` at every normalisation of `module` with running statistics but those in `held`."""
     return correct_by_difference(reference, module, batches, norm_sites(module, held=held))
+
+
+@contextlib.contextmanager
+def corrected_around(module: nn.Module, batches: Sequence[Any], *, held: Collection[str] = ()) -> Iterator[None]:
+    """Correct by difference what a change of `module` in place, made inside, does to its batch normalisations.
+
+    The module as it was is the reference; normalisations in `held` stay as they are. Only moments are kept of it.
+    """
+    with torch.no_grad():
+        before = norm_sites(module, held=held)
+        expected = [_moments(module, before, batch.inputs) for batch in batches_of(batches)] if before else []
+    yield
+    with torch.no_grad():
+        sites = {name: site for name, site in norm_sites(module, held=held).items() if name in before}
+        for batch, moments in zip(batches_of(batches), expected, strict=False):
+            _correct(module, sites, batch.inputs, {name: moments[name] for name in sites})
+        for site in sites.values():
+            site.finish()
 
 
 def _moments(reference: nn.Module, sites: Mapping[str, AbstractSite], inputs: Any) -> dict[str, list[Moments]]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mpq_plugins import BitConfig, Precision, find_layers
-from mpq_plugins._batch_norm import bias_sites, correct_batch_norm, correct_by_difference, norm_sites
+from mpq_plugins._batch_norm import bias_sites, correct_batch_norm, correct_by_difference, corrected_around, norm_sites
 from mpq_plugins._model import Batch
 from mpq_plugins._plugins import make
 from mpq_plugins._ptq import PTQ
@@ -39,6 +39,24 @@ class Chain(nn.Module):
 
     def forward(self, x):
         return self.norm_two(self.two(self.norm_one(self.one(x))))
+
+
+def test_a_change_in_place_is_corrected_as_one_of_two_networks():
+    """A module whose weights change inside moves as `correct_batch_norm` moves a changed copy; held norms do not."""
+    images = [torch.tensor([0.0, 4.0]).reshape(2, 1, 1, 1), torch.tensor([1.0, 7.0]).reshape(2, 1, 1, 1)]
+    expected, module, held = (Chain(2.0, 3.0), Chain(1.0, 1.0), Chain(1.0, 1.0))
+    correct_batch_norm(Chain(1.0, 1.0), expected, images)
+    for net, names in ((module, ()), (held, ("norm_one", "norm_two"))):
+        with corrected_around(net, images, held=names):
+            nn.init.constant_(net.one.weight, 2.0)
+            nn.init.constant_(net.two.weight, 3.0)
+    for key, buffer in expected.named_buffers():
+        torch.testing.assert_close(module.get_buffer(key), buffer)
+    assert (held.norm_one.running_mean.item(), held.norm_two.running_var.item()) == (0.0, 1.0)
+    before = copy.deepcopy(module.state_dict())
+    with corrected_around(module, images):
+        pass
+    assert all(torch.equal(tensor, before[key]) for key, tensor in module.state_dict().items())
 
 
 def test_a_hand_worked_case():

@@ -42,6 +42,29 @@ def test_the_whole_path_runs_without_a_download(tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
+def test_training_runs_without_a_download(tmp_path):
+    """All methods at all bits are trained on a stand-in and printed; nothing is written to the results."""
+    run = [sys.executable, str(REAL / "training.py"), "--tiny"]
+    environment = {**os.environ, "CI": "true", "MPQ_REAL_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(run, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = {line.split(" | ")[0] for line in done.stdout.splitlines() if line.startswith("| ") and line.count("; ") == 8}
+    assert rows == {"| w4a4", "| w3a3", "| mixed"}  # three figures for each of four methods
+    assert not (tmp_path / "cache").exists()
+
+
+def test_crops_are_the_same_for_all_methods(bench):
+    """A seed and an epoch give the same images with the float network's logits; others give other images."""
+    training = bench("training")
+    ground, again = (training.stand_in(32, 8) for _ in range(2))
+    (images, logits), (other, _) = ground.crops(0, 2, 1)
+    assert images.shape == (16, 3, 12, 12)
+    assert torch.equal(images, again.crops(0, 2, 1)[0][0])
+    torch.testing.assert_close(logits, ground.case.net(images))
+    assert not torch.equal(images, other)
+    assert not any(torch.equal(images, ground.crops(seed, 2, epoch)[0][0]) for seed, epoch in ((1, 1), (0, 2)))
+
+
 @pytest.mark.parametrize(
     ("read", "word", "edits"), [("kitten", "sitting", 3), ("", "abc", 3), ("same", "same", 0), ("ab", "ba", 2)]
 )

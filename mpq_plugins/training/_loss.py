@@ -23,7 +23,7 @@ class Classification:
     """Cross-entropy to the labels, plus soft cross-entropy to a teacher's logits where there is a teacher.
 
     The soft part is -sum softmax(teacher / T) log_softmax(logits / T), times T^2 so that its gradients keep their size
-    (Hinton et al. 2015); PROFIT uses T = 1 and adds both parts one to one.
+    (Hinton et al. 2015); PROFIT uses T = 1 and adds both parts one to one. Batches without labels have the soft part alone.
     """
 
     output: Output = None
@@ -35,15 +35,25 @@ class Classification:
     def __call__(self, result: Any, batch: Batch) -> Tensor:
         """The mean loss of a batch."""
         logits = select(result, self.output)
-        if batch.labels is None:
-            raise DataError("training needs labels, and a batch has none. Yield (inputs, labels) pairs, or give a loss.")
-        loss = F.cross_entropy(logits, to_device(batch.labels, logits.device), label_smoothing=self.label_smoothing)
-        if self.teacher is None or self.teacher_weight == 0:
-            return loss
-        with torch.no_grad():
-            answer = call(self.teacher, batch.inputs)
-            taught = answer if isinstance(answer, Tensor) else select(answer, self.output)
-        return loss + self.teacher_weight * soft_cross_entropy(logits, taught, self.temperature)
+        is_taught = self.teacher is not None and self.teacher_weight > 0
+        if batch.labels is None and not is_taught:
+            raise DataError(
+                "training needs labels or a teacher, and a batch has no labels. Yield (inputs, labels) pairs, or give a loss, "
+                "or a teacher and a teacher_weight above 0."
+            )
+        parts: list[Tensor] = []
+        if batch.labels is not None:
+            labels = to_device(batch.labels, logits.device)
+            parts.append(F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing))
+        if is_taught:
+            parts.append(self.teacher_weight * soft_cross_entropy(logits, self._taught(batch), self.temperature))
+        return sum(parts[1:], parts[0])
+
+    @torch.no_grad()
+    def _taught(self, batch: Batch) -> Tensor:
+        assert self.teacher is not None  # the caller asked
+        answer = call(self.teacher, batch.inputs)
+        return answer if isinstance(answer, Tensor) else select(answer, self.output)
 
 
 def soft_cross_entropy(logits: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:

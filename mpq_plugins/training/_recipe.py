@@ -16,6 +16,9 @@ from mpq_plugins.training._schedule import ProfitSchedule, Stage
 FORMAT = "mpq-recipe/1"
 Method = Literal["qat", "profit"]
 MixedPrecision = Literal["no", "bf16", "fp16"]
+BatchNorm = Literal["kept", "re-estimated", "corrected"]
+# Recipes written before it have a switch, `bn_reestimation`.
+_BEFORE = {True: "re-estimated", False: "kept"}
 
 
 @final
@@ -28,8 +31,13 @@ class TrainingRecipe:
     rises and falls anew (as published), else all stages share one curve. `range_factor` is the
     rate of quantizer ranges relative to the weights'. `teacher_weight` and `temperature` are of the soft cross-entropy to a
     teacher, where one is given. `clip_norm` bounds the norm of all gradients together. `ema_decay` averages weights, ranges
-    and statistics over the steps of a stage, and what is evaluated and kept is the average. `bn_reestimation` renews the
-    statistics at the end, on the calibration images. `mixed_precision` is the arithmetic of the forward pass.
+    and statistics over the steps of a stage, and what is evaluated and kept is the average. `mixed_precision` is the arithmetic
+    of the forward pass.
+
+    `batch_norm`: running statistics are "kept" as training's batches left them; "re-estimated" at the end on the calibration
+    images; or "corrected": training runs with those of the float model, moved by difference where bits change, and its batches
+    neither normalise nor move them. At the end there is no correction: training moved the weights, and no float network is
+    left from which quantization could be told apart.
     """
 
     method: Method = "qat"
@@ -45,7 +53,7 @@ class TrainingRecipe:
     temperature: float = 1.0
     clip_norm: float | None = None
     ema_decay: float | None = None
-    bn_reestimation: bool = False
+    batch_norm: BatchNorm = "kept"
     mixed_precision: MixedPrecision = "no"
     seed: int = 0
     profit: ProfitSchedule = field(default_factory=ProfitSchedule)
@@ -53,6 +61,7 @@ class TrainingRecipe:
     def __post_init__(self) -> None:
         self._check(self.method in get_args(Method), "method", f"one of {', '.join(get_args(Method))}")
         self._check(self.mixed_precision in get_args(MixedPrecision), "mixed_precision", "no, bf16 or fp16")
+        self._check(self.batch_norm in get_args(BatchNorm), "batch_norm", f"one of {', '.join(get_args(BatchNorm))}")
         self._check(_is_whole(self.epochs) and self.epochs >= 1, "epochs", "a whole number of at least 1")
         for name in ("learning_rate", "temperature"):
             self._check(_is_number(getattr(self, name)) and getattr(self, name) > 0, name, "a number above 0")
@@ -63,8 +72,7 @@ class TrainingRecipe:
         decay, bound = self.ema_decay, self.clip_norm
         self._check(decay is None or (_is_number(decay) and 0 < decay < 1), "ema_decay", "between 0 and 1, or null")
         self._check(bound is None or (_is_number(bound) and bound > 0), "clip_norm", "a number above 0, or null")
-        for name in ("restarts", "bn_reestimation"):
-            self._check(isinstance(getattr(self, name), bool), name, "true or false")
+        self._check(isinstance(self.restarts, bool), "restarts", "true or false")
         self._check(_is_whole(self.seed), "seed", "a whole number")
 
     def _check(self, holds: bool, name: str, what: str) -> None:
@@ -83,7 +91,13 @@ class TrainingRecipe:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any], *, where: str = "the training recipe") -> TrainingRecipe:
-        """Inverse of `to_json`; what is left out keeps its default. Raises `FormatError` and `TrainingError`."""
+        """Inverse of `to_json`; what is left out keeps its default. Raises `FormatError` and `TrainingError`.
+
+        `bn_reestimation`, the switch that `batch_norm` replaces, is still read.
+        """
+        if isinstance(document.get("bn_reestimation"), bool) and "batch_norm" not in document:
+            rest = {name: value for name, value in document.items() if name != "bn_reestimation"}
+            document = {**rest, "batch_norm": _BEFORE[document["bn_reestimation"]]}
         names = {item.name for item in fields(cls)}
         check_keys(document, allowed={*names, "format"}, required=set(), where=where)
         values = {name: value for name, value in document.items() if name != "format"}

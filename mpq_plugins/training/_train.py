@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq_plugins._adapter import AbstractAdapter, bits_of, is_prepared
-from mpq_plugins._batch_norm import copy_statistics, reestimate_batch_norm
+from mpq_plugins._batch_norm import copy_statistics, corrected_around, has_statistics, reestimate_batch_norm
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._discover import find_layers
 from mpq_plugins._errors import DataError, TrainingError
@@ -71,7 +71,8 @@ def train(
 ) -> Trained:
     """Prepare the float `model` at `bits` through `adapter` and train it; the model itself stays as it is.
 
-    `data` are labelled batches, read afresh in every epoch, or a function from an epoch's number (from 0) to its batches.
+    `data` are batches, read afresh in every epoch, or a function from an epoch's number (from 0) to its batches. They carry
+    labels, unless a teacher is what there is to learn from: batches without labels are distilled from it alone.
     `calibration` are batches for ranges and statistics (default: the first 8 of the data), `evaluation` labelled batches
     whose accuracy is reported after every epoch and selects nothing. `teacher` is a float network for distillation. `loss`
     takes the module's result and the batch, in place of the recipe's cross-entropy. `options` are those of
@@ -129,6 +130,9 @@ class _Run:
             for index, epoch in track(plan[n_done:], "training"):
                 if epoch == 0:
                     self._change_bits(index)
+                    changes = self.profit.stages[index].float_weights != self._with_float_weights
+                    with self._correcting() if changes else contextlib.nullcontext():
+                        self._set_float_weights(index)
                     self._enter(index)
                 self.history.append(self._epoch(epoch))
                 self._keep(index, epoch)
@@ -155,16 +159,29 @@ class _Run:
             self.module = job.adapter.prepare(source, stage.bits, job.example, job.calibration, **job.options)
             copy_statistics(source, self.module, job.still)
         elif bits_of(self.module).layers != stage.bits.layers:
-            job.adapter.set_bits(self.module, stage.bits, job.calibration)
+            with self._correcting():
+                job.adapter.set_bits(self.module, stage.bits, job.calibration)
 
-    def _enter(self, index: int) -> None:
-        """Optimizer, average and freezing of a stage, for a module that has its bits."""
+    def _set_float_weights(self, index: int) -> None:
+        """Leave weights in float in the stages that say so."""
         assert self.module is not None  # the caller made it
-        stage, recipe = self.profit.stages[index], self.recipe
+        stage = self.profit.stages[index]
         self.module.to(self.accelerator.device)
         if stage.float_weights or self._with_float_weights:
             self.job.adapter.use_float_weights(self.module, stage.float_weights)
             self._with_float_weights = stage.float_weights
+
+    def _correcting(self) -> contextlib.AbstractContextManager[None]:
+        """Around what changes quantization in a prepared module; `prepare` corrects by itself."""
+        if self.recipe.batch_norm != "corrected":
+            return contextlib.nullcontext()
+        assert self.module is not None  # there is one to change
+        return corrected_around(self.module, self.job.calibration, held=self.job.still)
+
+    def _enter(self, index: int) -> None:
+        """Optimizer, average and freezing of a stage, for a module that has its bits."""
+        assert self.module is not None  # the caller made it
+        recipe = self.recipe
         self.profit.on_stage(index, self.module)
         for parameter in self.module.parameters():
             parameter.grad = None
@@ -236,9 +253,9 @@ class _Run:
     def _train_mode(self) -> None:
         assert self.module is not None  # entering the stage made it
         self.module.train()
-        still = self.job.still
+        still, is_corrected = self.job.still, self.recipe.batch_norm == "corrected"
         for name, child in self.module.named_modules():
-            if name in still:
+            if name in still or (is_corrected and has_statistics(child)):
                 child.eval()
 
     def _step(self, batch: Batch, where: str) -> float:
@@ -329,6 +346,7 @@ class _Run:
         with telling_damage(latest):
             self.module = self._load_module(module_path, stage.bits is None)
         self._with_float_weights = False  # a module that was loaded quantizes its weights
+        self._set_float_weights(state["stage"])
         self._enter(state["stage"])
         if state["epoch"] + 1 < stage.epochs:
             self.optimizer.load_state_dict(state["optimizer"])
@@ -351,8 +369,9 @@ class _Run:
         module = self.module.to(device_of(self.job.model)).eval()
         for parameter in module.parameters():
             parameter.grad = None
-        if self.recipe.bn_reestimation and not reestimate_batch_norm(module, self.job.calibration, held=self.job.still):
-            _LOG.warning("bn_reestimation changes nothing: no batch normalisation of the module has statistics to estimate")
+        is_renewed = self.recipe.batch_norm == "re-estimated"
+        if is_renewed and not reestimate_batch_norm(module, self.job.calibration, held=self.job.still):
+            _LOG.warning("batch_norm=re-estimated changes nothing: no normalisation of the module has statistics to estimate")
         if self.metrics is not None:
             assert self.folder is not None  # metrics are written into it
             self.job.adapter.save(module, self.folder.path / "module.pt")

@@ -59,9 +59,19 @@ def test_the_teacher_is_added_with_its_weight_and_keeps_no_graph():
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
+def test_without_labels_the_teacher_is_what_is_learned():
+    """The soft part alone, with its weight; a teacher without weight teaches nothing and is no substitute for labels."""
+    teacher, inputs = nn.Linear(3, 4), torch.randn(6, 3)
+    loss = Classification(teacher=teacher, teacher_weight=0.5, temperature=2.0)
+    expected = 0.5 * soft_cross_entropy(LOGITS, teacher(inputs), 2.0)
+    assert loss(LOGITS, Batch(inputs)).item() == pytest.approx(expected.item(), rel=1e-6)
+    with pytest.raises(DataError, match="needs labels or a teacher"):
+        Classification(teacher=teacher, teacher_weight=0.0)(LOGITS, Batch(inputs))
+
+
 def test_losses_that_cannot_be_trained_on_are_told():
     """Missing labels, a vector, a number and a detached scalar are errors that say what to give."""
-    with pytest.raises(DataError, match="needs labels"):
+    with pytest.raises(DataError, match="needs labels or a teacher"):
         Classification()(LOGITS, Batch(torch.zeros(6, 1)))
     weight = torch.ones(3, requires_grad=True)
     check_loss(weight.sum())

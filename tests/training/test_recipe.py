@@ -26,7 +26,7 @@ OTHERS = {
     "temperature": 2.0,
     "clip_norm": 1.0,
     "ema_decay": 0.999,
-    "bn_reestimation": True,
+    "batch_norm": "re-estimated",
     "mixed_precision": "bf16",
     "seed": 7,
     "profit": ProfitSchedule((8, 6, 4), parts=4),
@@ -40,6 +40,14 @@ def test_a_saved_recipe_comes_back(tmp_path):
     assert TrainingRecipe.load(recipe.save(tmp_path / "recipe.json")) == recipe
     (tmp_path / "short.json").write_text('{"format": "mpq-recipe/1", "epochs": 3, "profit": {"widths": [6]}}')
     assert TrainingRecipe.load(tmp_path / "short.json") == TrainingRecipe(epochs=3, profit=ProfitSchedule((6,)))
+
+
+@pytest.mark.parametrize(("switch", "meant"), [(True, "re-estimated"), (False, "kept")])
+def test_the_old_switch_is_read(switch, meant):
+    """Recipes written before `batch_norm` have `bn_reestimation`; beside it that is an unknown key."""
+    assert TrainingRecipe.from_json({"bn_reestimation": switch}) == TrainingRecipe(batch_norm=meant)
+    with pytest.raises(FormatError, match="bn_reestimation"):
+        TrainingRecipe.from_json({"bn_reestimation": switch, "batch_norm": "kept"})
 
 
 WRONG = {
@@ -57,7 +65,7 @@ WRONG = {
     "ema_decay": "0.9",
     "clip_norm": math.inf,
     "restarts": 1,
-    "bn_reestimation": "yes",
+    "batch_norm": True,
     "seed": 0.5,
 }
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import training_cases as cases
 from mpq_brevitas import BrevitasAdapter
 from torch import nn
-from training_cases import QAT, data, run, tensors
+from training_cases import PROFIT, QAT, data, run, tensors
 
 from mpq_plugins._errors import DataError, TrainingError
 from mpq_plugins.training import TrainingRecipe, parameter_groups, reestimate_batch_norm
@@ -85,7 +85,7 @@ def test_what_the_user_holds_still_stays_still(name):
     model.bn.eval()
     for parameter in (model.stem.weight, *model.bn.parameters()):
         parameter.requires_grad_(False)
-    trained = run(name, replace(SHORT, ema_decay=0.5, bn_reestimation=True), model=model)
+    trained = run(name, replace(SHORT, ema_decay=0.5, batch_norm="re-estimated"), model=model)
     own = dict(tensors(trained.module))
     for key in ("stem.weight", "bn.running_mean", "bn.running_var", "bn.weight"):
         assert torch.equal(own[key], dict(tensors(model))[key]), key
@@ -133,6 +133,24 @@ def test_the_teacher_stays_the_users():
     assert taught.history[0].loss - alone.history[0].loss == pytest.approx(soft, abs=0.2)
 
 
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_teacher_is_enough_without_labels(name):
+    """On bare images a module learns the answers of a teacher that differs from its own float network."""
+    model, images = cases.net(dropout=0.0).eval(), [batch.inputs for batch in data()]
+    teacher = copy.deepcopy(model)
+    teacher.fc.weight.data *= 20.0
+    module = cases.adapter(name).prepare(model, cases.bits_for(model), images[0], images, weight_range="max")
+    recipe = TrainingRecipe(epochs=12, learning_rate=0.2, batch_norm="corrected")
+    trained = run(name, recipe, model=model, teacher=teacher, data=images, calibration=images)
+
+    def divergence(module):
+        with torch.no_grad():
+            pairs = [(module.eval()(batch).log_softmax(1), teacher(batch).log_softmax(1)) for batch in images]
+        return sum(F.kl_div(own, taught, log_target=True, reduction="batchmean").item() for own, taught in pairs)
+
+    assert divergence(trained.module) < 0.1 * divergence(module)
+
+
 def test_the_average_is_what_is_kept_and_evaluated():
     """The module at the end is the average over the steps; its accuracy is the record's, and plain weights differ."""
     averaged = run("brevitas", replace(QAT, ema_decay=0.95), evaluation=data())
@@ -145,12 +163,39 @@ def test_the_average_is_what_is_kept_and_evaluated():
 
 
 def test_statistics_can_be_renewed_at_the_end():
-    """With `bn_reestimation` the statistics are those that the trained weights give on the calibration images."""
-    trained = run("brevitas", replace(QAT, bn_reestimation=True))
+    """With `batch_norm` re-estimated the statistics are those that the trained weights give on the calibration images."""
+    trained = run("brevitas", replace(QAT, batch_norm="re-estimated"))
     kept = trained.module.bn2.running_var.clone()
     reestimate_batch_norm(trained.module, data())
     torch.testing.assert_close(trained.module.bn2.running_var, kept)
     assert not torch.allclose(run("brevitas", QAT).module.bn2.running_var, kept)
+
+
+def mean_before(module, images):
+    """The mean per channel of what the second normalisation is given."""
+    seen = []
+    with torch.no_grad():
+        handle = module.bn2.register_forward_pre_hook(lambda _, given: seen.append(given[0].mean((0, 2, 3))))
+        module.eval()(images)
+        handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_corrected_statistics_move_with_bits_and_not_with_batches(name):
+    """Through all stages of PROFIT means end where the float model's are, moved by what quantization did to the inputs.
+
+    The rate is so low that nothing else changes; the trained statistics are far from those of the images.
+    """
+    model, images = cases.net(dropout=0.0).eval(), data(1)[0].inputs[:8]
+    with torch.no_grad():
+        model.bn.running_mean -= 0.2
+        model.bn2.running_mean += 0.1
+    recipe = replace(PROFIT, learning_rate=1e-12, batch_norm="corrected", ema_decay=None)
+    trained = run(name, recipe, model=model, calibration=[images]).module
+    expected = model.bn2.running_mean + mean_before(trained, images) - mean_before(model, images)
+    torch.testing.assert_close(trained.bn2.running_mean, expected, rtol=0, atol=1e-5)
+    assert not torch.equal(trained.bn2.running_mean, model.bn2.running_mean)
 
 
 class Named(cases.Net):

@@ -19,7 +19,7 @@ from mpq_plugins._errors import DataError, FormatError, TrainingError, WriteErro
 from mpq_plugins.training import Trained
 
 ADAPTERS = ("nncf", "brevitas")
-RECIPES = {"qat": QAT, "profit": PROFIT}
+RECIPES = {"qat": QAT, "profit": PROFIT, "corrected": replace(PROFIT, batch_norm="corrected")}
 
 
 class Stop(Exception):
@@ -58,7 +58,7 @@ def assert_same(one: Trained, other: Trained) -> None:
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-@pytest.mark.parametrize(("method", "steps"), [("qat", (4,)), ("profit", (4, 15))])
+@pytest.mark.parametrize(("method", "steps"), [("qat", (4,)), ("profit", (4, 15)), ("corrected", (7,))])
 def test_a_stopped_run_ends_as_one_never_stopped(name, method, steps, tmp_path):
     """Stopped again and again, within epochs, at their ends and between stages, the weights are equal bit for bit."""
     for at in steps:
@@ -200,7 +200,7 @@ def test_an_interrupted_run_leaves_everything_as_it_was():
 def test_data_that_cannot_be_trained_on_are_told():
     """Unlabelled, empty and unsized data, and a lone image before batch normalisation, are errors that say what to do."""
     wrong = {
-        "has none": [batch.inputs for batch in data()],
+        "has no labels": [batch.inputs for batch in data()],
         "are empty": [],
         "do not say how many": lambda number: iter(data()),
     }

@@ -1,0 +1,260 @@
+"""What training gives back of a real network at few bits: distilled from its own float network on photographs, no labels.
+
+    python benchmarks/real/fetch.py                   # once: network and photographs
+    python benchmarks/real/training.py                # measures what results/ lacks, then prints the table
+    python benchmarks/real/training.py --print-only
+    python benchmarks/real/training.py --tiny         # the whole path on a tiny network, no download
+
+EfficientNet-Lite0 on crops of 96 pixels out of photographs of 160, through Brevitas. The float network at that size is teacher
+and reference. All methods get the same number of steps, batches and learning rate; a seed draws the crops. "PTQ" is `prepare`
+alone, on 64 images (training starts from one on 32); "DuQ" is PROFIT's own quantizer. First and last layer are at w8a8; "mixed"
+has the size and the bit operations of w3a4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for cells.py
+
+# isort: split
+
+import torch
+import torch.nn.functional as F
+from cells import Cells
+from data import Case, as_input, batches, efficientnet
+from fetch import FetchError
+from judge import Classes
+from photographs import imagenet_images, pool
+from standins import tiny_cnn
+from torch import Tensor
+
+import mpq_plugins as mpq
+from mpq_plugins._bits import BitConfig
+from mpq_plugins._model import Batch
+from mpq_plugins._plugins import make
+from mpq_plugins.proxies import KLDivergence
+from mpq_plugins.training import ProfitSchedule, TrainingRecipe, soft_cross_entropy, train
+
+RESULTS = Path(__file__).parent / "results"
+METHODS = ("PTQ", "QAT", "PROFIT", "PROFIT + DuQ")
+MORE = ("PTQ + DuQ", "QAT + DuQ", "PROFIT, one cosine")
+BITS = ("w4a4", "w3a3", "mixed")
+WEIGHTS, ACTIVATIONS = (2, 3, 4, 6), (3, 4, 6)  # of the mixed configuration
+_SCALED, _SIDE = 160, 96  # pixels
+_BATCH = 16
+_N_CALIBRATION, _N_START, _N_SCORED = 64, 32, 8  # images of PTQ, before training, and of the score
+_N_EPOCHS = 8  # as many as PROFIT has stages here, and one more
+_RECIPE = TrainingRecipe(
+    epochs=_N_EPOCHS,
+    learning_rate=0.01,
+    range_factor=0.1,
+    clip_norm=1.0,  # gradients of a network that quantization broke are a hundred times that
+    batch_norm="corrected",  # 16 photographs say little of the statistics of ImageNet
+    profit=ProfitSchedule(widths=(5,), float_epochs=0),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Ground:
+    """A case, and the larger images that training crops its own from."""
+
+    case: Case
+    images: Tensor  # [N, channels, height, width]
+    side: int
+
+    @lru_cache(maxsize=2 * _N_EPOCHS)  # noqa: B019  # all methods see the same crops, and a ground lives as long as the script
+    @torch.no_grad()
+    def crops(self, seed: int, n_batches: int, epoch: int) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Random crops of random images, half of them mirrored, and the logits of the float network for them."""
+        random = torch.Generator().manual_seed(1000 * seed + epoch)
+        size = min(_BATCH, len(self.images))
+        draws = [torch.randperm(len(self.images), generator=random)[:size] for _ in range(n_batches)]
+        return tuple((crops, self.case.net(crops)) for crops in (self._batch(draw, random) for draw in draws))
+
+    def _batch(self, chosen: Tensor, random: torch.Generator) -> Tensor:
+        return torch.stack([self._crop(self.images[i], random) for i in chosen])
+
+    def _crop(self, image: Tensor, random: torch.Generator) -> Tensor:
+        most = image.shape[-1] - self.side
+        top, left, is_mirrored = (int(torch.randint(n, (1,), generator=random)) for n in (most + 1, most + 1, 2))
+        part = image[:, top : top + self.side, left : left + self.side]
+        return part.flip(-1) if is_mirrored else part
+
+
+def photographs(n_train: int, n_test: int) -> Ground:
+    """EfficientNet-Lite0 at 96 pixels."""
+    net = efficientnet()
+    images = scaled(as_input(pool("calibration", n_train, 0)))
+    test = batches(middle(scaled(as_input(pool("test", n_test, 0)))), _BATCH)
+    labelled, labels = imagenet_images()
+    judge = Classes(net, test, middle(scaled(as_input(labelled))), torch.from_numpy(labels))
+    calibration = batches(middle(images[:_N_CALIBRATION]), _BATCH)
+    return Ground(Case("efficientnet_lite0", net, calibration, test, judge), images, _SIDE)
+
+
+def stand_in(n_train: int, n_test: int) -> Ground:
+    """A tiny network on images made in code."""
+    case = tiny_cnn(n_train, n_test, 0)
+    return Ground(case, torch.cat(list(case.calibration)), 12)
+
+
+def scaled(images: Tensor) -> Tensor:
+    """To 160 x 160 pixels, bicubic."""
+    return F.interpolate(images, size=(_SCALED, _SCALED), mode="bicubic", antialias=True)
+
+
+def middle(images: Tensor) -> Tensor:
+    """The 96 x 96 pixels in the middle."""
+    start = (images.shape[-1] - _SIDE) // 2
+    return images[..., start : start + _SIDE, start : start + _SIDE].contiguous()
+
+
+def bits_of(ground: Ground, text: str, folder: Path) -> BitConfig:
+    """`w4a4` for every layer but the first and the last, or `mixed`, which is kept in `folder`."""
+    case, path = ground.case, folder / f"training-{ground.case.name}-{text}.bits.json"
+    inventory = mpq.find_layers(case.net, case.example)
+    if text != "mixed":
+        pins = mpq.first_and_last(inventory)
+        layers = {layer.name: mpq.Precision.parse(str(pins.get(layer.name, text))) for layer in inventory}
+        return BitConfig(layers, inventory.fingerprint)
+    if not path.exists():
+        allocation = mpq.allocate(
+            case.net,
+            case.example,
+            [(inputs, None) for inputs in case.calibration],
+            proxy=KLDivergence(n_images=_N_SCORED),
+            budgets={"size": "w3", "bops": "w3a4"},
+            choices=mpq.menu(WEIGHTS, ACTIVATIONS),
+            adapter=make("adapters", "brevitas", {}),
+            pin_first_last=True,
+        )
+        allocation.bits.save(path)
+    return BitConfig.load(path)
+
+
+def cell(ground: Ground, bits: BitConfig, method: str, seed: int, n_steps: int) -> dict[str, Any]:
+    """Figures after one way to get to the bits, and the losses on the way."""
+    case = ground.case
+    adapter = make("adapters", "brevitas", {"quantizer": "duq"} if "DuQ" in method else {})
+    calibration = [(inputs, None) for inputs in case.calibration]
+    start = calibration[: _N_START // len(case.calibration[0])]
+    if method.startswith("PTQ"):
+        return {"figures": case.judge.of(adapter.prepare(case.net, bits, case.example, calibration))}
+    trained = train(
+        case.net,
+        bits,
+        partial(ground.crops, seed, n_steps // _N_EPOCHS),
+        adapter=adapter,
+        recipe=recipe_of(method, seed),
+        example=case.example,
+        calibration=start,
+        loss=distillation,
+    )
+    curve = [[record.stage, round(record.loss, 4)] for record in trained.history]
+    return {"figures": case.judge.of(trained.module), "steps": trained.history[-1].steps, "curve": curve}
+
+
+def distillation(result: Tensor, batch: Batch) -> Tensor:
+    """As with `teacher=`, whose answers are here made once for all methods."""
+    assert batch.labels is not None  # the float network's logits
+    return soft_cross_entropy(result, batch.labels)
+
+
+def recipe_of(method: str, seed: int) -> TrainingRecipe:
+    """The recipe of a method; all share rate, decay and number of steps."""
+    recipe = replace(_RECIPE, seed=seed)
+    if method.startswith("PROFIT"):
+        return replace(recipe, method="profit", restarts="one cosine" not in method)
+    return recipe
+
+
+def measure(ground: Ground, cells: Cells, options: argparse.Namespace) -> None:
+    """Fill the cells that are missing."""
+    name = ground.case.name
+    cells.get(f"{name}/float", lambda: {"figures": ground.case.judge.of(ground.case.net)})
+    for seed in range(options.seeds):
+        for text in options.bits:
+            bits = bits_of(ground, text, options.results)
+            for method in options.methods:
+                if seed and method.startswith("PTQ"):
+                    continue
+                key = f"{name}/{text}/{method}/{seed}"
+                cells.get(key, partial(cell, ground, bits, method, seed, options.steps))
+
+
+def table(cells: Cells, name: str) -> str:
+    """Markdown: a row per bits, a column per method; KL, agreement in percent, right of the labelled images."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for key, value in cells.found.items():
+        if key.startswith(f"{name}/") and key.count("/") == 3:
+            _, text, method, _ = key.split("/")
+            found.setdefault((text, method), []).append(value)
+    methods = [method for method in (*METHODS, *MORE) if any(own == method for _, own in found)]
+    lines = [f"{name}: KL to float, agreement in percent, right of the labelled images", ""]
+    lines += ["| bits | " + " | ".join(methods) + " |", "|---" * (1 + len(methods)) + "|"]
+    for text in (own for own in BITS if any(bits == own for bits, _ in found)):
+        lines.append(f"| {text} | " + " | ".join(_shown(found.get((text, method), [])) for method in methods) + " |")
+    right = cells.found[f"{name}/float"]["figures"]["right"]
+    steps = sorted({value["steps"] for own in found.values() for value in own if "steps" in value})
+    return "\n".join([*lines, "", f"float: {right} right; steps: {', '.join(map(str, steps))}"])
+
+
+def _shown(found: Sequence[dict[str, Any]]) -> str:
+    if not found:
+        return "-"
+
+    def of(name: str, factor: float, digits: int) -> str:
+        values = [factor * value["figures"][name] for value in found]
+        spread = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{spread}"
+
+    right = statistics.mean(value["figures"]["right"] for value in found)
+    return f"{of('kl', 1, 2)}; {of('agreement', 100, 0)}; {right:g}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--bits", nargs="+", default=list(BITS), choices=BITS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=(*METHODS, *MORE))
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=40, help=f"of each run, a multiple of {_N_EPOCHS}")
+    parser.add_argument("--train", type=int, default=512, help="photographs to train on")
+    parser.add_argument("--test", type=int, default=200)
+    parser.add_argument("--print-only", action="store_true")
+    parser.add_argument("--tiny", action="store_true", help="a tiny network made in code; results are not kept")
+    options = parser.parse_args()
+    if options.steps < 2 * _N_EPOCHS or options.steps % _N_EPOCHS:  # AIWQ is measured between two steps
+        parser.error(f"--steps must be a multiple of {_N_EPOCHS} from {2 * _N_EPOCHS} on, not {options.steps}")
+    torch.set_num_threads(1)
+    if options.tiny:
+        with tempfile.TemporaryDirectory() as folder:
+            options.results, options.steps, options.train, options.test, options.seeds = Path(folder), 2 * _N_EPOCHS, 32, 64, 1
+            run(options, "tiny_cnn", stand_in)
+        return
+    try:
+        run(options, "efficientnet_lite0", photographs)
+    except FetchError as error:
+        sys.exit(str(error))
+
+
+def run(options: argparse.Namespace, name: str, ground: Callable[[int, int], Ground]) -> None:
+    """Measure, then print the table."""
+    options.results.mkdir(parents=True, exist_ok=True)
+    cells = Cells(options.results / f"training-{name}.json")
+    if not options.print_only:
+        measure(ground(options.train, options.test), cells, options)
+    print(f"\n{table(cells, name)}")
+
+
+if __name__ == "__main__":
+    main()

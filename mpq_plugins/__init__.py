@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from mpq_plugins._problem import build_problem as build_problem
     from mpq_plugins._proxy import AbstractProxy as AbstractProxy
     from mpq_plugins._ptq import PTQ as PTQ
+    from mpq_plugins._repairs import Repair as Repair
+    from mpq_plugins._repairs import repairs_of as repairs_of
     from mpq_plugins._scores import Scores as Scores
     from mpq_plugins._solution import Plan as Plan
     from mpq_plugins._solution import Solution as Solution
@@ -60,6 +62,7 @@ _HOME = {
     "Plan": "_solution",
     "Precision": "_precision",
     "Problem": "_problem",
+    "Repair": "_repairs",
     "Scores": "_scores",
     "Solution": "_solution",
     "Space": "_space",
@@ -71,6 +74,7 @@ _HOME = {
     "find_layers": "_discover",
     "first_and_last": "_space",
     "menu": "_precision",
+    "repairs_of": "_repairs",
     "residual_ties": "_space",
     "solve": "_solve",
     "solve_scores": "_allocate",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._errors import AdapterError, FingerprintError
@@ -58,13 +58,21 @@ class AbstractAdapter(abc.ABC):
         calibration data.
         """
 
-    def set_bits(self, module: nn.Module, bits: BitConfig, calibration: Iterable[Any] = ()) -> nn.Module:
+    def set_bits(
+        self,
+        module: nn.Module,
+        bits: BitConfig,
+        calibration: Iterable[Any] = (),
+        *,
+        batch_norm: Literal["corrected", "kept"] = "corrected",
+    ) -> nn.Module:
         """Switch a prepared module in place to `bits` of all its layers, and return it; its parameters stay the same objects.
 
         Quantizers that keep their width keep their range, be it calibrated or learned. The others get new ones, as `prepare`
         was told to fit them: weights always; activations where there are `calibration` batches, from what reaches them in
         the module as it stands before the switch, and else their thresholds stay. Weights trained under quantization and
         batch normalisation that follows them make sense together only like that; a float computation would be another one.
+        With batches the statistics of normalisations move by what the switch did to them ("corrected").
         Raises `UnknownLayerError`, `FingerprintError` and `AdapterError` before anything is changed.
         """
         raise AdapterError(f"the adapter {self.name!r} cannot switch the bits of a prepared module. Prepare it anew.")

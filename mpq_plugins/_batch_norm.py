@@ -218,20 +218,22 @@ def correct_batch_norm(reference: nn.Module, module: nn.Module, batches: Iterabl
 
 
 @contextlib.contextmanager
-def corrected_around(module: nn.Module, batches: Sequence[Any], *, held: Collection[str] = ()) -> Iterator[None]:
-    """Correct by difference what a change of `module` in place, made inside, does to its batch normalisations.
+def corrected_around(
+    module: nn.Module, batches: Iterable[Any], sites: Callable[[], Mapping[str, AbstractSite]]
+) -> Iterator[None]:
+    """Correct by difference what a change of `module` in place, made inside, does at `sites`; gone sites are left out.
 
-    The module as it was is the reference; normalisations in `held` stay as they are. Only moments are kept of it.
+    The module as it was is the reference; only moments are kept of it. `batches` are read twice.
     """
     with torch.no_grad():
-        before = norm_sites(module, held=held)
+        before = sites()
         expected = [_moments(module, before, batch.inputs) for batch in batches_of(batches)] if before else []
     yield
     with torch.no_grad():
-        sites = {name: site for name, site in norm_sites(module, held=held).items() if name in before}
+        after = {name: site for name, site in sites().items() if name in before}
         for batch, moments in zip(batches_of(batches), expected, strict=False):
-            _correct(module, sites, batch.inputs, {name: moments[name] for name in sites})
-        for site in sites.values():
+            _correct(module, after, batch.inputs, {name: moments[name] for name in after})
+        for site in after.values():
             site.finish()
 
 

@@ -88,6 +88,7 @@ def solve(options: Namespace) -> int:
 def apply(options: Namespace) -> int:
     """`mpq apply`."""
     from mpq_plugins._evaluate import accuracy
+    from mpq_plugins._repairs import repairs_of
 
     bits, adapter = BitConfig.load(options.bits_file), adapter_of(options)
     model, example = model_of(options)
@@ -97,12 +98,15 @@ def apply(options: Namespace) -> int:
         result["float_accuracy"] = accuracy(model, data_of(options), output=options.output)
     module = adapter.prepare(model, bits, example, calibration, **values_of(options.ptq))
     adapter.save(module, options.out)
+    result["repairs"] = [made.to_json() for made in repairs_of(module)]
     result["advice"] = _advice(adapter, model, example, bits)
     if options.evaluate:
         result["accuracy"] = accuracy(module, data_of(options), output=options.output)
     if options.json:
         return _print_json(result)
     console = _console()
+    for made in repairs_of(module):
+        console.print(str(made), highlight=False)
     for text, n_layers in result["advice"].items():
         console.print(f"note: {text} ({n_layers} layers)")
     if options.evaluate:

@@ -47,14 +47,14 @@ def test_a_change_in_place_is_corrected_as_one_of_two_networks():
     expected, module, held = (Chain(2.0, 3.0), Chain(1.0, 1.0), Chain(1.0, 1.0))
     correct_batch_norm(Chain(1.0, 1.0), expected, images)
     for net, names in ((module, ()), (held, ("norm_one", "norm_two"))):
-        with corrected_around(net, images, held=names):
+        with corrected_around(net, images, lambda net=net, names=names: norm_sites(net, held=names)):
             nn.init.constant_(net.one.weight, 2.0)
             nn.init.constant_(net.two.weight, 3.0)
     for key, buffer in expected.named_buffers():
         torch.testing.assert_close(module.get_buffer(key), buffer)
     assert (held.norm_one.running_mean.item(), held.norm_two.running_var.item()) == (0.0, 1.0)
     before = copy.deepcopy(module.state_dict())
-    with corrected_around(module, images):
+    with corrected_around(module, images, lambda: norm_sites(module)):
         pass
     assert all(torch.equal(tensor, before[key]) for key, tensor in module.state_dict().items())
 
@@ -254,3 +254,20 @@ def test_layers_of_tokens_keep_their_biases():
     correct_by_difference(reference, module, [torch.randn(8, 3, 4)], sites)
     assert torch.equal(module[0].bias, before)
     assert not torch.equal(module[3].bias, reference[3].bias)
+
+
+@pytest.mark.parametrize(("adapter", "options"), [("nncf", {}), ("brevitas", {}), ("brevitas", {"profile": "finn"})])
+def test_switching_bits_corrects_what_the_switch_does(trained, adapter, options):
+    """From 8 to 2 bits in place moved statistics stay nearer to the float network; equal bits change nothing."""
+    net, images, bits = trained
+    wide = BitConfig(dict.fromkeys(bits.layers, Precision(8, 8)), bits.fingerprint)
+    target = make("adapters", adapter, options)
+    start = target.prepare(net, wide, images[:1], [images], held_out=0)
+    before = {name: value.clone() for name, value in start.named_buffers()}
+    target.set_bits(start, wide, [images])
+    assert all(torch.equal(before[name], value) for name, value in start.named_buffers())
+    kept, corrected = (
+        target.set_bits(copy.deepcopy(start), bits, [images], batch_norm=choice) for choice in ("kept", "corrected")
+    )
+    judge = Judge(net, [Batch(digits(train=False, batch_size=100)[0].inputs)])
+    assert judge.distance(corrected) < judge.distance(kept)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 from mpq_brevitas._recipe import Profile, QuantizerKind, Recipe, Scales
 from mpq_plugins._adapter import AbstractAdapter
@@ -87,10 +87,17 @@ class BrevitasAdapter(AbstractAdapter):
 
         return prepare(model, bits, example, calibration, adapter=self, ptq=PTQ.of(options))
 
-    def set_bits(self, module: nn.Module, bits: BitConfig, calibration: Iterable[Any] = ()) -> nn.Module:
+    def set_bits(
+        self,
+        module: nn.Module,
+        bits: BitConfig,
+        calibration: Iterable[Any] = (),
+        *,
+        batch_norm: Literal["corrected", "kept"] = "corrected",
+    ) -> nn.Module:
         from mpq_brevitas._set_bits import set_bits
 
-        return set_bits(module, bits, calibration)
+        return set_bits(module, bits, calibration, batch_norm)
 
     def use_float_weights(self, module: nn.Module, on: bool = True) -> nn.Module:
         from mpq_brevitas._float_weights import use_float_weights

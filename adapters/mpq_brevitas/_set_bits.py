@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -13,22 +13,40 @@ from mpq_brevitas._modules import get_layer
 from mpq_brevitas._ranges import fit_weights, measured, set_thresholds
 from mpq_brevitas._recipe import Recipe, recipe_of
 from mpq_plugins._adapter import attach_bits, bits_of, check_switch
+from mpq_plugins._batch_norm import AbstractSite, bias_sites, corrected_around, norm_sites
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._errors import AdapterError
-from mpq_plugins._model import batches_of
+from mpq_plugins._model import Batch, batches_of
+
+_KINDS = {2: "Linear", 3: "Conv1d", 4: "Conv2d", 5: "Conv3d"}  # by axes of the weight; transposed ones have the same channels
 
 
-def set_bits(module: nn.Module, bits: BitConfig, calibration: Iterable[Any] = ()) -> nn.Module:
-    """See `AbstractAdapter.set_bits`; bias correction and batch-normalisation statistics stay those of the bits before.
+def set_bits(module: nn.Module, bits: BitConfig, calibration: Iterable[Any], batch_norm: str) -> nn.Module:
+    """See `AbstractAdapter.set_bits`. Of merged normalisations only means move, by the biases of their layers.
 
     DuQ's weights keep their learned ranges at any width. Raises `AdapterError` where weights would change between binary
     and integer codes.
     """
+    _check(module, bits_of(module), bits, recipe_of(module))
+    batches = tuple(batches_of(calibration))
+    if bits.layers == bits_of(module).layers or batch_norm == "kept":
+        return _switch(module, bits, batches)
+    with brevitas.guarded(), corrected_around(module, batches, lambda: _sites(module, bits)):
+        return _switch(module, bits, batches)
+
+
+def _sites(module: nn.Module, bits: BitConfig) -> dict[str, AbstractSite]:
+    sites: dict[str, AbstractSite] = {**norm_sites(module)}
+    if recipe_of(module).profile == "finn":
+        sites.update(bias_sites(module, {name: _KINDS[get_layer(module, name).weight.dim()] for name in bits.layers}))
+    return sites
+
+
+def _switch(module: nn.Module, bits: BitConfig, batches: Sequence[Batch]) -> nn.Module:
     old, recipe = bits_of(module), recipe_of(module)
-    _check(module, old, bits, recipe)
     reweighted = [name for name, precision in bits.layers.items() if precision.weight != old[name].weight]
     widths = _new_widths(module, bits, recipe)
-    thresholds = measured(module, widths, batches_of(calibration), recipe.activation_range) if widths else {}
+    thresholds = measured(module, widths, batches, recipe.activation_range) if widths else {}
     for name in reweighted:
         brevitas.set_weight_bits(get_layer(module, name).weight_quant, bits[name].weight)
     for proxy, width in widths.items():

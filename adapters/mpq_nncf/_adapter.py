@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 from mpq_plugins._adapter import AbstractAdapter
 from mpq_plugins._bits import BitConfig
@@ -81,11 +81,18 @@ class NNCFAdapter(AbstractAdapter):
         recipe = Recipe(self.merge_branches, self.asymmetric, PTQ.of(options), subset)
         return prepare(model, bits, example, calibration, recipe)
 
-    def set_bits(self, module: nn.Module, bits: BitConfig, calibration: Iterable[Any] = ()) -> nn.Module:
+    def set_bits(
+        self,
+        module: nn.Module,
+        bits: BitConfig,
+        calibration: Iterable[Any] = (),
+        *,
+        batch_norm: Literal["corrected", "kept"] = "corrected",
+    ) -> nn.Module:
         """See `AbstractAdapter.set_bits`; quantizers that keep their width keep their range."""
         from mpq_nncf._set_bits import set_bits
 
-        return set_bits(module, bits, calibration)
+        return set_bits(module, bits, calibration, batch_norm)
 
     def use_float_weights(self, module: nn.Module, on: bool = True) -> nn.Module:
         """See `AbstractAdapter.use_float_weights`; codes, checkpoints and files stay those of the quantized weights."""

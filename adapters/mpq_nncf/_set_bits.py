@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -15,15 +15,25 @@ from mpq_nncf._ptq import ptq_of
 from mpq_nncf._weight_range import fit_weight_ranges
 from mpq_nncf._wiring import Wiring, wiring_of
 from mpq_plugins._adapter import attach_bits, bits_of, check_switch
+from mpq_plugins._batch_norm import corrected_around, norm_sites
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._errors import AdapterError
-from mpq_plugins._model import batches_of
+from mpq_plugins._model import Batch, batches_of
 
 
-def set_bits(module: nn.Module, bits: BitConfig, calibration: Iterable[Any] = ()) -> nn.Module:
-    """See `AbstractAdapter.set_bits`; bias correction and batch-normalisation statistics stay those of the bits before."""
+def set_bits(module: nn.Module, bits: BitConfig, calibration: Iterable[Any], batch_norm: str) -> nn.Module:
+    """See `AbstractAdapter.set_bits`; biases stay those of the bits before."""
+    wiring = wiring_of(module)
+    _check(wiring, bits, bits_of(module))
+    batches = tuple(batches_of(calibration))
+    if bits.layers == bits_of(module).layers or batch_norm == "kept":
+        return _switch(module, bits, batches)
+    with corrected_around(module, batches, lambda: norm_sites(module)):
+        return _switch(module, bits, batches)
+
+
+def _switch(module: nn.Module, bits: BitConfig, batches: Sequence[Batch]) -> nn.Module:
     wiring, old = wiring_of(module), bits_of(module)
-    _check(wiring, bits, old)
     reweighted = [name for name in wiring if bits[name].weight != old[name].weight]
     widths = {
         hook: bits[name].activation
@@ -31,7 +41,7 @@ def set_bits(module: nn.Module, bits: BitConfig, calibration: Iterable[Any] = ()
         for hook in layer.activation
         if bits[name].activation != old[name].activation
     }
-    inputs = [batch.inputs for batch in batches_of(calibration)] if widths else []
+    inputs = [batch.inputs for batch in batches] if widths else []
     histograms = measured(module, first_places(module, widths), inputs) if inputs else {}
     for name in reweighted:
         for hook in wiring[name].weight:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq_plugins._adapter import AbstractAdapter, bits_of, is_prepared
-from mpq_plugins._batch_norm import copy_statistics, corrected_around, has_statistics, reestimate_batch_norm
+from mpq_plugins._batch_norm import copy_statistics, corrected_around, has_statistics, norm_sites, reestimate_batch_norm
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._discover import find_layers
 from mpq_plugins._errors import DataError, TrainingError
@@ -160,7 +160,7 @@ class _Run:
             copy_statistics(source, self.module, job.still)
         elif bits_of(self.module).layers != stage.bits.layers:
             with self._correcting():
-                job.adapter.set_bits(self.module, stage.bits, job.calibration)
+                job.adapter.set_bits(self.module, stage.bits, job.calibration, batch_norm="kept")
 
     def _set_float_weights(self, index: int) -> None:
         """Leave weights in float in the stages that say so."""
@@ -175,8 +175,9 @@ class _Run:
         """Around what changes quantization in a prepared module; `prepare` corrects by itself."""
         if self.recipe.batch_norm != "corrected":
             return contextlib.nullcontext()
-        assert self.module is not None  # there is one to change
-        return corrected_around(self.module, self.job.calibration, held=self.job.still)
+        module = self.module
+        assert module is not None  # there is one to change
+        return corrected_around(module, self.job.calibration, lambda: norm_sites(module, held=self.job.still))
 
     def _enter(self, index: int) -> None:
         """Optimizer, average and freezing of a stage, for a module that has its bits."""

@@ -196,11 +196,19 @@ def _row(
 
 
 def demo_table(rows: Iterable[Row], n_images: int, n_labelled: int) -> Table:
-    """The rows, in Markdown."""
+    """One line per network and file, in Markdown."""
     table = Table(box=box.MARKDOWN)
     table.add_column("weights")
     table.add_column("file")
-    headings = ("bits each", "weights, MB", "file, MB", "distance (KL)", "same answer", f"right of {n_labelled}", "verified")
+    headings = (
+        "bits per weight",
+        "weights, MB",
+        "file, MB",
+        "distance (KL)",
+        "answers as float",
+        f"right of {n_labelled}",
+        "verified",
+    )
     for heading in headings:
         table.add_column(heading, justify="right")
     for row in rows:
@@ -211,7 +219,7 @@ def demo_table(rows: Iterable[Row], n_images: int, n_labelled: int) -> Table:
             f"{row.average_bits:.1f}",
             f"{row.weights_mb:.1f}",
             "-" if row.file_mb is None else f"{row.file_mb:.1f}",
-            "-" if is_float else f"{row.kl:.2f} ± {row.kl_error:.2f}",
+            "-" if is_float else f"{row.kl:.3f} ± {row.kl_error:.3f}",
             "-" if is_float else f"{row.agreement:.0%} of {n_images}",
             str(row.n_right),
             row.verified,
@@ -226,17 +234,15 @@ def what_to_see(rows: Sequence[Row]) -> list[str]:
         by_plan: Mapping[str, Row] = {row.plan: row for row in rows if row.adapter == adapter}
         uniform, mixed = by_plan["4 bits"], by_plan["mixed, measured"]
         lines.append(
-            f"{FILE_FORMAT.get(adapter, adapter)}: {uniform.weights_mb:.1f} MB of weights are {uniform.kl:.2f} from the float "
-            f"network with 4 bits everywhere, {mixed.kl:.2f} with mixed bits."
+            f"{FILE_FORMAT.get(adapter, adapter)}: {uniform.weights_mb:.1f} MB of weights are {uniform.kl:.3f} from the float "
+            f"network with 4 bits everywhere, {mixed.kl:.3f} with mixed bits."
         )
     lines.append(
-        "First and last layer stay at 8 bits, activations have 8. All figures are those of the exported files; verified: bits "
-        "and every weight code were read back from the file."
+        "First and last layer stay at 8 bits, activations have 8. All figures are of the exported files, distance and answers "
+        "over the labelled images and random crops of them; verified: bits and weight codes were read back from the file."
     )
     if any(row.adapter == "brevitas" for row in rows):
-        lines.append(
-            "QONNX keeps its codes as floats, whatever their bits: the file shrinks when FINN or another compiler packs it."
-        )
+        lines.append("QONNX keeps codes of any width as floats: its file shrinks when a compiler such as FINN packs them.")
     return lines
 
 

@@ -67,6 +67,7 @@ def _draw_bits(axis: Any, allocation: Allocation) -> None:
     axis.bar(positions, [precision.weight for precision in precisions], color=colours, label="weight bits (grey: pinned)")
     axis.plot(positions, [precision.activation for precision in precisions], "k_", markersize=9, label="activation bits")
     axis.set_ylim(0, 9.5)
+    axis.set_xlim(-0.5, len(layers) - 0.5)  # above the columns of the losses
     axis.set_ylabel("bits")
     axis.set_xticks([])
     sizes = axis.twinx()

@@ -24,13 +24,14 @@ from mpq_plugins._selection import Measure, Selection, select_plan
 from mpq_plugins._solution import Solution
 from mpq_plugins._solve import solve
 from mpq_plugins._solver import AbstractSolver
-from mpq_plugins._space import AverageBits, Menus, Space, first_and_last, is_cnn_classifier
+from mpq_plugins._space import AverageBits, Menus, Space, first_and_last
 
 if TYPE_CHECKING:
     from torch import nn
 
     from mpq_plugins._model import Output
 
+AUTO_IMAGES = 32  # the least number for which corrections are sound
 Budgets = Sequence[Budget] | Mapping[str, float | str]
 
 
@@ -60,12 +61,12 @@ def allocate(
     batches: Iterable[Any] = (),
     *,
     budgets: Budgets,
-    proxy: AbstractProxy | str = "ompq",
+    proxy: AbstractProxy | str = "auto",
     choices: Menus | None = None,
     adapter: AbstractAdapter | str | None = None,
     solver: AbstractSolver | str | None = None,
     pin: Mapping[str, Precision | str] | None = None,
-    pin_first_last: bool | None = None,
+    pin_first_last: bool = False,
     tie: Iterable[Sequence[str]] = (),
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
@@ -77,11 +78,11 @@ def allocate(
     """The best bit-width of every layer under `budgets`, by the losses of `proxy`.
 
     `example` is one input as the model takes it, `batches` what the proxy looks at (see `Batch.of`). `budgets` are
-    `Budget`s or cost name -> limit, such as `{"size": "w4", "bops": "75G"}`. Plugins may be given by name. `choices` default
-    to what the adapter's target really stores and runs. `output` says which of the model's outputs counts. With
-    `top_k` > 1 the best plans by the score are measured with the true loss of the quantized network, and the best of those
-    is kept. Measurements are kept under `cache`, so that an interrupted run goes on where it stopped and another budget
-    needs no new ones. See `build_space` for the rest, and for the warning of what stays in float.
+    `Budget`s or cost name -> limit, such as `{"size": "w4", "bops": "75G"}`. Plugins may be given by name; the proxy "auto" is
+    explained at `proxy_of`. `choices` default to what the adapter's target really stores and runs. `output` says which of
+    the model's outputs counts. With `top_k` > 1 the best plans by the score are measured with the true loss of the quantized
+    network, and the best of those is kept. Measurements are kept under `cache`, so that an interrupted run goes on where it
+    stopped and another budget needs no new ones. See `build_space` for the rest, and for the warning of what stays in float.
 
     Raises `InfeasibleBudgetError` before anything is scored, and what `build_space`, the proxy and `solve` raise.
     """
@@ -101,7 +102,7 @@ def allocate(
 
     resolved = as_budgets(budgets)
     check_reachable(space, resolved)
-    chosen = with_output(make("proxies", proxy) if isinstance(proxy, str) else proxy, output)
+    chosen = with_output(proxy_of(proxy, model, example, output) if isinstance(proxy, str) else proxy, output)
     batches = list(batches) if top_k > 1 else batches
     with keeping_measurements(cache):
         scores = chosen.score(model, space, batches)
@@ -116,7 +117,7 @@ def build_space(
     choices: Menus | None = None,
     adapter: AbstractAdapter | str | None = None,
     pin: Mapping[str, Precision | str] | None = None,
-    pin_first_last: bool | None = None,
+    pin_first_last: bool = False,
     tie: Iterable[Sequence[str]] = (),
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
@@ -124,7 +125,8 @@ def build_space(
 ) -> Space:
     """The decision space of a model for a target.
 
-    `pin_first_last` holds the first and last layer at w8a8; None does so for CNN classifiers. The adapter removes
+    `pin_first_last` holds the first and last layer at w8a8, as papers do: at equal size a measured score does better without
+    (benchmarks/real). The adapter removes
     what its framework would leave in float, refuses precisions it cannot have, and ties the layers whose activation
     quantizer it shares, so that what is asked for is what will be exported.
 
@@ -153,7 +155,7 @@ def decision_space(
     choices: Menus | None,
     adapter: AbstractAdapter | str | None,
     pin: Mapping[str, Precision | str] | None,
-    pin_first_last: bool | None,
+    pin_first_last: bool,
     tie: Iterable[Sequence[str]],
     include: Sequence[str],
     exclude: Sequence[str],
@@ -169,7 +171,7 @@ def decision_space(
         share = tuple(group for group in (tuple(n for n in names if n in known) for names in groups) if len(group) > 1)
         choices = choices or menu(target.weight_bits, target.activation_bits)
     pins: dict[str, Precision | str] = {}
-    if pin_first_last or (pin_first_last is None and is_cnn_classifier(inventory)):
+    if pin_first_last:
         pins.update(first_and_last(inventory))
     pins.update(pin or {})
     return Space.build(
@@ -180,6 +182,25 @@ def decision_space(
         share_activations=share,
         refuse=_accept if target is None else target.refuse,
     )
+
+
+def proxy_of(
+    name: str, model: nn.Module, example: Any, output: Output = None, options: Mapping[str, Any] | None = None
+) -> AbstractProxy:
+    """The proxy called `name`; "auto" is `kl-divergence` for class logits [N, class], else `output-error`, on 32 images.
+
+    It is what chose best on pretrained networks (benchmarks/real): measured with the corrections that `prepare` makes.
+    """
+    from mpq_plugins._model import call, evaluating, select, telling_failures
+
+    options = options or {}
+    if name == "auto":
+        with evaluating(model), telling_failures(model):
+            outputs = select(call(model, example), output)
+        name = "kl-divergence" if outputs.dim() == 2 and outputs.shape[1] > 1 else "output-error"
+        options = {"n_images": AUTO_IMAGES, **options}
+    proxy: AbstractProxy = make("proxies", name, options)
+    return proxy
 
 
 def with_output(proxy: AbstractProxy, output: Output) -> AbstractProxy:

@@ -172,8 +172,8 @@ def _add_space(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--pin-first-last",
         action=argparse.BooleanOptionalAction,
-        default=None,
-        help="hold the first and last layer at w8a8 (default: for CNN classifiers)",
+        default=False,
+        help="hold the first and last layer at w8a8 (default: no, a measured score does better without)",
     )
     group.add_argument("--tie", action="append", default=[], metavar="GLOB,GLOB", help="layers that take one precision")
     group.add_argument(
@@ -218,7 +218,12 @@ def _add_allocate(verbs: Any) -> None:
     parser = _verb(verbs, "allocate", "choose the bits of every layer under budgets")
     _add_model(parser)
     _add_adapter(parser, required=False)
-    parser.add_argument("--proxy", default="ompq", metavar="NAME", help="score, see `mpq plugins` (default ompq)")
+    parser.add_argument(
+        "--proxy",
+        default="auto",
+        metavar="NAME",
+        help="score, see `mpq plugins` (default auto: kl-divergence of class logits, else output-error)",
+    )
     parser.add_argument("--proxy-option", action="append", default=[], metavar="KEY=VALUE", help="option of the proxy")
     _add_space(parser)
     _add_budget(parser)

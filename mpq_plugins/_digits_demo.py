@@ -74,7 +74,7 @@ def run_digits_demo(folder: Path, *, n_seeds: int, adapters: Sequence[str], as_j
     console.print(f"scoring, solving and applying through {', '.join(targets)}: a minute or two")
     comparison = compare(
         net,
-        build_space(net, example, choices=MENU, adapter=next(iter(targets.values()), None)),
+        build_space(net, example, choices=MENU, adapter=next(iter(targets.values()), None), pin_first_last=True),
         example=example,
         calibration=calibration,
         test=test,

@@ -212,17 +212,6 @@ def first_and_last(inventory: Inventory, precision: Precision | str = "w8a8") ->
     return {layer.name: precision for layer in (*inventory.layers[:1], *inventory.layers[-1:])}
 
 
-def is_cnn_classifier(inventory: Inventory) -> bool:
-    """Whether the model starts with a convolution and ends with a linear layer or a convolution to 1x1.
-
-    A model of fewer than three layers is none: pinning its first and last layer would leave nothing to decide.
-    """
-    if len(inventory) < 3:
-        return False
-    first, last = inventory.layers[0], inventory.layers[-1]
-    return first.kind.startswith("Conv") and (last.kind == "Linear" or all(size == 1 for size in last.output_shape[1:]))
-
-
 def residual_ties(inventory: Inventory) -> tuple[tuple[str, str], ...]:
     """Each down-sampling shortcut with the last main-branch layer of its block, as OMPQ and CSMPQ tie them.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from mpq_plugins._adapter import AbstractAdapter
-from mpq_plugins._allocate import solve_scores, true_loss, with_output
+from mpq_plugins._allocate import proxy_of, solve_scores, true_loss, with_output
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._cost import Budget
 from mpq_plugins._errors import DataError, PluginError
@@ -69,7 +69,8 @@ def allocate(options: Namespace) -> int:
     space = space_of(options, model, example)
     budgets = budgets_of(options.budget)
     check_reachable(space, budgets)
-    proxy = with_output(make("proxies", options.proxy, values_of(options.proxy_option)), options.output)
+    proxy = proxy_of(options.proxy, model, example, options.output, values_of(options.proxy_option))
+    proxy = with_output(proxy, options.output)
     batches = list(take(data_of(options), options.images)) if options.data else []
     with keeping_measurements(cache_of(options)):
         scores = proxy.score(model, space, batches)

@@ -7,7 +7,6 @@ from torch import nn
 
 from mpq_plugins import Precision, Space, build_space, find_layers, first_and_last, menu, residual_ties
 from mpq_plugins._errors import PrecisionError, SpaceError, UnknownLayerError
-from mpq_plugins._space import is_cnn_classifier
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +85,6 @@ def test_residual_ties_of_resnet18():
     ties = residual_ties(inventory)
     assert set(ties) == {(f"layer{n}.0.conv2", f"layer{n}.0.downsample.0") for n in (2, 3, 4)}
     assert len(Space.build(inventory, tie=ties).units) == 18
-    assert is_cnn_classifier(inventory)
 
 
 def test_the_tied_space_has_one_free_unit(mlp):
@@ -99,15 +97,6 @@ def test_the_space_survives_json(mlp):
     """A space read from its JSON equals the original."""
     space = Space.build(mlp, menu((2, 4), (4, 8)), pin={"0": "w8a8"}, share_activations=[("1", "2")])
     assert Space.from_json(space.to_json()) == space
-
-
-def test_pinning_never_takes_all_layers_by_default():
-    """A stem and a head alone are not held: nothing would be left to decide."""
-    stem, head = nn.Conv2d(1, 4, 3), nn.Linear(4, 2)
-    short = nn.Sequential(stem, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
-    assert not is_cnn_classifier(find_layers(short, torch.ones(1, 1, 8, 8)))
-    long = nn.Sequential(nn.Conv2d(1, 1, 3), *short)
-    assert is_cnn_classifier(find_layers(long, torch.ones(1, 1, 8, 8)))
 
 
 def test_excluding_every_layer_is_told():

@@ -111,12 +111,16 @@ def channels_of(quantizer: Any) -> int:
 
 
 def set_activation_range(quantizer: Any, low: Any, high: Any) -> None:
-    """Give an activation quantizer its lowest and highest values, one each or one per channel."""
+    """Give an activation quantizer its lowest and highest values, one for all channels or one for each."""
     if isinstance(quantizer, private()["AsymmetricQuantizer"]):
-        quantizer.input_low.data.copy_(low.reshape(quantizer.input_low.shape))
-        quantizer.input_range.data.copy_((high - low).reshape(quantizer.input_range.shape))
+        quantizer.input_low.data.copy_(_of_shape(low, quantizer.input_low))
+        quantizer.input_range.data.copy_(_of_shape(high - low, quantizer.input_range))
     else:
-        quantizer.scale.data.copy_(high.reshape(quantizer.scale.shape))
+        quantizer.scale.data.copy_(_of_shape(high, quantizer.scale))
+
+
+def _of_shape(values: Any, like: Any) -> Any:
+    return values.expand(like.numel()).reshape(like.shape)
 
 
 def pass_through(quantizer: Any, *, on: bool) -> None:

@@ -172,7 +172,8 @@ def _fit_activation_ranges(module: nn.Module, wiring: Wiring, inputs: Sequence[A
     # What batch normalisation hands on is right only while nothing before it is quantized, until it is re-estimated.
     places = first_places(module, [hook for layer in wiring.values() for hook in layer.activation])
     with unquantized(module):
-        histograms = measured(module, places, inputs)
+        widths = {place: nncf_quantizers.bits_of(nncf_quantizers.quantizer_at(module, place)) for place in places}
+        histograms = measured(module, widths, inputs)
     fit(module, histograms, method=ptq.activation_range)
 
 

@@ -42,7 +42,8 @@ def _switch(module: nn.Module, bits: BitConfig, batches: Sequence[Batch]) -> nn.
         if bits[name].activation != old[name].activation
     }
     inputs = [batch.inputs for batch in batches] if widths else []
-    histograms = measured(module, first_places(module, widths), inputs) if inputs else {}
+    places = {hook: widths[hook] for hook in first_places(module, widths)}
+    histograms = measured(module, places, inputs) if inputs else {}
     for name in reweighted:
         for hook in wiring[name].weight:
             nncf_quantizers.set_quantizer_bits(nncf_quantizers.quantizer_at(module, hook), bits[name].weight)

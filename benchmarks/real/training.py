@@ -181,6 +181,7 @@ def measure(ground: Ground, cells: Cells, options: argparse.Namespace) -> None:
     """Fill the cells that are missing."""
     name = ground.case.name
     cells.get(f"{name}/float", lambda: {"figures": ground.case.judge.of(ground.case.net)})
+    cells.get(f"{name}/constant", lambda: {"figures": constant(ground.case)})
     for seed in range(options.seeds):
         for text in options.bits:
             bits = bits_of(ground, text, options.results)
@@ -189,6 +190,14 @@ def measure(ground: Ground, cells: Cells, options: argparse.Namespace) -> None:
                     continue
                 key = f"{name}/{text}/{method}/{seed}"
                 cells.get(key, partial(cell, ground, bits, method, seed, options.steps))
+
+
+@torch.no_grad()
+def constant(case: Case) -> dict[str, float]:
+    """Figures of the same answer for every image: the mean of the float network's on the calibration images."""
+    answers = torch.cat([case.net(inputs).softmax(dim=1) for inputs in case.calibration])
+    mean = answers.mean(dim=0).log()
+    return case.judge.figures(lambda inputs: mean.expand(len(inputs), -1))
 
 
 def table(cells: Cells, name: str) -> str:
@@ -203,9 +212,11 @@ def table(cells: Cells, name: str) -> str:
     lines += ["| bits | " + " | ".join(methods) + " |", "|---" * (1 + len(methods)) + "|"]
     for text in (own for own in BITS if any(bits == own for bits, _ in found)):
         lines.append(f"| {text} | " + " | ".join(_shown(found.get((text, method), [])) for method in methods) + " |")
-    right = cells.found[f"{name}/float"]["figures"]["right"]
     steps = sorted({value["steps"] for own in found.values() for value in own if "steps" in value})
-    return "\n".join([*lines, "", f"float: {right} right; steps: {', '.join(map(str, steps))}"])
+    reference, same = (_shown([cells.found[f"{name}/{own}"]]) for own in ("float", "constant"))
+    seeds = "; ".join(f"{text} {max(len(found.get((text, method), [])) for method in methods)}" for text in BITS)
+    lines += ["", f"float: {reference}; the same answer for every image: {same}"]
+    return "\n".join([*lines, f"steps: {', '.join(map(str, steps))}; seeds: {seeds}"])
 
 
 def _shown(found: Sequence[dict[str, Any]]) -> str:
@@ -227,7 +238,7 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", default=list(BITS), choices=BITS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=(*METHODS, *MORE))
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=40, help=f"of each run, a multiple of {_N_EPOCHS}")
+    parser.add_argument("--steps", type=int, default=64, help=f"of each run, a multiple of {_N_EPOCHS}")
     parser.add_argument("--train", type=int, default=512, help="photographs to train on")
     parser.add_argument("--test", type=int, default=200)
     parser.add_argument("--print-only", action="store_true")

@@ -46,7 +46,7 @@ from mpq_plugins.training import ProfitSchedule, TrainingRecipe, soft_cross_entr
 
 RESULTS = Path(__file__).parent / "results"
 METHODS = ("PTQ", "QAT", "PROFIT", "PROFIT + DuQ")
-MORE = ("PTQ + DuQ", "QAT + DuQ", "PROFIT, one cosine")
+MORE = ("PTQ + DuQ", "QAT + DuQ", "QAT, batch statistics", "PROFIT, one cosine")
 BITS = ("w4a4", "w3a3", "mixed")
 WEIGHTS, ACTIVATIONS = (2, 3, 4, 6), (3, 4, 6)  # of the mixed configuration
 _SCALED, _SIDE = 160, 96  # pixels
@@ -171,7 +171,7 @@ def distillation(result: Tensor, batch: Batch) -> Tensor:
 
 def recipe_of(method: str, seed: int) -> TrainingRecipe:
     """The recipe of a method; all share rate, decay and number of steps."""
-    recipe = replace(_RECIPE, seed=seed)
+    recipe = replace(_RECIPE, seed=seed, batch_norm="kept" if "batch statistics" in method else _RECIPE.batch_norm)
     if method.startswith("PROFIT"):
         return replace(recipe, method="profit", restarts="one cosine" not in method)
     return recipe
@@ -181,7 +181,7 @@ def measure(ground: Ground, cells: Cells, options: argparse.Namespace) -> None:
     """Fill the cells that are missing."""
     name = ground.case.name
     cells.get(f"{name}/float", lambda: {"figures": ground.case.judge.of(ground.case.net)})
-    cells.get(f"{name}/constant", lambda: {"figures": constant(ground.case)})
+    cells.get(f"{name}/undecided", lambda: {"figures": undecided(ground.case)})
     for seed in range(options.seeds):
         for text in options.bits:
             bits = bits_of(ground, text, options.results)
@@ -193,11 +193,10 @@ def measure(ground: Ground, cells: Cells, options: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def constant(case: Case) -> dict[str, float]:
-    """Figures of the same answer for every image: the mean of the float network's on the calibration images."""
-    answers = torch.cat([case.net(inputs).softmax(dim=1) for inputs in case.calibration])
-    mean = answers.mean(dim=0).log()
-    return case.judge.figures(lambda inputs: mean.expand(len(inputs), -1))
+def undecided(case: Case) -> dict[str, float]:
+    """Figures of an answer that holds all classes for equally likely."""
+    logits = torch.zeros_like(case.net(case.example))
+    return case.judge.figures(lambda inputs: logits.expand(len(inputs), -1))
 
 
 def table(cells: Cells, name: str) -> str:
@@ -213,9 +212,9 @@ def table(cells: Cells, name: str) -> str:
     for text in (own for own in BITS if any(bits == own for bits, _ in found)):
         lines.append(f"| {text} | " + " | ".join(_shown(found.get((text, method), [])) for method in methods) + " |")
     steps = sorted({value["steps"] for own in found.values() for value in own if "steps" in value})
-    reference, same = (_shown([cells.found[f"{name}/{own}"]]) for own in ("float", "constant"))
+    reference, control = (_shown([cells.found[f"{name}/{own}"]]) for own in ("float", "undecided"))
     seeds = "; ".join(f"{text} {max(len(found.get((text, method), [])) for method in methods)}" for text in BITS)
-    lines += ["", f"float: {reference}; the same answer for every image: {same}"]
+    lines += ["", f"float: {reference}; all classes equally likely: {control}"]
     return "\n".join([*lines, f"steps: {', '.join(map(str, steps))}; seeds: {seeds}"])
 
 

@@ -55,6 +55,7 @@ def round_trip(name, route, *, activations, folder):
         model,
         test[:1],
         images(32, seed=4).split(16),
+        proxy="ompq",
         budgets=budgets,
         choices=mpq.menu(range(2, 9), range(4, 9) if activations else (8,)),
         adapter=adapter,

@@ -10,6 +10,7 @@ from mpq_plugins._cli import main
 from mpq_plugins.digits import DigitsNet
 
 MODEL = "mpq_plugins.digits:DigitsNet"
+OMPQ = ["--proxy", "ompq"]
 LABELLED = ["--proxy", "csmpq", "--proxy-option", "documents=classes"]
 COMMON = ["--model", MODEL, "--data", "digits", "--images", "128", "--quiet"]
 
@@ -40,7 +41,7 @@ def test_layers_lists_layers(folder, capsys):
 def test_allocate_then_solve_again_without_the_model(folder, capsys):
     """Two budgets at once are met; saved scores are solved at another budget without model or data, and plotted."""
     code, out, _ = run(
-        capsys, "allocate", *COMMON, "--budget", "size=w4", "--budget", "bops=w5", "--bits", "2,3,4,5,6,8",
+        capsys, "allocate", *COMMON, "--budget", "size=w4", "--budget", "bops=w5", "--bits", "2,3,4,5,6,8", "--pin-first-last",
         "--scores", "scores.json", "--plot", "bits.png",
     )  # fmt: skip
     assert code == 0
@@ -163,16 +164,17 @@ def test_plugins_lists_all_kinds(capsys):
         (["--budget", "latency=3"], 2, ["'latency'", "There are:", "bops"]),
         ([], 2, ["no budget", "size=w4"]),
         (["--proxy", "omqp", "--budget", "size=w4"], 2, ["'omqp'", "Did you mean ompq?"]),
-        (["--proxy-option", "gamma=3", "--budget", "size=w4"], 2, ["gamma", "options are", "beta"]),
-        (["--proxy-option", "beta=much", "--budget", "size=w4"], 2, ["beta must be a number, not 'much'", "default is 1.0"]),
-        (["--proxy-option", "utility=linaer", "--budget", "size=w4"], 2, ["utility must be", "'linear'", "not 'linaer'"]),
+        ([*OMPQ, "--proxy-option", "gamma=3", "--budget", "size=w4"], 2, ["gamma", "options are", "beta"]),
+        ([*OMPQ, "--proxy-option", "beta=much", "--budget", "size=w4"], 2, ["beta must be a number, not 'much'", "default is 1.0"]),
+        ([*OMPQ, "--proxy-option", "utility=linaer", "--budget", "size=w4"], 2, ["utility must be", "'linear'", "not 'linaer'"]),
         (["--proxy-option", "n_images=-5", "--budget", "size=w4"], 2, ["n_images is -5"]),
         (["--solver-option", "gap=tiny", "--budget", "size=w4"], 2, ["gap must be a number, not 'tiny'"]),
         (["--weights", "absent.pt", "--budget", "size=w4"], 2, ["absent.pt", "Check the path"]),
         (["--weights", "broken.pt", "--budget", "size=w4"], 2, ["broken.pt", "cannot be loaded safely", "state_dict"]),
         (["--weights", "pickle.pt", "--budget", "size=w4"], 2, ["pickle.pt", "cannot be loaded safely"]),
         ([*LABELLED, "--data", "bare.py:batches", "--budget", "size=w4"], 2, ["labels"]),
-        (["--data", "bare.py:broken", "--budget", "size=w4"], 2, ["not finite", "stem"]),
+        (["--data", "bare.py:broken", "--budget", "size=w4"], 2, ["not finite", "NaN in the images"]),
+        ([*OMPQ, "--data", "bare.py:broken", "--budget", "size=w4"], 2, ["not finite", "stem"]),
     ],
 )  # fmt: skip
 def test_wrong_uses_are_told_the_fact_the_values_and_the_next_step(folder, capsys, words, code, texts):

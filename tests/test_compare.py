@@ -20,6 +20,7 @@ def test_a_comparison_shows_every_control_at_the_same_budget(tmp_path, capsys, m
         "2",
         "--budget",
         "size=w3",
+        "--pin-first-last",
         "--out",
         "c.json",
         "--plot",

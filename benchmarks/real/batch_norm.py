@@ -56,7 +56,9 @@ def tables(cells: Cells, net: str, main: str) -> list[str]:
     if not found:
         return []
     instead = (
-        " (it has none: biases of all layers, which prepare leaves alone where there is a row per token)" if any("no batch norm" in value.get("refused", "") for value in cells.found.values()) else ""
+        " (it has none: biases of all layers, which prepare leaves alone where there is a row per token)"
+        if any("no batch norm" in value.get("refused", "") for value in cells.found.values())
+        else ""
     )
     lines = [f"{net}: {main} by what is done with batch normalisation{instead}", ""]
     lines += ["| weights | " + " | ".join(WAYS) + " |", "|---" * (1 + len(WAYS)) + "|"]

@@ -51,7 +51,7 @@ class AbstractAdapter(abc.ABC):
 
     @abc.abstractmethod
     def prepare(self, model: nn.Module, bits: BitConfig, example: Any, calibration: Iterable[Any], **options: Any) -> nn.Module:
-        """A calibrated, bias-corrected, BN-re-estimated quantized copy of `model`, trainable and deep-copyable.
+        """A calibrated quantized copy of `model`, repaired as `PTQ` says, trainable and deep-copyable.
 
         `calibration` items are read by `Batch.of`; `options` are the fields of `PTQ`. Raises `FingerprintError` and
         `UnknownLayerError` (see `BitConfig.check`), `AdapterError` for what the framework cannot do, `DataError` without

@@ -254,7 +254,7 @@ def _add_solve(verbs: Any) -> None:
 
 
 def _add_apply(verbs: Any) -> None:
-    parser = _verb(verbs, "apply", "quantize the model as a bit configuration says: calibrate, correct, re-estimate BN")
+    parser = _verb(verbs, "apply", "quantize the model as a bit configuration says: calibrate, correct biases and batch norm")
     parser.add_argument("bits_file", metavar="BITS", help="bit configuration")
     _add_model(parser)
     _add_adapter(parser, required=True)

@@ -33,8 +33,9 @@ class PTQ:
     ("smooth-quant", Xiao et al. 2023). `rounding`: to the nearest code; by GPTQ (Frantar et al. 2023), GPFQ (Lybrand and Saab
     2021) or Qronos (Zhang et al. 2025); or learned layer by layer in `rounding_steps` steps (AdaRound, Nagel et al. 2020).
 
-    `held_out`: the most calibration images (an eighth of them at least stays free) that are held back to judge each of these
-    by the outputs of the float network; what does not help there is not kept. With 0, or fewer than 16 images, all is kept.
+    `held_out`: the most calibration images that are held back, never more than an eighth of them. They judge `batch_norm`,
+    `bias_correction`, `equalization` and `rounding` by the outputs of the float network; what does not help there is not
+    kept. With 0, or fewer than 16 calibration images, everything is kept.
     """
 
     weight_range: WeightRange = "mse"

@@ -169,7 +169,7 @@ def _share_weight_quantizers(module: nn.Module, wiring: Iterable[Any]) -> None:
 
 
 def _fit_activation_ranges(module: nn.Module, wiring: Wiring, inputs: Sequence[Any], ptq: PTQ) -> None:
-    # What batch normalisation hands on is right only while nothing before it is quantized, until it is re-estimated.
+    # What batch normalisation hands on is right only while nothing before it is quantized, until it is corrected.
     places = first_places(module, [hook for layer in wiring.values() for hook in layer.activation])
     with unquantized(module):
         widths = {place: nncf_quantizers.bits_of(nncf_quantizers.quantizer_at(module, place)) for place in places}

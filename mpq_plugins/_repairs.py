@@ -124,6 +124,7 @@ def repair(
             _each(of_norms, AbstractSite.undo)
             of_biases = biases() if of_biases else {}
             correct_by_difference(reference, module, batches, of_biases)
+    of_biases = {name: site for name, site in of_biases.items() if site.shift is not None}  # layers of tokens have none
     if of_biases:
         _each(of_biases, AbstractSite.finish)
         if not done.judged("bias_correction=true"):

@@ -271,3 +271,14 @@ def test_switching_bits_corrects_what_the_switch_does(trained, adapter, options)
     )
     judge = Judge(net, [Batch(digits(train=False, batch_size=100)[0].inputs)])
     assert judge.distance(corrected) < judge.distance(kept)
+
+
+def test_a_correction_that_changes_nothing_is_not_told():
+    """Where every layer has a row per token no bias moves, so there is nothing to judge."""
+    reference = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    batch = [Batch(torch.randn(8, 3, 4))]
+    sites = {"0": "Linear", "2": "Linear"}
+    module = copy.deepcopy(reference)
+    options = {"reference": reference, "norms": dict, "reestimate": lambda: None}
+    judge = Judge(reference, batch)
+    assert repair(module, PTQ(), batch, judge, biases=lambda: bias_sites(module, sites), **options) == []

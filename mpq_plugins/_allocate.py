@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from mpq_plugins._adapter import AbstractAdapter
+from mpq_plugins._allocator import keeping_memory
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._cost import AbstractCost, Budget
 from mpq_plugins._discover import find_layers
@@ -55,6 +56,7 @@ class Allocation:
         return self.space.average_bits(self.bits.layers)
 
 
+@keeping_memory()
 def allocate(
     model: nn.Module,
     example: Any,

@@ -40,10 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from mpq_plugins import _verbs
+    from mpq_plugins._allocator import keeping_memory
     from mpq_plugins._progress import reporting_to, showing_progress
 
     verb = getattr(_verbs, options.verb)
-    with reporting_to(None) if options.quiet else showing_progress():
+    with keeping_memory(), reporting_to(None) if options.quiet else showing_progress():
         code: int = verb(options)
     return code
 

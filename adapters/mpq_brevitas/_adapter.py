@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 from mpq_brevitas._recipe import Profile, QuantizerKind, Recipe, Scales
 from mpq_plugins._adapter import AbstractAdapter
+from mpq_plugins._allocator import keeping_memory
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._errors import AdapterError
 from mpq_plugins._layers import Inventory, Layer
@@ -81,12 +82,14 @@ class BrevitasAdapter(AbstractAdapter):
         graph = build_graph(model, None, Recipe(self.profile, "max"))
         return tuple(group.layers for group in activation_groups_of_graph(graph.module) if len(group.layers) > 1)
 
+    @keeping_memory()
     def prepare(self, model: nn.Module, bits: BitConfig, example: Any, calibration: Iterable[Any], **options: Any) -> nn.Module:
         """A quantized copy of `model`; layers outside `bits` keep float weights. Options: the fields of `PTQ`."""
         from mpq_brevitas._prepare import prepare
 
         return prepare(model, bits, example, calibration, adapter=self, ptq=PTQ.of(options))
 
+    @keeping_memory()
     def set_bits(
         self,
         module: nn.Module,

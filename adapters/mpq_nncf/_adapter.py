@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 from mpq_plugins._adapter import AbstractAdapter
+from mpq_plugins._allocator import keeping_memory
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._layers import Inventory, Layer
 from mpq_plugins._precision import Precision
@@ -62,6 +63,7 @@ class NNCFAdapter(AbstractAdapter):
 
         return activation_groups(model, example, merge_branches=self.merge_branches, asymmetric=self.asymmetric)
 
+    @keeping_memory()
     def prepare(
         self,
         model: nn.Module,
@@ -81,6 +83,7 @@ class NNCFAdapter(AbstractAdapter):
         recipe = Recipe(self.merge_branches, self.asymmetric, PTQ.of(options), subset)
         return prepare(model, bits, example, calibration, recipe)
 
+    @keeping_memory()
     def set_bits(
         self,
         module: nn.Module,

@@ -26,13 +26,18 @@ class CLADO(AbstractSensitivity):
     The loss of a plan is x'Mx / 2 with the sensitivity of every choice on the diagonal of M and the interaction of every two
     choices beside it. `tier` says where M comes from, with L units of B choices:
     `exact`, as published: the loss with every two choices changed, about (L B)^2 / 2 forward passes;
-    `gram`: L B forward passes. With r the change of the logits, the linear term is E[(p - y) . r] and
-    M = E[r_i' (diag p - p p') r_j], which is positive semidefinite by construction;
-    `fisher`: one backward pass. With v the derivative of an image's loss along the quantization error, the linear term is
-    E[v] and M = E[v_i v_j].
+    `gram`: L B forward passes. Sensitivities are the measured losses of single choices, interactions
+    s E[r_i' (diag p - p p') r_j] with r the change of the logits and p the model's probabilities;
+    `fisher`: one backward pass. With v the derivative of an image's loss along the quantization error, sensitivities are
+    E[v_i^2] / 2 and interactions s E[v_i v_j]. The mean slope E[v] is left out: at a trained network it is zero but for noise.
 
-    `cross=False` leaves the interactions out (the ablation of the paper; the sensitivities are the measured ones). `clip` sets
-    negative eigenvalues of M to zero, as published for `exact`: needed by convex solvers only, and it changes the objective.
+    `shrinkage` is s: how much of the interactions counts. Those of few images are mostly noise, and an optimum looks for noise.
+    None estimates s as the share of their squares that is no noise by their variance over images (James and Stein 1961).
+    `expansion=True` is the second-order expansion of the loss in logits (`gram`) or weights (`fisher`) without any of this:
+    its linear terms E[(p - y) . r] or E[v] are slopes, and s is 1.
+
+    `cross=False` leaves the interactions out (the ablation of the paper). `clip` sets negative eigenvalues of M to zero, as
+    published for `exact`: needed by convex solvers only, and it changes the objective.
     `per_channel=False` takes the published per-tensor quantizer, `correction=False` the published network: by default
     normalisations and biases are corrected in every measurement as in a prepared network. `loss` and the rest are those of
     `Setup` in `mpq_plugins.sensitivity`. Activations are quantized together with weights where the space has several activation
@@ -43,6 +48,8 @@ class CLADO(AbstractSensitivity):
     tier: Literal["fisher", "gram", "exact"] = "gram"
     cross: bool = True
     clip: bool = False
+    shrinkage: float | None = None
+    expansion: bool = False
     loss: Literal["auto", "cross_entropy", "kl", "squared_error"] | Callable[..., Any] = "auto"
     per_channel: bool = True
     correction: bool = True
@@ -59,22 +66,45 @@ class CLADO(AbstractSensitivity):
         lab = Lab(model, space, batches, self.setup())
         pairs, curvature = self.cross and self.tier == "exact", self.cross and self.tier == "gram"
         effects = first_order_effects(lab) if self.tier == "fisher" else lab.effects(pairs=pairs, curvature=curvature)
-        linear, matrix = self._program(effects)
+        shrinkage = self._shrinkage(space, effects)
+        linear, matrix = self._program(effects, shrinkage)
         facts = {"base_loss": effects.base_loss, **effects.facts}
         if self.tier != "fisher":
             facts["measured"] = effects.losses.tolist()
+        if curvature or (self.cross and self.tier == "fisher"):
+            facts["shrinkage"] = shrinkage
         return Scores(space, by_unit(space, linear), self.recipe(), facts, matrix)
 
-    def _program(self, effects: Effects) -> tuple[np.ndarray, np.ndarray | None]:
+    def _program(self, effects: Effects, shrinkage: float) -> tuple[np.ndarray, np.ndarray | None]:
         """Linear losses [choice] and the matrix [choice, choice] of the quadratic program."""
         if effects.slopes is not None and effects.curvature is not None:
             half = 0.5 * np.diag(effects.curvature)
-            return (effects.slopes, effects.curvature) if self.cross else (effects.slopes + half, None)
+            expanded = effects.slopes + half
+            single = expanded if self.expansion else half if self.tier == "fisher" else effects.losses
+            # A choice once more by itself is its own square: the matrix stays positive semidefinite.
+            return (single - shrinkage * half, shrinkage * effects.curvature) if self.cross else (single, None)
         if effects.pairs is None:
             return effects.losses, None
         if not self.clip:
             return effects.losses, effects.pairs
         return np.zeros_like(effects.losses), _clipped(effects.pairs + np.diag(2 * effects.losses))
+
+    def _shrinkage(self, space: Space, effects: Effects) -> float:
+        """The factor of the interactions."""
+        if self.expansion or self.shrinkage is not None or effects.curvature is None:
+            return 1.0 if self.shrinkage is None else self.shrinkage
+        return 0.0 if effects.noise is None else _reliability(space, effects.curvature, effects.noise)
+
+
+def _reliability(space: Space, curvature: np.ndarray, noise: np.ndarray) -> float:
+    """The share of the squared interactions of two units that their noise does not explain, all choices weighted alike."""
+    scale = np.sqrt(np.maximum(np.diag(curvature), 0.0))
+    weight = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0.0)
+    unit = np.repeat(np.arange(len(space.units)), [len(members.choices) for members in space.units])
+    apart = unit[:, None] != unit[None, :]
+    of_products = np.outer(weight, weight)[apart] ** 2
+    signal, chance = float((of_products * curvature[apart] ** 2).sum()), float((of_products * noise[apart]).sum())
+    return max(0.0, 1.0 - chance / signal) if signal > 0.0 else 0.0
 
 
 def _clipped(matrix: np.ndarray) -> np.ndarray:

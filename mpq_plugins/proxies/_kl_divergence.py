@@ -31,6 +31,7 @@ class KLDivergence(AbstractSensitivity):
     loss: ClassVar[str] = "kl"
     per_channel: bool = True
     correction: bool = True
+    interpolate: bool = True
     n_images: int = 256
     seed: int = 0
     output: str | int | Callable[..., Any] | None = None

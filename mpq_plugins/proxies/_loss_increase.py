@@ -29,6 +29,7 @@ class LossIncrease(AbstractSensitivity):
     loss: Literal["auto", "cross_entropy", "kl", "squared_error"] | Callable[..., Any] = "auto"
     per_channel: bool = True
     correction: bool = True
+    interpolate: bool = True
     n_images: int = 256
     seed: int = 0
     output: str | int | Callable[..., Any] | None = None

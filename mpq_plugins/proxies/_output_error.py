@@ -40,6 +40,7 @@ class OutputError(AbstractSensitivity):
     measure: Literal["mse", "sqnr"] = "mse"
     per_channel: bool = True
     correction: bool = True
+    interpolate: bool = True
     n_images: int = 256
     seed: int = 0
     output: str | int | Callable[..., Any] | None = None

@@ -33,6 +33,7 @@ class RankEnsemble(AbstractSensitivity):
     members: str | tuple[str, ...] = "fisher,kl-divergence,weight-error"
     per_channel: bool = True
     correction: bool = True
+    interpolate: bool = True
     n_images: int = 256
     seed: int = 0
     output: str | int | Callable[..., Any] | None = None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mpq_plugins._allocator import keeping_memory
 from mpq_plugins._errors import DataError, PluginError
 from mpq_plugins._model import Batch, Output, batches_of, joined
 from mpq_plugins._progress import track
@@ -20,6 +21,7 @@ from mpq_plugins.sensitivity._correction import LEAST_IMAGES
 from mpq_plugins.sensitivity._criteria import AbstractMeasure, Loss, UserLoss, measure
 from mpq_plugins.sensitivity._engine import AbstractRun, Engine
 from mpq_plugins.sensitivity._journal import Journal, digest_of_batches, digest_of_model, text_of_function
+from mpq_plugins.sensitivity._widths import filled, measured_choices
 
 
 @final
@@ -35,7 +37,10 @@ class Setup:
     normalisations and the biases of other layers move by what quantization did to them. They are those of the images that
     run together: a piece of a batch, as large as the memory allows but of `LEAST_IMAGES` at least; smaller batches are
     joined. With fewer images a correction is fitted to the very images that are measured, and losses come out low.
-    The published definitions of scores have no correction; `correction=False` gives them. Raises `PluginError`.
+    The published definitions of scores have no correction; `correction=False` gives them.
+
+    With `interpolate` losses alone are measured at some weight widths only (see `_widths`), and put in for the others.
+    Raises `PluginError`.
     """
 
     loss: Loss = "auto"
@@ -48,6 +53,7 @@ class Setup:
     replay: bool = True
     folding: bool = True
     correction: bool = True
+    interpolate: bool = False
 
     def __post_init__(self) -> None:
         for name in ("n_samples", "memory_mb"):
@@ -63,7 +69,8 @@ class Effects:
     `losses` is the loss with one unit at one choice less the base loss, `slopes` its first-order part and `curvature` the
     second-order terms, all around the float model (with units of a single choice at that choice). `pairs` is the loss with
     two units changed less the base loss and both single changes (CLADO's Omega), zero within a unit; None unless asked for.
-    `slopes` and `curvature` are None where only losses were asked for.
+    `slopes` and `curvature` are None where only losses were asked for. `noise` is the variance over images of each entry of
+    `curvature`, divided by their number: the square of its standard error; None for a single image.
     `power` is the mean square of the base output; None where nobody looked.
     """
 
@@ -75,6 +82,7 @@ class Effects:
     n_images: int
     facts: Mapping[str, Any]
     power: float | None = None
+    noise: np.ndarray | None = None  # [choice, choice]
 
 
 @final
@@ -118,6 +126,7 @@ class Lab:
         unit = next(index for index, members in enumerate(self.space.units) if layer in members.layers)
         return [(unit, choice) for choice in range(len(self.space.units[unit].choices))]
 
+    @keeping_memory()
     def effects(self, *, pairs: bool = False, curvature: bool = True) -> Effects:
         """Measure every choice of every unit, and with `pairs` every two of them. Takes up what the journal holds.
 
@@ -139,14 +148,34 @@ class Lab:
         }
         return Effects(
             float(mean["base"]),
-            mean["losses"],
+            self._filled(mean["losses"]),
             mean["slopes"] if curvature else None,
             mean["curvature"] if curvature else None,
             mean.get("pairs"),
             self.n_images,
             facts,
             float(mean["power"]),
+            noise_of(mean, self.n_images),
         )
+
+    def measured(self, unit: int, *, losses_only: bool) -> Sequence[int]:
+        """The choices of a unit that are measured."""
+        members = self.space.units[unit]
+        return measured_choices(members) if losses_only and self.setup.interpolate else range(len(members.choices))
+
+    def _filled(self, losses: np.ndarray) -> np.ndarray:
+        """Losses [choice] with those put in that are not measured."""
+        if not np.isnan(losses).any():
+            return losses
+        found: np.ndarray = losses.copy()
+        for unit in self.free:
+            row = slice(self.start[unit], self.start[unit + 1])
+            found[row] = filled(self.space.units[unit], losses[row], partial(self._squared_error, unit))
+        return found
+
+    def _squared_error(self, unit: int, bits: int) -> float:
+        layers = {self.space.layer(name).weight_name: name for name in self.space.units[unit].layers}.values()
+        return sum(float(self.engine.variants.delta(layer, bits).square().sum()) for layer in layers)
 
     def _measure_all(self, what: _What) -> dict[str, np.ndarray]:
         """Sums over all images, piece by piece."""
@@ -166,6 +195,7 @@ class Lab:
                 sums = {name: sums.get(name, 0) + array for name, array in done.items()}
         return {**sums, "replayed": np.asarray(int(self.engine.player is not None))}
 
+    @keeping_memory()
     def losses_at(self, choices: Sequence[Sequence[int]]) -> list[float]:
         """The mean loss over the sensitivity set with every unit quantized, for each list of one choice per unit.
 
@@ -223,7 +253,7 @@ class _What:
     curvature: bool
 
     def __str__(self) -> str:
-        return ("pairs" if self.pairs else "sums") + ("" if self.curvature else "-of-losses")
+        return ("pairs" if self.pairs else "sums") + ("-and-squares" if self.curvature else "-of-losses")
 
 
 @final
@@ -273,14 +303,18 @@ class _PieceRun:
         return sums
 
     def _second_order(self, found: Mapping[int, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """Slopes [choice] and curvature [choice, choice]."""
+        """Slopes [choice], curvature [choice, choice] and the squares of what each image adds to it."""
         lab, n_choices = self._lab, int(self._lab.start[-1])
         slopes = np.zeros(n_choices)
         features = np.zeros((n_choices, max((arrays["features"].shape[1] for arrays in found.values()), default=0)))
         for unit, arrays in found.items():
             row = slice(lab.start[unit], lab.start[unit + 1])
             slopes[row], features[row] = arrays["slopes"], arrays["features"]
-        return {"slopes": slopes, "curvature": features @ features.T}
+        of_images = features.reshape(n_choices, len(self._batch), -1)
+        squares = np.zeros((n_choices, n_choices))
+        for image in range(len(self._batch)):
+            squares += np.square(of_images[:, image] @ of_images[:, image].T)
+        return {"slopes": slopes, "curvature": features @ features.T, "squares": squares}
 
     def _taken_up(self, unit: int, measure: Callable[[int], dict[str, np.ndarray]], suffix: str = "") -> dict[str, np.ndarray]:
         """A unit's measurements from the journal, or made anew where their file does not read."""
@@ -296,14 +330,15 @@ class _PieceRun:
 
     def _singles(self, unit: int) -> dict[str, np.ndarray]:
         run, at_base = self._started()
-        outputs = run.single(unit, range(len(self._lab.space.units[unit].choices)))
-        found: dict[str, list[Any]] = {"losses": [], "slopes": [], "features": []}
-        for output in self._finite(unit, outputs):
-            found["losses"].append(float(at_base.losses(output).sum()))
+        choices = self._lab.measured(unit, losses_only=not self._what.curvature and not self._what.pairs)
+        losses = np.full(len(self._lab.space.units[unit].choices), np.nan)
+        found: dict[str, list[Any]] = {"slopes": [], "features": []}
+        for choice, output in zip(choices, self._finite(unit, choices, run.single(unit, choices)), strict=True):
+            losses[choice] = float(at_base.losses(output).sum())
             if self._what.curvature:
                 found["slopes"].append(float(at_base.slopes(output).sum()))
                 found["features"].append(at_base.features(output).flatten().float().cpu().numpy())
-        return {name: np.asarray(values) for name, values in found.items() if values}
+        return {"losses": losses, **{name: np.asarray(values) for name, values in found.items() if values}}
 
     def _joint(self, unit: int) -> dict[str, np.ndarray]:
         """Losses with both changed [choice of the unit, choice of all units], NaN for units up to this one."""
@@ -314,8 +349,9 @@ class _PieceRun:
         for choice in range(len(joint)) if later else ():
             under = run.under(unit, choice)
             for other in later:
-                outputs = under.single(other, range(len(lab.space.units[other].choices)))
-                losses = [float(at_base.losses(output).sum()) for output in self._finite(other, outputs)]
+                every = range(len(lab.space.units[other].choices))
+                outputs = self._finite(other, every, under.single(other, every))
+                losses = [float(at_base.losses(output).sum()) for output in outputs]
                 joint[choice, lab.start[other] : lab.start[other + 1]] = losses
         return {"joint": joint}
 
@@ -330,13 +366,13 @@ class _PieceRun:
         both: np.ndarray = omega + omega.T
         return both
 
-    def _finite(self, unit: int, outputs: Iterable[Tensor]) -> Iterator[Tensor]:
+    def _finite(self, unit: int, choices: Sequence[int], outputs: Iterable[Tensor]) -> Iterator[Tensor]:
         members = self._lab.space.units[unit]
-        for choice, output in zip(members.choices, outputs, strict=True):
+        for choice, output in zip(choices, outputs, strict=True):
             if not bool(output.isfinite().all()):
                 raise DataError(
-                    f"the output is not finite with {members.name} at {choice}, though it is with the float model. Exclude "
-                    "the layer, or leave this precision out of its menu."
+                    f"the output is not finite with {members.name} at {members.choices[choice]}, though it is with the float "
+                    "model. Exclude the layer, or leave this precision out of its menu."
                 )
             yield output
 
@@ -348,6 +384,14 @@ class _PieceRun:
 
     def _key(self, unit: int) -> str:
         return f"piece{self.piece:05d}-unit{unit:04d}{'' if self._what.curvature else '-losses'}"
+
+
+def noise_of(mean: Mapping[str, np.ndarray], n_images: int) -> np.ndarray | None:
+    """`noise` of `Effects`, from means over images of the curvature and of its squares; None where they say nothing."""
+    if n_images < 2 or "squares" not in mean:
+        return None
+    noise: np.ndarray = np.maximum(mean["squares"] - np.square(mean["curvature"]), 0.0) / (n_images - 1)
+    return noise
 
 
 def sensitivity_set(batches: Iterable[Any], n_images: int) -> list[Batch]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from mpq_plugins._allocator import keeping_memory
 from mpq_plugins._errors import ModelError
 from mpq_plugins._flow import WEIGHTED, bias_argument, input_argument, weight_argument
 from mpq_plugins._model import Batch, call, evaluating, select, telling_failures, tensors
@@ -20,10 +21,11 @@ from mpq_plugins._progress import track
 from mpq_plugins.sensitivity._change import Change, Changes, run_changed
 from mpq_plugins.sensitivity._correction import ChangeOfOutput, Norm, Occurrences, Reference
 from mpq_plugins.sensitivity._criteria import measure
-from mpq_plugins.sensitivity._effects import Effects, Lab
+from mpq_plugins.sensitivity._effects import Effects, Lab, noise_of
 from mpq_plugins.sensitivity._tape import is_metadata
 
 
+@keeping_memory()
 def first_order_effects(lab: Lab) -> Effects:
     """`Effects` from directional derivatives: v = <dLoss_n/dy_i, change of y_i>, y_i being the output of unit i's layers.
 
@@ -31,21 +33,24 @@ def first_order_effects(lab: Lab) -> Effects:
     in the directions of the quantization errors (as in MPQCO and in NVIDIA ModelOpt's gradient scores, with cross terms).
     Without labels the derivative is that of a label drawn from the model's own distribution, and slopes are zero.
     """
-    sums = lab.journal.get("all-fisher")
+    sums = lab.journal.get("all-fisher-and-squares")
     if sums is None:
         sums = _measure_all(lab)
-        lab.journal.put("all-fisher", sums)
+        lab.journal.put("all-fisher-and-squares", sums)
     mean = {name: array / lab.n_images for name, array in sums.items()}
     facts = {"n_images": lab.n_images, "passes": "one forward and one backward pass"}
-    return Effects(float(mean["base"]), mean["slopes"], mean["slopes"], mean["curvature"], None, lab.n_images, facts)
+    noise = noise_of(mean, lab.n_images)
+    slopes, curvature = mean["slopes"], mean["curvature"]
+    return Effects(float(mean["base"]), slopes, slopes, curvature, None, lab.n_images, facts, noise=noise)
 
 
 def _measure_all(lab: Lab) -> dict[str, np.ndarray]:
     """Sums over all images, piece by piece."""
     n_choices = int(lab.start[-1])
-    sums = {"base": np.asarray(0.0), "slopes": np.zeros(n_choices), "curvature": np.zeros((n_choices, n_choices))}
+    sums = {"base": np.asarray(0.0), "slopes": np.zeros(n_choices)}
+    sums |= {name: np.zeros((n_choices, n_choices)) for name in ("curvature", "squares")}
     for index, batch in enumerate(track(lab.pieces(), "images forward and back")):
-        key = f"piece{index:05d}-fisher"
+        key = f"piece{index:05d}-fisher-and-squares"
         arrays = lab.journal.get(key)
         if arrays is None:
             arrays = _of_piece(lab, batch, index)
@@ -127,7 +132,8 @@ def _of_piece(lab: Lab, batch: Batch, index: int) -> dict[str, np.ndarray]:
     for made in done.calls:
         _add_derivatives(lab, made, v)
     slopes = v.sum(0) if done.has_slope else np.zeros(v.shape[1])
-    return {"base": np.asarray(done.base), "slopes": slopes, "curvature": v.T @ v}
+    squared = np.square(v)
+    return {"base": np.asarray(done.base), "slopes": slopes, "curvature": v.T @ v, "squares": squared.T @ squared}
 
 
 def _add_derivatives(lab: Lab, made: CallGradient, v: np.ndarray) -> None:

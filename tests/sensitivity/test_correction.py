@@ -188,11 +188,11 @@ def test_fisher_scores_weigh_corrected_changes():
     """The diagonal Fisher score and the first-order CLADO take the change that the next norm or the bias leaves."""
     model, space = depthwise()
     v = derivatives(model, space, corrected_change(model))
-    scores = CLADO(tier="fisher").score(model, space, [(images(), labels())])
+    scores = CLADO(tier="fisher", expansion=True).score(model, space, [(images(), labels())])
     np.testing.assert_allclose(np.concatenate(scores.loss), v.mean(0), rtol=1e-7, atol=1e-12)
     np.testing.assert_allclose(scores.pairwise, v.T @ v / len(v), rtol=1e-7, atol=1e-12)
     raw = derivatives(model, space, lambda _, output, quantized: quantized - output)
-    plain = CLADO(tier="fisher", correction=False).score(model, space, [(images(), labels())])
+    plain = CLADO(tier="fisher", correction=False, expansion=True).score(model, space, [(images(), labels())])
     np.testing.assert_allclose(np.concatenate(plain.loss), raw.mean(0), rtol=1e-7, atol=1e-12)
     wanted, found = (Fisher(correction=on).score(model, space, [(images(), labels())]).loss for on in (False, True))
     assert all(one != other for one, other in zip(np.concatenate(wanted), np.concatenate(found), strict=True))

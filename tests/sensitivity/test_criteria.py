@@ -1,5 +1,7 @@
 """Single losses, linear terms and curvatures against their formulas, worked out in numpy from whole forward passes."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -68,7 +70,7 @@ def test_gram_is_its_formula():
     p = softmax(base)
     expected = np.einsum("nc,inc->i", p - np.eye(N_CLASSES)[labels()], r) / N_IMAGES
     batches = [(images()[:4], labels()[:4]), (images()[4:], labels()[4:])]
-    scores = CLADO(tier="gram", correction=False).score(model, space, batches)
+    scores = CLADO(tier="gram", correction=False, expansion=True).score(model, space, batches)
     np.testing.assert_allclose(np.concatenate(scores.loss), expected, rtol=1e-9)
     np.testing.assert_allclose(scores.pairwise, gram(p, r), rtol=1e-5, atol=1e-6 * gram(p, r).max())
     assert np.linalg.eigvalsh(scores.pairwise).min() > -1e-12 * np.trace(scores.pairwise)
@@ -79,9 +81,56 @@ def test_gram_without_labels_has_no_linear_term():
     model = small_net()
     space = space_of(model)
     base, r = logit_changes(model, space, images())
-    scores = CLADO(tier="gram", correction=False).score(model, space, [images()])
+    scores = CLADO(tier="gram", correction=False, expansion=True).score(model, space, [images()])
     assert not np.any(np.concatenate(scores.loss))
     np.testing.assert_allclose(scores.pairwise, gram(softmax(base), r), rtol=1e-5, atol=1e-6 * gram(softmax(base), r).max())
+
+
+def test_gram_counts_measured_losses_and_a_share_of_the_interactions():
+    """A plan's objective is the sum of its measured single losses and 0.3 of its cross terms, none within a unit."""
+    model = small_net()
+    space = space_of(model)
+    base, r = logit_changes(model, space, images())
+    p, target = softmax(base), torch.from_numpy(base)
+    singles = [
+        float(F.kl_div((target + torch.from_numpy(c)).log_softmax(1), target.softmax(1), reduction="batchmean")) for c in r
+    ]
+    scores = CLADO(correction=False, shrinkage=0.3).score(model, space, [images()])
+    starts = np.cumsum([0, *map(len, scores.loss)])[:-1]
+    for choice in itertools.product(*map(range, map(len, scores.loss))):
+        rows = [start + index for start, index in zip(starts, choice, strict=True)]
+        expected = sum(singles[row] for row in rows) + 0.3 * sum(gram(p, r)[i, j] for i, j in itertools.combinations(rows, 2))
+        linear = np.concatenate(scores.loss)
+        found = linear[rows].sum() + scores.pairwise[np.ix_(rows, rows)].sum() / 2
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("tier", ["gram", "fisher"])
+def test_the_share_is_what_is_no_noise(tier):
+    """It is one less the variance of the mean of the interactions over their squares, each in units of its two choices."""
+    model = small_net()
+    space = space_of(model)
+    expanded = CLADO(tier=tier, correction=False, expansion=True)
+    alike = images()[:1] + 0.3 * images()  # or nothing but noise is found
+    of_image = [expanded.score(model, space, [(alike[n : n + 1], labels()[n : n + 1])]).pairwise for n in range(N_IMAGES)]
+    mean, noise = np.mean(of_image, axis=0), np.var(of_image, axis=0, ddof=1) / N_IMAGES
+    unit = np.repeat(np.arange(len(space.units)), [len(members.choices) for members in space.units])
+    signal = chance = 0.0
+    for i, j in itertools.product(range(len(unit)), repeat=2):
+        if unit[i] != unit[j]:
+            signal += mean[i, j] ** 2 / (mean[i, i] * mean[j, j])
+            chance += noise[i, j] / (mean[i, i] * mean[j, j])
+    found = CLADO(tier=tier, correction=False).score(model, space, [(alike, labels())])
+    assert 0.0 < found.facts["shrinkage"] == pytest.approx(max(0.0, 1 - chance / signal), rel=1e-4)
+    np.testing.assert_allclose(found.pairwise, found.facts["shrinkage"] * mean, rtol=1e-4, atol=1e-6 * mean.max())
+
+
+def test_a_single_image_says_nothing_of_interactions():
+    """Without a variance there is no estimate, so none of them count."""
+    model = small_net()
+    scores = CLADO(correction=False).score(model, space_of(model), [images()[:1]])
+    assert scores.facts["shrinkage"] == 0.0
+    assert not np.any(scores.pairwise)
 
 
 def test_gram_without_interactions_is_the_measured_loss():
@@ -104,7 +153,11 @@ def test_sampled_labels_converge_to_the_gram():
     exact = gram(softmax(base), r)
 
     def distance(n_samples):
-        found = CLADO(tier="gram", correction=False, n_samples=n_samples).score(model, space, [(images(), labels())]).pairwise
+        found = (
+            CLADO(tier="gram", correction=False, expansion=True, n_samples=n_samples)
+            .score(model, space, [(images(), labels())])
+            .pairwise
+        )
         return np.linalg.norm(found - exact) / np.linalg.norm(exact)
 
     assert distance(20_000) < 0.02 < 0.05 < distance(20) < 2
@@ -131,7 +184,7 @@ def test_fisher_is_the_gradient_of_every_image_times_the_change():
     model = small_net()
     space = space_of(model, tie=[("0", "3")])
     v = derivatives(model, space, lambda logits, n: F.cross_entropy(logits, labels()[n : n + 1]))
-    scores = CLADO(tier="fisher", correction=False).score(model, space, [(images(), labels())])
+    scores = CLADO(tier="fisher", correction=False, expansion=True).score(model, space, [(images(), labels())])
     np.testing.assert_allclose(np.concatenate(scores.loss), v.mean(0), rtol=1e-8)
     np.testing.assert_allclose(scores.pairwise, v.T @ v / N_IMAGES, rtol=1e-8, atol=1e-14)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -146,7 +199,9 @@ def test_fisher_without_labels_is_an_average_over_the_models_own():
     for label in range(N_CLASSES):
         v = derivatives(model, space, lambda logits, n, y=label: F.cross_entropy(logits, torch.tensor([y])))
         expected = expected + np.einsum("n,ni,nj->ij", p[:, label], v, v) / N_IMAGES
-    scores = CLADO(tier="fisher", correction=False, n_images=6000).score(model, space, [images().repeat(1000, 1, 1, 1)])
+    scores = CLADO(tier="fisher", correction=False, expansion=True, n_images=6000).score(
+        model, space, [images().repeat(1000, 1, 1, 1)]
+    )
     assert not np.any(np.concatenate(scores.loss))
     assert np.linalg.norm(scores.pairwise - expected) < 0.05 * np.linalg.norm(expected)
 
@@ -181,7 +236,7 @@ def test_fisher_with_activations_takes_the_change_at_each_layers_output():
             v[n, column] = (slope[name] * (moved - held[name][1].detach())).sum()
     for handle in handles:
         handle.remove()
-    scores = CLADO(tier="fisher", correction=False).score(model, space, [(images(), labels())])
+    scores = CLADO(tier="fisher", correction=False, expansion=True).score(model, space, [(images(), labels())])
     np.testing.assert_allclose(np.concatenate(scores.loss), v.mean(0), rtol=1e-7, atol=1e-13)
     np.testing.assert_allclose(scores.pairwise, v.T @ v / N_IMAGES, rtol=1e-7, atol=1e-13)
 
@@ -201,8 +256,8 @@ def test_pinned_layers_are_quantized_when_others_are_measured(activations):
         quantized[3].register_forward_pre_hook(lambda _, args: (args[0] + (quantizer(args[0]) - args[0]).detach(),))
     alone = Space.build(find_layers(quantized, images(1), include=["0", "6"]), free)
     for tier in ("fisher", "gram", "exact"):
-        expected = CLADO(tier=tier, correction=False).score(quantized, alone, [(images(), labels())])
-        found = CLADO(tier=tier, correction=False).score(model, pinned, [(images(), labels())])
+        expected = CLADO(tier=tier, correction=False, expansion=True).score(quantized, alone, [(images(), labels())])
+        found = CLADO(tier=tier, correction=False, expansion=True).score(model, pinned, [(images(), labels())])
         kept = [index for index, (unit, _) in enumerate(by_hand.options) if unit != 1]
         assert found.facts["base_loss"] == pytest.approx(expected.facts["base_loss"], rel=1e-9)
         if len(activations) == 1:  # else ranges were found behind the quantized layer

@@ -1,0 +1,80 @@
+"""Widths that are not measured: which they are, and that their losses follow the squared error of the weights."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mpq_plugins import Space, find_layers, menu
+from mpq_plugins._space import Unit
+from mpq_plugins.proxies import KLDivergence, LossIncrease, OutputError
+from mpq_plugins.sensitivity._widths import filled, measured_choices
+
+
+def unit(weights, activations=(8,)):
+    return Unit(("layer",), menu(weights, activations), 0)
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ((2, 4, 8), (2, 4)),
+        ((2, 3, 4, 5, 6, 8), (2, 3, 4, 6)),
+        ((3, 4, 5, 6, 7, 8), (3, 4, 6, 8)),
+        ((4, 8), (4,)),
+        ((6, 8), (6,)),
+        ((8,), (8,)),
+    ],
+)
+def test_narrow_widths_and_every_other_wide_one_are_measured(weights, expected):
+    """Every width up to 4 bits; above, none whose narrower neighbour is measured."""
+    members = unit(weights)
+    assert tuple(members.choices[index].weight for index in measured_choices(members)) == expected
+
+
+def test_all_choices_are_measured_where_activations_have_some():
+    """A loss of activations does not follow the error of the weights."""
+    members = unit((2, 4, 8), (4, 8))
+    assert list(measured_choices(members)) == list(range(6))
+
+
+def test_a_loss_in_proportion_to_the_error_is_put_in_exactly():
+    """Loss = 3 x squared error: the widths between and above come out as measured ones would."""
+    members = unit((2, 3, 4, 5, 6, 8))
+    error = {choice.weight: 5.0 * 4.0**-choice.weight for choice in members.choices}
+    true = np.asarray([3 * error[choice.weight] for choice in members.choices])
+    losses = true.copy()
+    losses[[index for index in range(6) if index not in measured_choices(members)]] = np.nan
+    np.testing.assert_allclose(filled(members, losses, error.__getitem__), true, rtol=1e-12)
+
+
+def test_between_two_measured_widths_the_ratio_is_their_mean():
+    """Errors 1, 1/4, 1/16 and ratios 2 and 6 at the ends: 4 in the middle, so the loss is 1."""
+    members = unit((4, 5, 6))
+    error = {4: 1.0, 5: 0.25, 6: 0.0625}
+    losses = np.asarray([2.0 if choice.weight == 4 else 6 / 16 if choice.weight == 6 else np.nan for choice in members.choices])
+    at = [choice.weight for choice in members.choices].index(5)
+    assert filled(members, losses, error.__getitem__)[at] == pytest.approx(1.0)
+
+
+def test_a_width_that_changes_no_weight_loses_nothing():
+    """An error of zero has a loss of zero, and says nothing of the others."""
+    members = unit((4, 8))
+    found = filled(members, np.asarray([0.0, np.nan]), lambda bits: 0.0)
+    assert found.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("proxy", [KLDivergence, LossIncrease, OutputError])
+def test_measured_widths_are_those_of_the_full_measurement_at_less_cost(proxy):
+    """What is measured does not change, what is put in is near it, and two of six widths are not run."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 5)).eval()
+    images = torch.randn(32, 3, 8, 8)
+    space = Space.build(find_layers(net, images[:1]), menu((2, 3, 4, 5, 6, 8)))
+    whole = proxy(interpolate=False).score(net, space, [images])
+    found = proxy().score(net, space, [images])
+    kept = measured_choices(space.units[0])
+    for own, full in zip(np.asarray(found.loss), np.asarray(whole.loss), strict=True):
+        np.testing.assert_array_equal(own[kept], full[kept])
+        np.testing.assert_allclose(own, full, rtol=1.0)
+    assert found.facts["layer_evaluations"] < 0.75 * whole.facts["layer_evaluations"]

@@ -1,0 +1,46 @@
+"""Memory that is kept between passes: fewer pages are mapped anew, and all of it is given back."""
+
+import platform
+import resource
+
+import pytest
+import torch
+
+from mpq_plugins._allocator import keeping_memory
+
+_SIZE = 64 * 2**18  # floats: 64 MiB, which glibc would map for each tensor
+
+
+def page_faults(n_tensors):
+    """Pages that the kernel gave while tensors were made and freed one after another."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(n_tensors):
+        torch.ones(_SIZE)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+glibc_only = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
+
+
+@glibc_only
+def test_a_freed_tensor_is_used_again():
+    """Twenty tensors one after another need the pages of one, not of twenty; outside it is as before."""
+    with keeping_memory():
+        page_faults(1)
+        with keeping_memory():
+            kept = page_faults(20)
+        still = page_faults(20)
+    after = page_faults(20)
+    assert max(kept, still) < after / 10
+
+
+def test_an_error_passes_through_and_ends_it():
+    """It is a plain context: also usable as a decorator, errors go on."""
+
+    @keeping_memory()
+    def fail():
+        raise ValueError("mine")
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="mine"):
+            fail()

@@ -87,8 +87,8 @@ def efficientnet() -> nn.Module:
 
 
 def as_input(images: np.ndarray) -> Tensor:
-    """Images [N, height, width, 3] as the network takes them: (x - 127) / 128, channels first."""
-    return ((torch.from_numpy(images).float() - 127) / 128).permute(0, 3, 1, 2).contiguous()
+    """Images [N, height, width, 3] as the network takes them: (x - 127) / 128 as [N, 3, height, width], in memory with channels last."""
+    return ((torch.from_numpy(images).float() - 127) / 128).permute(0, 3, 1, 2)
 
 
 # ---- the text recogniser of EasyOCR (English, second generation)

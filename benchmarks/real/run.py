@@ -29,6 +29,7 @@ from fetch import FetchError, cache_folder
 from standins import STANDINS
 
 import adapters
+from mpq_plugins._allocator import keeping_memory
 
 PARTS = ("scores", "batch-norm", "adapters")
 RESULTS = Path(__file__).parent / "results"
@@ -68,10 +69,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             options.results, options.calibration, options.test = Path(folder), 32, 64
             options.averages, options.bits = [4.0, 2.5], ["w4a8"]
-            run(options, parts, STANDINS, Path(folder))
+            with keeping_memory():
+                run(options, parts, STANDINS, Path(folder))
         return
     try:
-        run(options, parts, {name: NETWORKS[name] for name in options.networks}, cache_folder())
+        with keeping_memory():
+            run(options, parts, {name: NETWORKS[name] for name in options.networks}, cache_folder())
     except FetchError as error:
         sys.exit(str(error))
 

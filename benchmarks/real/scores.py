@@ -58,13 +58,14 @@ SCORES: dict[str, Score] = {
     "kl-divergence": Score("kl-divergence", {}, 16),
     "loss-increase": Score("loss-increase", {}, 16),
     "clado gram": Score("clado", {"tier": "gram"}, 16),
+    "clado gram, expansion": Score("clado", {"tier": "gram", "expansion": True}, 16),
     "clado fisher": Score("clado", {"tier": "fisher"}, 64),
     # Raw: measured on the network that is not corrected, as published.
     "fisher raw": Score("fisher", {"correction": False}, 64),
     "output-error raw": Score("output-error", {"correction": False}, 16),
     "kl-divergence raw": Score("kl-divergence", {"correction": False}, 16),
-    "clado gram raw": Score("clado", {"tier": "gram", "correction": False}, 16),
-    "clado fisher raw": Score("clado", {"tier": "fisher", "correction": False}, 64),
+    "clado gram raw": Score("clado", {"tier": "gram", "expansion": True, "correction": False}, 16),
+    "clado fisher raw": Score("clado", {"tier": "fisher", "expansion": True, "correction": False}, 64),
     "rank-ensemble": Score("rank-ensemble", {}, 16),
     "hessian-trace": Score("hessian-trace", {"n_probes": 16}, 16),
 }

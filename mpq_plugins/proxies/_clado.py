@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 import numpy as np
@@ -63,7 +63,7 @@ class CLADO(AbstractSensitivity):
         """Sensitivities as losses and interactions as the pairwise term; `facts` holds the measured single losses."""
         from mpq_plugins.sensitivity import Lab, first_order_effects
 
-        lab = Lab(model, space, batches, self.setup())
+        lab = Lab(model, space, batches, replace(self.setup(), replay=self.tier != "fisher"))
         pairs, curvature = self.cross and self.tier == "exact", self.cross and self.tier == "gram"
         effects = first_order_effects(lab) if self.tier == "fisher" else lab.effects(pairs=pairs, curvature=curvature)
         shrinkage = self._shrinkage(space, effects)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 import numpy as np
@@ -53,7 +53,7 @@ class Fisher(AbstractSensitivity):
         """Half the weighted squared errors; `facts` holds the float model's loss."""
         from mpq_plugins.sensitivity import Lab
 
-        lab = Lab(model, space, batches, self.setup())
+        lab = Lab(model, space, batches, replace(self.setup(), replay=False))
         base, total = 0.0, np.zeros(int(lab.start[-1]))
         for index, batch in enumerate(track(lab.pieces(), "images forward and back")):
             arrays = self._of_piece(lab, batch, index)

@@ -87,7 +87,7 @@ def efficientnet() -> nn.Module:
 
 
 def as_input(images: np.ndarray) -> Tensor:
-    """Images [N, height, width, 3] as the network takes them: (x - 127) / 128 as [N, 3, height, width], in memory with channels last."""
+    """Images [N, height, width, 3] as [N, 3, height, width] of (x - 127) / 128, in memory with channels last."""
     return ((torch.from_numpy(images).float() - 127) / 128).permute(0, 3, 1, 2)
 
 

@@ -313,7 +313,7 @@ def _checked(engine: Engine, example: Batch, *, channels_last: bool) -> Engine:
 
 
 def _check(engine: Engine, example: Batch) -> None:
-    """Compare a replay of every unit at its first choice with a plain pass, on one image, with others stacked where they can be.
+    """Compare a replay of every unit at its first choice with a plain pass, on one image; a second choice stacks with it.
 
     Raises `CannotReplay` where they differ.
     """

@@ -90,8 +90,9 @@ def seconds(work: Callable[[], Any]) -> float:
 def by_nncf(net: nn.Module, bits: BitConfig, images: tuple[Any, ...]) -> float:
     """NNCF's own quantization, at 8 bits whatever was asked."""
     import nncf
+    from mpq_nncf._hookable import as_hookable
 
-    return seconds(lambda: nncf.quantize(net, nncf.Dataset(list(images)), subset_size=len(images)))
+    return seconds(lambda: nncf.quantize(as_hookable(net), nncf.Dataset(list(images)), subset_size=len(images)))
 
 
 def by_brevitas(net: nn.Module, bits: BitConfig, images: tuple[Any, ...]) -> float:

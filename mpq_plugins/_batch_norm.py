@@ -37,7 +37,12 @@ class Moments:
     def of(cls, values: Tensor, axis: int) -> Moments:
         """Over all axes but `axis`; the variance is that of the values at hand (biased)."""
         values = values.detach().float()
-        others = [other for other in range(values.dim()) if other != axis % values.dim()]
+        axis %= values.dim()
+        if values.device.type == "cpu" and values.numel() and values.dim() > 1 and axis in (1, values.dim() - 1):
+            # A pass without a copy in either memory order: 3 to 8 times faster than the means below.
+            rows = values if axis == 1 else values.flatten(0, -2)
+            return cls(*torch.batch_norm_update_stats(rows, None, None, 0.0))
+        others = [other for other in range(values.dim()) if other != axis]
         mean = values.mean(others, keepdim=True)
         # Several times faster than `torch.var_mean` over these axes.
         spread = torch.linalg.vector_norm(values - mean, dim=others)
@@ -180,9 +185,17 @@ def bias_sites(module: nn.Module, layers: Mapping[str, str]) -> dict[str, BiasSi
     }
 
 
+Recorded = list[dict[str, list[Moments]]]  # of each forward pass: by site, for each of its calls
+
+
 @torch.no_grad()
 def correct_by_difference(
-    reference: nn.Module, module: nn.Module, batches: Iterable[Any], sites: Mapping[str, AbstractSite]
+    reference: nn.Module,
+    module: nn.Module,
+    batches: Iterable[Any],
+    sites: Mapping[str, AbstractSite],
+    *,
+    expected: Recorded | None = None,
 ) -> int:
     """Take back what quantization does to means and variances at `sites`, in place; returns the number of batches.
 
@@ -192,17 +205,18 @@ def correct_by_difference(
     of the means. Differences are averaged over batches, ratios in the logarithm. What the images differ in from the training
     data cancels: where quantization changes nothing, nothing changes.
 
-    `batches` are items that `Batch.of` reads, held one at a time. `reference` has the sites' modules under the same names.
-    An interruption puts everything back.
+    `batches` are items that `Batch.of` reads, held one at a time. `reference` has the sites' modules under the same names; it
+    does not run where `expected` has its moments on the same batches. An interruption puts everything back.
     """
     n_batches = 0
     if not sites:
         return n_batches
     try:
-        for batch in batches_of(batches):
-            expected = _moments(reference, sites, batch.inputs)
-            _correct(module, sites, batch.inputs, expected)
-            n_batches += 1
+        with _correcting(module, sites) as correct:
+            for batch in batches_of(batches):
+                moments = _moments(reference, sites, batch.inputs) if expected is None else expected[n_batches]
+                correct(batch.inputs, moments)
+                n_batches += 1
         for site in sites.values():
             site.finish()
     except BaseException:
@@ -231,37 +245,65 @@ def corrected_around(
     yield
     with torch.no_grad():
         after = {name: site for name, site in sites().items() if name in before}
-        for batch, moments in zip(batches_of(batches), expected, strict=False):
-            _correct(module, after, batch.inputs, {name: moments[name] for name in after})
+        with _correcting(module, after) as correct:
+            for batch, moments in zip(batches_of(batches), expected, strict=False):
+                correct(batch.inputs, moments)
         for site in after.values():
             site.finish()
 
 
 def _moments(reference: nn.Module, sites: Mapping[str, AbstractSite], inputs: Any) -> dict[str, list[Moments]]:
     """The moments at every site, one for each of its calls."""
-    found: dict[str, list[Moments]] = {name: [] for name in sites}
+    with recorded(reference, sites) as passes, evaluating(reference):
+        call(reference, inputs)
+    return passes[0]
+
+
+@contextlib.contextmanager
+def recorded(module: nn.Module, sites: Mapping[str, AbstractSite]) -> Iterator[Recorded]:
+    """The moments at every site in each forward pass of `module` that is made inside."""
+    passes: Recorded = []
+
+    def start(_module: nn.Module, _args: Any) -> None:
+        passes.append({name: [] for name in sites})
 
     def see(name: str, values: Tensor) -> Tensor:
-        found[name].append(Moments.of(values, sites[name].axis))
+        passes[-1][name].append(Moments.of(values, sites[name].axis))
         return values
 
-    _run(reference, sites, inputs, see)
-    return found
+    handle = module.register_forward_pre_hook(start)
+    try:
+        with _watched(module, sites, see):
+            yield passes
+    finally:
+        handle.remove()
 
 
-def _correct(module: nn.Module, sites: Mapping[str, AbstractSite], inputs: Any, expected: Mapping[str, list[Moments]]) -> None:
-    n_images = batch_size(inputs)
-    left = {name: iter(moments) for name, moments in expected.items()}
+@contextlib.contextmanager
+def _correcting(
+    module: nn.Module, sites: Mapping[str, AbstractSite]
+) -> Iterator[Callable[[Any, Mapping[str, list[Moments]]], None]]:
+    """A function that runs inputs through `module`, and lets `sites` learn from the moments expected on them."""
+    left: dict[str, Iterator[Moments]] = {}
+    n_images = 0
 
     def see(name: str, values: Tensor) -> Tensor:
         moments = next(left[name], None)
         return values if moments is None else sites[name].correct(values, moments, n_images)
 
-    _run(module, sites, inputs, see)
+    def correct(inputs: Any, expected: Mapping[str, list[Moments]]) -> None:
+        nonlocal n_images
+        n_images = batch_size(inputs)
+        left.update({name: iter(expected[name]) for name in sites})
+        call(module, inputs)
+
+    with _watched(module, sites, see), evaluating(module):
+        yield correct
 
 
-def _run(module: nn.Module, sites: Mapping[str, AbstractSite], inputs: Any, see: Callable[[str, Tensor], Tensor]) -> None:
-    """A forward pass in which `see` gets the values of every site, and gives what takes the place of outputs."""
+@contextlib.contextmanager
+def _watched(module: nn.Module, sites: Mapping[str, AbstractSite], see: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+    """In forward passes `see` gets the values of every site, and gives what takes the place of outputs."""
     modules = dict(module.named_modules())
 
     def before(name: str) -> Callable[..., None]:
@@ -288,8 +330,7 @@ def _run(module: nn.Module, sites: Mapping[str, AbstractSite], inputs: Any, see:
             else:
                 handle = watched.register_forward_hook(after(name))
             stack.callback(handle.remove)
-        stack.enter_context(evaluating(module))
-        call(module, inputs)
+        yield
 
 
 def reestimate_batch_norm(module: nn.Module, batches: Iterable[Any], *, held: Collection[str] = ()) -> int:

@@ -10,12 +10,13 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from mpq_plugins._batch_norm import AbstractSite, correct_by_difference
+from mpq_plugins._batch_norm import AbstractSite, Recorded, correct_by_difference
 from mpq_plugins._model import Batch, call, evaluating, tensors
 from mpq_plugins._ptq import PTQ
 
 _LOG = logging.getLogger("mpq_plugins.ptq")
 _ATTRIBUTE = "_mpq_repairs"
+_OF_NORMS, _OF_BIASES = "batch_norm=corrected", "bias_correction=true"
 _LEAST_IMAGES = 16  # of which some can be held back
 _SHARE = 8  # one image in so many, at most
 
@@ -27,7 +28,7 @@ class Repair:
     `metric` is "KL divergence" for class logits (a single output [N, class]), else "relative squared error" of all outputs.
     """
 
-    option: str  # such as "batch_norm=corrected"
+    option: str  # such as "batch_norm=corrected", or two that were judged together
     metric: str
     before: float
     after: float
@@ -51,14 +52,14 @@ class Judge:
 
     def __init__(self, model: nn.Module, held_out: Sequence[Batch]) -> None:
         self._batches = held_out
-        self._expected = [_outputs(model, batch) for batch in held_out]
+        self._expected = _outputs(model, held_out)
         self.n_images = sum(map(len, held_out))
         of_classes = all(len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] > 1 for outputs in self._expected)
         self.metric = "KL divergence" if of_classes else "relative squared error"
 
     def distance(self, module: nn.Module) -> float:
         """Mean KL(float || module) in nats, or squared error over the float outputs' power; infinity where not finite."""
-        found = [_outputs(module, batch) for batch in self._batches]
+        found = _outputs(module, self._batches)
         pairs = [pair for ours, theirs in zip(found, self._expected, strict=True) for pair in zip(ours, theirs, strict=True)]
         if self.metric == "KL divergence":
             value = sum(_divergence(theirs, ours) for ours, theirs in pairs) / self.n_images
@@ -68,9 +69,10 @@ class Judge:
         return value if value == value else float("inf")
 
 
-def _outputs(module: nn.Module, batch: Batch) -> list[Tensor]:
+def _outputs(module: nn.Module, batches: Sequence[Batch]) -> list[list[Tensor]]:
     with evaluating(module):
-        return [tensor.double() for tensor in tensors(call(module, batch.inputs)) if tensor.is_floating_point()]
+        found = (tensors(call(module, batch.inputs)) for batch in batches)
+        return [[tensor.double() for tensor in outputs if tensor.is_floating_point()] for outputs in found]
 
 
 def _divergence(expected: Tensor, found: Tensor) -> float:
@@ -105,36 +107,42 @@ def repair(
     norms: Callable[[], Mapping[str, AbstractSite]],
     biases: Callable[[], Mapping[str, AbstractSite]],
     reestimate: Callable[[], Any],
+    expected: Recorded | None = None,
 ) -> list[Repair]:
     """Repair batch normalisation and biases of `module` in place as `ptq` says; see `correct_by_difference`.
 
-    `norms` and `biases` give the sites of both, `reestimate` gives normalisations the statistics of the images. Without a
-    `judge` everything is kept.
+    `norms` and `biases` give the sites of both, `reestimate` gives normalisations the statistics of the images. Corrections are
+    judged together, and one by one only where that does not help; without a `judge` everything is kept. `expected` are the
+    moments of `reference` on the batches, where they are known.
     """
     done = _Repaired(module, judge)
     if ptq.batch_norm == "re-estimated":
         done.attempt("batch_norm=re-estimated", reestimate)
     of_norms = norms() if ptq.batch_norm == "corrected" else {}
     of_biases = biases() if ptq.bias_correction else {}
-    # Both in one pass, as biases are measured behind the normalisations; then they are judged one after the other.
-    correct_by_difference(reference, module, batches, {**of_norms, **of_biases})
+    # Both in one pass, as biases are measured behind the normalisations.
+    correct_by_difference(reference, module, batches, {**of_norms, **of_biases}, expected=expected)
+    moved = {name: site for name, site in of_biases.items() if site.shift is not None}  # layers of tokens have none
+    if of_norms and moved and done.judged(f"{_OF_NORMS}, {_OF_BIASES}", only_if_kept=True):
+        return done.repairs
     if of_norms:
-        _each(of_biases, AbstractSite.undo)
-        if not done.judged("batch_norm=corrected"):
-            _each(of_norms, AbstractSite.undo)
-            of_biases = biases() if of_biases else {}
-            correct_by_difference(reference, module, batches, of_biases)
-    of_biases = {name: site for name, site in of_biases.items() if site.shift is not None}  # layers of tokens have none
-    if of_biases:
-        _each(of_biases, AbstractSite.finish)
-        if not done.judged("bias_correction=true"):
-            _each(of_biases, AbstractSite.undo)
+        _undo(moved)
+        if not done.judged(_OF_NORMS):
+            _undo(of_norms)
+            of_biases = biases() if moved else {}
+            correct_by_difference(reference, module, batches, of_biases, expected=expected)
+            moved = {name: site for name, site in of_biases.items() if site.shift is not None}
+    if moved:
+        for site in moved.values():
+            site.finish()
+        if not done.judged(_OF_BIASES):
+            _undo(moved)
     return done.repairs
 
 
-def _each(sites: Mapping[str, AbstractSite], change: Callable[[AbstractSite], None]) -> None:
+def _undo(sites: Mapping[str, AbstractSite]) -> None:
     for site in sites.values():
-        change(site)
+        site.undo()
 
 
 @final
@@ -155,14 +163,15 @@ class _Repaired:
                 for name, tensor in _tensors_of(self._module).items():
                     tensor.copy_(before[name])
 
-    def judged(self, option: str) -> bool:
-        """Whether the module is now no farther from the float network than before; notes the figures."""
+    def judged(self, option: str, *, only_if_kept: bool = False) -> bool:
+        """Whether the module is now no farther from the float network than before; notes the figures, or only good ones."""
         if self._judge is None:
             return True
         after = self._judge.distance(self._module)
         made = Repair(option, self._judge.metric, self._distance, after, after <= self._distance, self._judge.n_images)
-        self.repairs.append(made)
-        note(made)
+        if made.kept or not only_if_kept:
+            self.repairs.append(made)
+            note(made)
         if made.kept:
             self._distance = after
         return made.kept

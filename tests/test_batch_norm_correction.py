@@ -8,7 +8,14 @@ import torch
 from torch import nn
 
 from mpq_plugins import BitConfig, Precision, find_layers
-from mpq_plugins._batch_norm import bias_sites, correct_batch_norm, correct_by_difference, corrected_around, norm_sites
+from mpq_plugins._batch_norm import (
+    AbstractSite,
+    bias_sites,
+    correct_batch_norm,
+    correct_by_difference,
+    corrected_around,
+    norm_sites,
+)
 from mpq_plugins._model import Batch
 from mpq_plugins._plugins import make
 from mpq_plugins._ptq import PTQ
@@ -282,3 +289,54 @@ def test_a_correction_that_changes_nothing_is_not_told():
     options = {"reference": reference, "norms": dict, "reestimate": lambda: None}
     judge = Judge(reference, batch)
     assert repair(module, PTQ(), batch, judge, biases=lambda: bias_sites(module, sites), **options) == []
+
+
+class Nudge(AbstractSite):
+    """A correction that is worth a step of a bias, known beforehand."""
+
+    axis = 1
+
+    def __init__(self, bias, step):
+        super().__init__()
+        self.shift, self.bias, self.step, self.before = object(), bias, step, bias.detach().clone()
+
+    def corrected(self, values, shift):
+        return values
+
+    def finish(self):
+        self.bias.copy_(self.before + self.step)
+
+    def undo(self):
+        self.bias.copy_(self.before)
+
+
+@pytest.mark.parametrize(
+    ("of_norm", "of_bias", "told", "left"),
+    [
+        (-0.3, -0.2, [("batch_norm=corrected, bias_correction=true", True)], (0.2, 0.3)),
+        (5.0, -0.2, [("batch_norm=corrected", False), ("bias_correction=true", True)], (0.5, 0.3)),
+        (-0.3, 5.0, [("batch_norm=corrected", True), ("bias_correction=true", False)], (0.2, 0.5)),
+    ],
+)
+def test_corrections_are_judged_together_and_apart_where_that_hurts(of_norm, of_bias, told, left):
+    """One judging for two that help; of a good and a bad one the good one stays, and both are told."""
+    reference = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    for layer in reference:
+        nn.init.ones_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    module = copy.deepcopy(reference)
+    for layer in module:
+        nn.init.constant_(layer.bias, 0.5)
+    batch = [Batch(torch.randn(8, 1))]
+    options = {"reference": reference, "reestimate": lambda: None}
+    found = repair(
+        module,
+        PTQ(),
+        batch,
+        Judge(reference, batch),
+        norms=lambda: {"norm": Nudge(module[0].bias, of_norm)},
+        biases=lambda: {"layer": Nudge(module[1].bias, of_bias)},
+        **options,
+    )
+    assert [(made.option, made.kept) for made in found] == told
+    assert [float(layer.bias) for layer in module] == pytest.approx(left)

@@ -53,6 +53,16 @@ def test_training_runs_without_a_download(tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
+def test_the_cost_of_prepare_is_measured_without_a_download(tmp_path):
+    """Both adapters and both frameworks' own quantization run on a stand-in, and a ratio is printed for each."""
+    run = [sys.executable, str(REAL / "prepare_time.py"), "--tiny", "--images", "16"]
+    environment = {**os.environ, "CI": "true", "MPQ_REAL_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(run, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line.split(" | ")[0] for line in done.stdout.splitlines()[-2:]] == ["| nncf", "| brevitas"]
+    assert not (tmp_path / "cache").exists()
+
+
 def test_crops_are_the_same_for_all_methods(bench):
     """A seed and an epoch give the same images with the float network's logits; others give other images."""
     training = bench("training")

@@ -6,13 +6,14 @@ import contextlib
 import functools
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mpq_brevitas._version import require_brevitas
+from mpq_plugins._remembered import Remembered
 
 require_brevitas()
 # The version is checked before any name that another version may lack.
@@ -328,6 +329,19 @@ def _observing(proxy: Any, before: dict[str, bool], enabled: bool) -> None:
 def set_weight_quantization(layer: Any, on: bool) -> None:
     """Quantize the weight of a layer, or pass it as it is."""
     layer.weight_quant.disable_quant = not on
+
+
+@contextlib.contextmanager
+def remembered_weights(layers: Iterable[Any]) -> Iterator[None]:
+    """Without gradients: weights are quantized anew only when they or their quantizers changed since the last pass."""
+    proxies = list({id(layer.weight_quant): layer.weight_quant for layer in layers}.values())
+    try:
+        for proxy in proxies:
+            proxy.forward = Remembered(functools.partial(type(proxy).forward, proxy), proxy)
+        yield
+    finally:
+        for proxy in proxies:
+            vars(proxy).pop("forward", None)
 
 
 @contextlib.contextmanager

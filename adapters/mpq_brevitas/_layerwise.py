@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
@@ -15,29 +15,23 @@ from mpq_brevitas._quantizers import activation_quantizer, weight_quantizer
 from mpq_brevitas._recipe import Recipe
 from mpq_brevitas._subclasses import as_exact_layers, restore_forward
 from mpq_plugins._bits import BitConfig
+from mpq_plugins._histogram import Histogram
 from mpq_plugins._model import Batch, call, evaluating, tensors
 
 
-def signed_inputs(model: nn.Module, names: Sequence[str], batches: Sequence[Batch]) -> dict[str, bool]:
-    """Layer name -> whether its input was ever negative over `batches`; an unsigned quantizer saves a bit otherwise."""
-    model = rooted(model)
-    lowest = dict.fromkeys(names, torch.inf)
-    handles = []
-    for name in names:
+def observe_inputs(model: nn.Module, histograms: Mapping[str, Histogram], batches: Sequence[Batch]) -> None:
+    """Count the inputs of the layers named in `histograms` over `batches`; `model` is rooted."""
+    with contextlib.ExitStack() as stack:
+        for name, histogram in histograms.items():
 
-        def observe(_module: nn.Module, inputs: tuple[object, ...], name: str = name) -> None:
-            for tensor in tensors(inputs):
-                lowest[name] = min(lowest[name], float(tensor.min()))
+            def observe(_module: nn.Module, inputs: tuple[object, ...], histogram: Histogram = histogram) -> None:
+                for tensor in tensors(inputs):
+                    histogram.add(tensor)
 
-        handles.append(get_layer(model, name).register_forward_pre_hook(observe))
-    try:
-        with evaluating(model):
-            for batch in batches:
-                call(model, batch.inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: value < 0 for name, value in lowest.items()}
+            stack.callback(get_layer(model, name).register_forward_pre_hook(observe).remove)
+        stack.enter_context(evaluating(model))
+        for batch in batches:
+            call(model, batch.inputs)
 
 
 def convert(model: nn.Module, bits: BitConfig, recipe: Recipe) -> nn.Module:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +17,20 @@ from mpq_brevitas._coverage import check_inputs, check_weights
 from mpq_brevitas._equalize import equalize
 from mpq_brevitas._modules import get_layer, rooted
 from mpq_brevitas._options import activation_rule, check_options
-from mpq_brevitas._ranges import fit_activations
+from mpq_brevitas._ranges import fit_activations, fit_to_inputs
 from mpq_brevitas._recipe import Recipe, attach_recipe
 from mpq_brevitas._rounding import check_rounding, originals_kept, round_weights
 from mpq_brevitas._support import check_convertible
 from mpq_plugins._adapter import attach_bits
-from mpq_plugins._batch_norm import AbstractSite, bias_sites, norm_sites, reestimate_batch_norm
+from mpq_plugins._batch_norm import AbstractSite, Recorded, bias_sites, norm_sites, recorded, reestimate_batch_norm
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._discover import find_layers
 from mpq_plugins._errors import DataError
+from mpq_plugins._histogram import Histogram
 from mpq_plugins._layers import Inventory
 from mpq_plugins._model import Batch, batches_of
 from mpq_plugins._ptq import PTQ
+from mpq_plugins._quick import quick
 from mpq_plugins._repairs import Judge, Repair, attach_repairs, better, hold_out, repair
 
 if TYPE_CHECKING:
@@ -45,12 +47,19 @@ def prepare(
     batches = tuple(batches_of(calibration))
     if not batches:
         raise DataError("no calibration batches were given, but activation ranges need them. Pass data (--data).")
-    recipe = _recipe(model, bits, batches, adapter, ptq)
     used, held = hold_out(batches, ptq.held_out)
-    judge = Judge(model, held) if held else None
+    longest = max(map(len, batches))
+    images = _Images(batches, used, *(quick(model, part, longest=longest) for part in (used, held)))
+    rule = activation_rule(adapter, ptq)
+    recipe = Recipe(adapter.profile, ptq.weight_range, {}, rule, adapter.quantizer, adapter.scales)
+    seen = None
+    if adapter.profile == "layerwise":
+        seen = _observed(model, bits, inventory, images, recipe)
+        recipe = replace(recipe, signed={name: bool(histogram.least < 0) for name, histogram in seen.inputs.items()})
+    judge = Judge(model, images.quick_held) if held else None
 
     def repaired(options: PTQ) -> tuple[nn.Module, list[Repair]]:
-        return _repaired(model, bits, inventory, batches, used, recipe, options, judge)
+        return _repaired(model, bits, inventory, images, seen, recipe, options, judge)
 
     module, repairs = repaired(ptq)
     for option, plain in (("rounding", "nearest"), ("equalization", "none")):
@@ -63,37 +72,68 @@ def prepare(
     return attach_bits(module.eval(), bits)
 
 
+@dataclass(frozen=True)
+class _Images:
+    """Calibration images: all as they were given, those to repair with, and these and the held-out ones for quick passes."""
+
+    given: tuple[Batch, ...]
+    used: Sequence[Batch]
+    quick_used: Sequence[Batch]
+    quick_held: Sequence[Batch]
+
+    @property
+    def quick(self) -> tuple[Batch, ...]:
+        """All, for quick passes."""
+        return (*self.quick_used, *self.quick_held)
+
+
+@dataclass(frozen=True)
+class _Observed:
+    """What one pass of the float network shows: the inputs of layers, and the moments on the images to repair with."""
+
+    inputs: Mapping[str, Histogram]
+    moments: Recorded
+
+
+def _observed(model: nn.Module, bits: BitConfig, inventory: Inventory, images: _Images, recipe: Recipe) -> _Observed:
+    network = rooted(model)
+    inputs = {name: Histogram(1, len(images.quick)) for name in bits.layers}
+    with recorded(network, {**norm_sites(network), **bias_sites(network, _unnormed(bits, inventory))}) as moments:
+        _layerwise.observe_inputs(network, inputs, images.quick_used)
+    _layerwise.observe_inputs(network, inputs, images.quick_held)
+    return _Observed(inputs, moments)
+
+
+def _unnormed(bits: BitConfig, inventory: Inventory) -> dict[str, str]:
+    return {layer.name: layer.kind for layer in inventory if layer.name in bits.layers and not layer.n_norm_parameters}
+
+
 def _repaired(
     model: nn.Module,
     bits: BitConfig,
     inventory: Inventory,
-    batches: tuple[Batch, ...],
-    used: Sequence[Batch],
+    images: _Images,
+    seen: _Observed | None,
     recipe: Recipe,
     ptq: PTQ,
     judge: Judge | None,
 ) -> tuple[nn.Module, list[Repair]]:
-    """The module with ranges fitted to `batches`, rounded, and repaired on those of them that are `used`."""
-    graph = _convert(model, bits, recipe, batches, ptq)
+    """The module with ranges fitted to all `images`, rounded, and repaired on those of them that are used for that."""
+    graph = _convert(model, bits, recipe, images.given, ptq)
     module = graph.module
     check_rounding(module, bits, ptq)
     fitted = recipe.activation_range in ("max", "mse")
-    calibrate(module, batches[:1] if fitted else batches)
-    if fitted:
-        fit_activations(module, batches, recipe.activation_range)
+    calibrate(module, images.quick[:1] if fitted else images.given)
+    if fitted and seen is not None and recipe.quantizer == "uniform":
+        fit_to_inputs(module, seen.inputs, recipe.activation_range)
+    elif fitted:
+        fit_activations(module, images.quick, recipe.activation_range)
     check_weights(module, bits)
     _finn.check_activations(module, bits) if recipe.profile == "finn" else check_inputs(module, bits)
     with originals_kept(module, bits) if ptq.rounding != "nearest" else contextlib.nullcontext():
-        round_weights(module, bits, batches, ptq)
-    with brevitas.guarded():
-        return module, _repairs(graph, bits, inventory, used, recipe, ptq, judge)
-
-
-def _recipe(model: nn.Module, bits: BitConfig, batches: tuple[Batch, ...], adapter: BrevitasAdapter, ptq: PTQ) -> Recipe:
-    is_layerwise = adapter.profile == "layerwise"
-    signed = _layerwise.signed_inputs(model, tuple(bits.layers), batches) if is_layerwise else {}
-    rule = activation_rule(adapter, ptq)
-    return Recipe(adapter.profile, ptq.weight_range, signed, rule, adapter.quantizer, adapter.scales)
+        round_weights(module, bits, images.given, ptq)
+    with brevitas.guarded(), brevitas.remembered_weights(get_layer(module, name) for name in bits.layers):
+        return module, _repairs(graph, bits, inventory, images, seen, recipe, ptq, judge)
 
 
 def _convert(model: nn.Module, bits: BitConfig, recipe: Recipe, batches: tuple[Batch, ...], ptq: PTQ) -> _finn.Graph:
@@ -108,7 +148,8 @@ def _repairs(
     graph: _finn.Graph,
     bits: BitConfig,
     inventory: Inventory,
-    batches: Sequence[Batch],
+    images: _Images,
+    seen: _Observed | None,
     recipe: Recipe,
     ptq: PTQ,
     judge: Judge | None,
@@ -116,7 +157,7 @@ def _repairs(
     module, merged = graph.module, graph.merged
     # Statistics are folded into single channels, which a scale per tensor cannot follow: there only means move.
     per_tensor = recipe.scales == "power-of-two"
-    unnormed = {layer.name: layer.kind for layer in inventory if layer.name in bits.layers and not layer.n_norm_parameters}
+    unnormed, batches = _unnormed(bits, inventory), images.used
 
     def norms() -> dict[str, AbstractSite]:
         sites: dict[str, AbstractSite] = {**norm_sites(module)}
@@ -131,10 +172,11 @@ def _repairs(
     return repair(
         module,
         ptq,
-        batches,
+        images.quick_used,
         judge,
         reference=graph.reference,
         norms=norms,
         biases=lambda: bias_sites(module, unnormed),
         reestimate=reestimate,
+        expected=None if seen is None else seen.moments,
     )

@@ -14,9 +14,9 @@ from mpq_brevitas import _brevitas_internals as brevitas
 from mpq_brevitas._duq import DuQTensorQuant
 from mpq_brevitas._modules import get_layer
 from mpq_plugins._errors import DataError
+from mpq_plugins._histogram import Histogram, best_threshold
 from mpq_plugins._model import Batch, call, evaluating
 from mpq_plugins._ptq import ActivationRange
-from mpq_plugins._quantizer import mse_range
 from mpq_plugins.training._duq import activation_range as duq_range
 
 _PERCENTILE = 0.9999900  # Brevitas' own for activations
@@ -48,24 +48,49 @@ def fit_activations(module: nn.Module, batches: Iterable[Batch], rule: Activatio
     set_thresholds(thresholds)
 
 
+def fit_to_inputs(module: nn.Module, inputs: Mapping[str, Histogram], rule: ActivationRange) -> None:
+    """Fit the range of each named layer's own input quantizer to what the float layer was given; `rule` is "max" or "mse".
+
+    Layers that were given nothing keep their ranges. Raises `DataError` for NaN and infinity.
+    """
+    thresholds = {}
+    for name, histogram in inputs.items():
+        if histogram.empty:
+            continue
+        if not histogram.usable:
+            raise _not_finite(f"the input of {name}")
+        proxy = get_layer(module, name).input_quant
+        thresholds[proxy] = _fitted(proxy, histogram, brevitas.activation_format(proxy)[0], rule)
+    set_thresholds(thresholds)
+
+
 def measured(
     module: nn.Module, widths: Mapping[Any, int], batches: Iterable[Batch], rule: ActivationRange
 ) -> dict[Any, Tensor]:
     """Thresholds of the activation quantizers in `widths` for these widths, from what reaches them as the module stands now.
 
-    Quantizers that share a scale get one threshold: the mean over operands and batches, or the largest with `rule` "max".
+    Quantizers that share a scale get one threshold: with `rule` "max" the largest, with "mse" the best for all their values,
+    else the mean over operands and batches.
     Quantizers that nothing reaches, or all of them without batches, have none. Raises `DataError` for NaN and infinity.
     """
+    batches = list(batches)
+    counted = {_range_of(proxy): Histogram(1, len(batches)) for proxy in widths if rule == "mse" and not _is_duq(proxy)}
     found: dict[int, list[Tensor]] = {}
     with contextlib.ExitStack() as stack:
-        for proxy, width in widths.items():
-            hook = _observer(width, found.setdefault(_range_of(proxy), []), rule)
+        for proxy in widths:
+            own = _range_of(proxy)
+            hook = _observer(found.setdefault(own, []), rule, counted.get(own))
             stack.callback(proxy.register_forward_pre_hook(hook).remove)
         stack.enter_context(brevitas.guarded())
         stack.enter_context(evaluating(module))
         for batch in batches:
             call(module, batch.inputs)
-    return {proxy: _joined(proxy, found[_range_of(proxy)], rule) for proxy in widths if found[_range_of(proxy)]}
+    thresholds = {proxy: _joined(proxy, found[_range_of(proxy)], rule) for proxy in widths if found[_range_of(proxy)]}
+    for proxy, width in widths.items():
+        histogram = counted.get(_range_of(proxy))
+        if histogram is not None and histogram.usable:
+            thresholds[proxy] = _fitted(proxy, histogram, width, rule)
+    return thresholds
 
 
 def set_thresholds(thresholds: Mapping[Any, Tensor]) -> None:
@@ -91,26 +116,47 @@ def _is_duq(proxy: Any) -> bool:
     return isinstance(brevitas.activation_tensor_quant(proxy), DuQTensorQuant)
 
 
-def _observer(width: int, thresholds: list[Tensor], rule: ActivationRange) -> Callable[[Any, Any], None]:
+def _observer(thresholds: list[Tensor], rule: ActivationRange, histogram: Histogram | None) -> Callable[[Any, Any], None]:
     def observe(proxy: Any, inputs: Any) -> None:
         values = brevitas.unquantized(proxy, inputs[0]).detach()
-        if not values.isfinite().all():
-            raise DataError(
-                f"an input of shape {tuple(values.shape)} to an activation quantizer holds NaN or infinity on the calibration "
-                "batches. Check the batches and the model's outputs on them."
-            )
-        thresholds.append(_threshold(proxy, values, width, rule))
+        if histogram is not None:
+            histogram.add(values)
+        if not (values.isfinite().all() if histogram is None else histogram.usable or histogram.empty):
+            raise _not_finite(f"an input of shape {tuple(values.shape)} to an activation quantizer")
+        if histogram is None:
+            thresholds.append(_threshold(proxy, values, rule))
 
     return observe
 
 
-def _threshold(proxy: Any, values: Tensor, width: int, rule: ActivationRange) -> Tensor:
-    signed = brevitas.activation_format(proxy)[1]
+def _not_finite(what: str) -> DataError:
+    return DataError(
+        f"{what} holds NaN or infinity on the calibration batches. Check the batches and the model's outputs on them."
+    )
+
+
+def _threshold(proxy: Any, values: Tensor, rule: ActivationRange) -> Tensor:
     if _is_duq(proxy):
         return duq_range(values, signed=brevitas.activation_tensor_quant(proxy).duq.signed)
     if rule == "max":
         return values.abs().max()
-    if rule == "mse":
-        return mse_range(values, (width,), signed=signed)[width] * (2 ** (width - 1) if signed else 2**width - 1)
     rank = max(1, math.floor(_PERCENTILE * values.numel() + 0.5))
     return values.abs().flatten().kthvalue(rank).values
+
+
+def _fitted(proxy: Any, histogram: Histogram, width: int, rule: ActivationRange) -> Tensor:
+    """The threshold for codes of `width` bits, negative ones too where the quantizer is signed."""
+    signed = brevitas.activation_format(proxy)[1]
+    largest = torch.maximum(histogram.most, -histogram.least)
+    if rule == "max":
+        return largest[0]
+    # A range is a number of steps: from -2^(b-1) to 2^(b-1) - 1 of them, or from 0 to 2^b - 1.
+    n_steps = 2 ** (width - 1) if signed else 2**width - 1
+    lowest, highest = (-n_steps, n_steps - 1) if signed else (0, n_steps)
+    most = torch.where(largest > 0, largest, torch.ones_like(largest)) * (n_steps / max(highest, 1))
+
+    def error(thresholds: Tensor) -> Tensor:
+        steps = thresholds / n_steps
+        return histogram.squared_error(steps * lowest, steps * highest, 2**width)
+
+    return best_threshold(most, error)[0]

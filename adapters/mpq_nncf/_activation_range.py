@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mpq_nncf import _nncf_quantizers as nncf_quantizers
-from mpq_nncf._histogram import Histogram
 from mpq_nncf._quiet import quiet
 from mpq_plugins._errors import DataError
+from mpq_plugins._histogram import Histogram, best_threshold
 from mpq_plugins._model import call, evaluating
 from mpq_plugins._ptq import ActivationRange
 
@@ -21,7 +21,6 @@ _OUTLIERS = 1e-4  # the share that NNCF's quantile estimator leaves out at eithe
 # Ranges of single channels fit the calibration images: on EfficientNet-Lite0 they lost at 8 bits, where there are codes to
 # spare, what they gained at 4.
 _ONE_FOR_ALL = 7
-_N_TRIED, _N_REFINED = 48, 17
 _N_ROUNDS = 3
 
 
@@ -30,7 +29,21 @@ def measured(module: nn.Module, widths: Mapping[str, int], inputs: Iterable[Any]
 
     `inputs` are forward arguments in any form that `call` takes. Raises `DataError` for a quantizer that saw no finite values.
     """
-    histograms = {hook: Histogram(_n_rows(nncf_quantizers.quantizer_at(module, hook), bits)) for hook, bits in widths.items()}
+    inputs = list(inputs)
+    histograms = {hook: histogram_of(module, hook, bits, len(inputs)) for hook, bits in widths.items()}
+    measure(module, histograms, inputs)
+    check_usable(histograms)
+    return histograms
+
+
+def histogram_of(module: nn.Module, hook: str, bits: int, n_batches: int) -> Histogram:
+    """An empty histogram for a quantizer: a row for each channel that it can tell apart, or one for all."""
+    quantizer = nncf_quantizers.quantizer_at(module, hook)
+    return Histogram(1 if bits >= _ONE_FOR_ALL else nncf_quantizers.channels_of(quantizer), n_batches)
+
+
+def measure(module: nn.Module, histograms: Mapping[str, Histogram], inputs: Iterable[Any]) -> None:
+    """Count what reaches activation quantizers on `inputs`, as the module stands now."""
     with contextlib.ExitStack() as stack:
         for hook, histogram in histograms.items():
             quantizer = nncf_quantizers.quantizer_at(module, hook)
@@ -40,18 +53,16 @@ def measured(module: nn.Module, widths: Mapping[str, int], inputs: Iterable[Any]
         stack.enter_context(evaluating(module))
         for item in inputs:
             call(module, item)
+
+
+def check_usable(histograms: Mapping[str, Histogram]) -> None:
+    """Raise `DataError` for a quantizer that saw no finite values."""
     for hook, histogram in histograms.items():
         if not histogram.usable:
             raise DataError(
                 f"no activation range for {hook}: its input is empty or holds NaN or infinity on the calibration batches. "
                 "Check the batches and the model's outputs on them."
             )
-    return histograms
-
-
-def _n_rows(quantizer: nn.Module, bits: int) -> int:
-    """How many ranges a quantizer gets: one for each channel that it can tell apart, or one for all."""
-    return 1 if bits >= _ONE_FOR_ALL else nncf_quantizers.channels_of(quantizer)
 
 
 def _feeding(histogram: Histogram) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -98,26 +109,16 @@ def _of_least_error(histogram: Histogram, kind: nncf_quantizers.ActivationKind) 
         return histogram.squared_error(lows, highs, kind.n_levels)
 
     if not kind.asymmetric:
-        return _symmetric(_best(high, lambda tried: error(*_symmetric(tried, kind))), kind)
+        return _symmetric(best_threshold(high, lambda tried: error(*_symmetric(tried, kind))), kind)
     least, most = low, high
     for _ in range(_N_ROUNDS):
-        high = torch.where(most > 0, _best(most, lambda tried, low=low: error(low[:, None].expand_as(tried), tried)), high)
+        high = torch.where(
+            most > 0, best_threshold(most, lambda tried, low=low: error(low[:, None].expand_as(tried), tried)), high
+        )
         low = torch.where(
-            least < 0, -_best(-least, lambda tried, high=high: error(-tried, high[:, None].expand_as(tried))), low
+            least < 0, -best_threshold(-least, lambda tried, high=high: error(-tried, high[:, None].expand_as(tried))), low
         )
     return low, high
-
-
-def _best(largest: Tensor, error: Callable[[Tensor], Tensor]) -> Tensor:
-    """The threshold up to `largest` with the least error: tried at equal ratios, then between the neighbours of the best.
-
-    # largest and result [row]; `error` takes and gives [row, tried]
-    """
-    tried = largest[:, None] * torch.logspace(-2, 0, _N_TRIED, device=largest.device)
-    place = error(tried).argmin(dim=1, keepdim=True)
-    below, above = (tried.gather(1, (place + by).clamp(0, _N_TRIED - 1)) for by in (-1, 1))
-    around = torch.lerp(below, above, torch.linspace(0, 1, _N_REFINED, device=largest.device))
-    return around.gather(1, error(around).argmin(dim=1, keepdim=True))[:, 0]
 
 
 @contextlib.contextmanager

@@ -23,9 +23,11 @@ class TorchFunctions:
     @staticmethod
     def Quantize_forward(values: Tensor, low: Tensor, extent: Tensor, levels: int) -> Tensor:
         """`values` on the nearest of `levels` codes from `low` to `low + extent`."""
+        if extent.device.type == "cpu" and values.dtype == torch.float32 and _is_one_range(values, low, extent):
+            return _one_range(values, low.flatten()[:1], extent.flatten()[:1], levels)
         # Not (levels - 1) / extent: that is a product with the reciprocal, and one rounding more.
         scale = torch.full_like(extent, levels - 1) / extent
-        output = torch.maximum(torch.minimum(values, low + extent), low)
+        output = torch.clamp(values, low, low + extent)
         zero_point = (-low * scale).round_()
         output -= low
         output *= scale
@@ -50,6 +52,27 @@ class TorchFunctions:
         outside = too_high | too_low
         of_low = _summed(gradient.masked_fill(~outside, 0), low) if is_asymmetric else torch.empty_like(low)
         return [gradient.masked_fill(outside, 0), of_low, _summed(of_extent, extent)]
+
+
+def _is_one_range(values: Tensor, low: Tensor, extent: Tensor) -> bool:
+    """Whether all channels have one range, where that is quick to see: at 8 bits those of a depthwise layer do."""
+    if extent.numel() == 1:
+        return True
+    few = 16 * extent.numel() < values.numel()
+    return few and bool((extent == extent.flatten()[0]).all()) and bool((low == low.flatten()[0]).all())
+
+
+def _one_range(values: Tensor, low: Tensor, extent: Tensor, levels: int) -> Tensor:
+    """The same with one range for all values: numbers in place of tensors, and nothing done that changes nothing."""
+    scale = torch.full_like(extent, levels - 1) / extent
+    zero_point = (-low * scale).round_()
+    output = values.clamp(float(low), float(low + extent))
+    if float(low) != 0:
+        output -= float(low)
+    output *= float(scale)
+    if float(zero_point) != 0:
+        output -= float(zero_point)
+    return output.round_().div_(float(scale))
 
 
 def _summed(values: Tensor, like: Tensor) -> Tensor:

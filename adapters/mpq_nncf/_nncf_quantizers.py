@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from mpq_nncf._nncf_internals import private
+from mpq_plugins._remembered import Remembered
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,19 @@ def passes_through(quantizer: Any) -> bool:
 
 def _unchanged(value: Any) -> Any:
     return value
+
+
+@contextlib.contextmanager
+def remembering(quantizers: Iterable[Any]) -> Iterator[None]:
+    """Without gradients: quantizers compute anew only when the weight or their own parameters changed since the last call."""
+    chosen = [quantizer for quantizer in quantizers if not passes_through(quantizer)]
+    try:
+        for quantizer in chosen:
+            quantizer.forward = Remembered(partial(type(quantizer).forward, quantizer), quantizer)
+        yield
+    finally:
+        for quantizer in chosen:
+            vars(quantizer).pop("forward", None)
 
 
 def quantized(quantizer: Any, value: Any) -> Any:

@@ -153,16 +153,19 @@ def _preset(*, asymmetric: bool) -> Any:
 
 
 @contextlib.contextmanager
-def edited_quantization(on_setup: Callable[[Any], None], on_placed: Callable[[nn.Module], None]) -> Iterator[None]:
+def edited_quantization(
+    on_setup: Callable[[Any], None], on_placed: Callable[[nn.Module], None], *, plan: Any = None
+) -> Iterator[None]:
     """Let `on_setup` edit the quantizer setup, and `on_placed` the module before bias correction sees it.
 
+    With a `plan` of the same network, which is then edited, NNCF does not search for the patterns in its graph again.
     NNCF's progress bars stay silent. Patches classes, hence not for several threads at once (neither is NNCF).
     """
     algorithm, track = private()["MinMaxQuantization"], private()["track"]
     find, apply, show = algorithm.find_quantization_setup, algorithm.apply, track.__init__
 
     def find_and_edit(self: Any, model: Any, graph: Any) -> Any:
-        setup = find(self, model, graph)
+        setup = find(self, model, graph) if plan is None else plan
         on_setup(setup)
         return setup
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, final
@@ -12,7 +12,7 @@ from torch import nn
 
 from mpq_nncf import _nncf_quantizers as nncf_quantizers
 from mpq_nncf import _nncf_setup as nncf_setup
-from mpq_nncf._activation_range import fit, measured, unquantized
+from mpq_nncf._activation_range import check_usable, fit, histogram_of, measure, unquantized
 from mpq_nncf._advice import check_precision
 from mpq_nncf._groups import check_groups, check_tied_weights, others, planned, shared_inputs, traced_copy
 from mpq_nncf._hookable import as_hookable
@@ -20,9 +20,9 @@ from mpq_nncf._ptq import attach_ptq, check_supported
 from mpq_nncf._quiet import quiet
 from mpq_nncf._set_bits import first_places
 from mpq_nncf._weight_range import fit_weight_ranges
-from mpq_nncf._wiring import Wiring, attach_wiring, calls_of, find_wiring, owners
+from mpq_nncf._wiring import Wiring, attach_wiring, calls_of, find_wiring, owners, wiring_of
 from mpq_plugins._adapter import attach_bits
-from mpq_plugins._batch_norm import bias_sites, norm_sites, reestimate_batch_norm
+from mpq_plugins._batch_norm import AbstractSite, Recorded, bias_sites, norm_sites, recorded, reestimate_batch_norm
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._discover import find_layers
 from mpq_plugins._errors import DataError
@@ -30,6 +30,7 @@ from mpq_plugins._layers import Layer
 from mpq_plugins._model import Batch, batch_size, batches_of, device_of, evaluating, to_device
 from mpq_plugins._precision import Precision
 from mpq_plugins._ptq import PTQ
+from mpq_plugins._quick import quick
 from mpq_plugins._repairs import Judge, Repair, attach_repairs, better, hold_out, repair
 
 _LOG = logging.getLogger("mpq_plugins.nncf")
@@ -59,11 +60,13 @@ def prepare(model: nn.Module, bits: BitConfig, example: Any, calibration: Iterab
     batches = _batches(calibration, recipe.subset, model)
     check_tied_weights(layers, bits.layers)
     used, held = hold_out(batches, recipe.ptq.held_out)
-    judge = Judge(model, held) if held else None
-    module, repairs = _repaired(model, bits, layers, example, batches, used, recipe, judge)
+    longest = max(map(len, batches))
+    images = _Images(batches, used, *(quick(model, part, longest=longest) for part in (used, held)))
+    judge = Judge(model, images.quick_held) if held else None
+    module, repairs = _repaired(model, bits, layers, example, images, recipe, judge)
     if recipe.ptq.equalization != "none" and judge is not None:
         without = replace(recipe, ptq=replace(recipe.ptq, equalization="none"))
-        plain, of_plain = _repaired(model, bits, layers, example, batches, used, without, judge)
+        plain, of_plain = _repaired(model, bits, layers, example, images, without, judge)
         option = f"equalization={recipe.ptq.equalization}"
         chosen, made = better(option, judge, plain, module)
         repairs = [*(repairs if made.kept else of_plain), made]
@@ -72,37 +75,61 @@ def prepare(model: nn.Module, bits: BitConfig, example: Any, calibration: Iterab
     return attach_bits(attach_ptq(module.eval(), recipe.ptq), bits)
 
 
+@dataclass(frozen=True)
+class _Images:
+    """Calibration images: all as they were given, those to repair with, and these and the held-out ones for quick passes."""
+
+    given: Sequence[Batch]
+    used: Sequence[Batch]
+    quick_used: Sequence[Batch]
+    quick_held: Sequence[Batch]
+
+
 def _repaired(
     model: nn.Module,
     bits: BitConfig,
     layers: Sequence[Layer],
     example: Any,
-    batches: Sequence[Batch],
-    used: Sequence[Batch],
+    images: _Images,
     recipe: Recipe,
     judge: Judge | None,
 ) -> tuple[nn.Module, list[Repair]]:
-    """The module with ranges fitted to `batches` and repaired on those of them that are `used`."""
-    module = _quantized(model, bits, layers, example, [batch.inputs for batch in batches], recipe)
+    """The module with ranges fitted to all `images` and repaired on those of them that are used for that."""
     # What a normalisation reads is centred by its statistics; only the other layers need another bias.
     unnormed = {layer.name: layer.kind for layer in layers if not layer.n_norm_parameters}
-    repairs = repair(
-        module,
-        recipe.ptq,
-        used,
-        judge,
-        reference=model,
-        norms=lambda: norm_sites(module),
-        biases=lambda: bias_sites(module, unnormed),
-        reestimate=lambda: _reestimate(module, used),
-    )
+
+    def sites(module: nn.Module) -> dict[str, AbstractSite]:
+        norms = norm_sites(module) if recipe.ptq.batch_norm == "corrected" else {}
+        return {**norms, **(bias_sites(module, unnormed) if recipe.ptq.bias_correction else {})}
+
+    module, expected = _quantized(model, bits, layers, example, images, recipe, sites)
+    weights = {name for layer in wiring_of(module).values() for name in layer.weight}
+    with nncf_quantizers.remembering(nncf_quantizers.quantizer_at(module, name) for name in sorted(weights)):
+        repairs = repair(
+            module,
+            recipe.ptq,
+            images.quick_used,
+            judge,
+            reference=model,
+            norms=lambda: norm_sites(module),
+            biases=lambda: bias_sites(module, unnormed),
+            reestimate=lambda: _reestimate(module, images.used),
+            expected=expected,
+        )
     return module, repairs
 
 
 def _quantized(
-    model: nn.Module, bits: BitConfig, layers: Sequence[Layer], example: Any, inputs: list[Any], recipe: Recipe
-) -> nn.Module:
-    """The module with quantizers of fitted ranges, and nothing repaired."""
+    model: nn.Module,
+    bits: BitConfig,
+    layers: Sequence[Layer],
+    example: Any,
+    images: _Images,
+    recipe: Recipe,
+    sites: Callable[[nn.Module], Mapping[str, AbstractSite]],
+) -> tuple[nn.Module, Recorded]:
+    """The module with quantizers of fitted ranges and nothing repaired, and the float moments at `sites` of used images."""
+    expected: Recorded = []
     ptq = recipe.ptq
     graph = traced_copy(model, example)
     calls = calls_of(layers, graph)
@@ -122,10 +149,12 @@ def _quantized(
         _share_weight_quantizers(module, wiring.values())
         attach_wiring(module, wiring)
         fit_weight_ranges(module, wiring.values(), method=ptq.weight_range)
-        _fit_activation_ranges(module, wiring, inputs, ptq)
+        expected.extend(_fit_activation_ranges(module, wiring, images, ptq, sites(module)))
 
     smooth = ptq.equalization == "smooth-quant"
-    with quiet(), evaluating(model), nncf_setup.edited_quantization(on_setup, on_placed):
+    inputs = [batch.inputs for batch in images.given]
+    edited = nncf_setup.edited_quantization(on_setup, on_placed, plan=None if smooth else plan)
+    with quiet(), evaluating(model), edited:
         module = nncf_setup.quantize(
             as_hookable(model),
             # The ranges are fitted anew to all of them; only SmoothQuant's factors are NNCF's own.
@@ -136,7 +165,7 @@ def _quantized(
             **options,
         )
     attach_wiring(module, find_wiring(module, layers, calls, placed_points))
-    return module
+    return module, expected
 
 
 def assign_bits(setup: Any, owner: Mapping[str, str], bits: Mapping[str, Precision]) -> None:
@@ -168,13 +197,22 @@ def _share_weight_quantizers(module: nn.Module, wiring: Iterable[Any]) -> None:
             nncf_quantizers.replace_quantizer(module, name, quantizer)
 
 
-def _fit_activation_ranges(module: nn.Module, wiring: Wiring, inputs: Sequence[Any], ptq: PTQ) -> None:
+def _fit_activation_ranges(
+    module: nn.Module, wiring: Wiring, images: _Images, ptq: PTQ, sites: Mapping[str, AbstractSite]
+) -> Recorded:
+    """Also gives the moments at `sites` of used images: in this pass the module computes what the float network does."""
     # What batch normalisation hands on is right only while nothing before it is quantized, until it is corrected.
     places = first_places(module, [hook for layer in wiring.values() for hook in layer.activation])
     with unquantized(module):
         widths = {place: nncf_quantizers.bits_of(nncf_quantizers.quantizer_at(module, place)) for place in places}
-        histograms = measured(module, widths, inputs)
+        n_batches = len(images.quick_used) + len(images.quick_held)
+        histograms = {place: histogram_of(module, place, width, n_batches) for place, width in widths.items()}
+        with recorded(module, sites) as expected:
+            measure(module, histograms, [batch.inputs for batch in images.quick_used])
+        measure(module, histograms, [batch.inputs for batch in images.quick_held])
+    check_usable(histograms)
     fit(module, histograms, method=ptq.activation_range)
+    return expected
 
 
 def _batches(calibration: Iterable[Any], subset: int, model: nn.Module) -> list[Batch]:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from mpq_nncf import NNCFAdapter
 from mpq_nncf import _nncf_quantizers as nncf_quantizers
-from mpq_nncf._histogram import Histogram
 from mpq_nncf._wiring import wiring_of
 from nncf_cases import calibration, make, mixed_bits
 from nncf_nets import images
@@ -19,6 +18,7 @@ from torch import nn
 from mpq_plugins import BitConfig, Precision, find_layers, verify
 from mpq_plugins._adapter import bits_of
 from mpq_plugins._errors import AdapterError, DataError
+from mpq_plugins._histogram import Histogram
 from mpq_plugins._quantizer import mse_range
 
 PLAIN = {"bias_correction": False, "batch_norm": "kept"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
@@ -10,10 +12,12 @@ from torch import Tensor
 
 _N_BINS = 8192  # a multiple of 4: bins are merged in pairs around zero
 _N_BINS_PER_CHANNEL = 2048  # thousands of channels must stay near the processor
-_N_SAMPLED, _N_SAMPLED_PER_CHANNEL = 2**20, 2**15  # values of a row that are counted in one batch
+_N_SAMPLED, _N_SAMPLED_PER_CHANNEL = 2**21, 2**18  # values of a row that are counted in all batches
+_LEAST_SAMPLED = 2**12  # in one batch
 _HEADROOM = 1.5  # of the first limit: later batches seldom exceed it, and merging bins costs more than counting
 _LEAST_LIMIT = 1e-30  # of rows of zeros
 _MANY_LEVELS = 64
+_N_TRIED, _N_REFINED = 48, 17  # thresholds
 _AT_A_TIME = 2**24  # numbers in one step of a search
 
 
@@ -22,9 +26,12 @@ class Histogram:
     """Counts of values in equal bins from -limit to limit; the limits double as larger values arrive.
 
     One row for all values, or one per channel of axis 1 when `n_channels` is more than one. `least` and `most` are exact.
+    `n_batches` is how many calls of `add` to expect: of very many values only every so many is counted.
     """
 
-    def __init__(self, n_channels: int) -> None:
+    def __init__(self, n_channels: int, n_batches: int = 1) -> None:
+        in_all = _N_SAMPLED if n_channels == 1 else _N_SAMPLED_PER_CHANNEL
+        self._n_sampled = max(_LEAST_SAMPLED, in_all // max(1, n_batches))
         self.n_channels = n_channels
         self.n_bins = _N_BINS if n_channels == 1 else _N_BINS_PER_CHANNEL
         self.counts = torch.zeros(n_channels, self.n_bins)  # [channel, bin]
@@ -37,27 +44,33 @@ class Histogram:
         """Whether values were seen, and all were finite."""
         return bool(self.least.isfinite().all() and self.most.isfinite().all())
 
+    @property
+    def empty(self) -> bool:
+        """Whether no value was seen."""
+        return bool((self.least > self.most).all())
+
     def add(self, values: Tensor) -> None:
         """Count the values of one batch; of very many only every so many, the extremes being exact all the same."""
-        values = values.float().reshape(1, 1, -1) if self.n_channels == 1 else values.float().reshape(*values.shape[:2], -1)
+        if not values.numel():
+            return
+        values = values.detach().float()
         self._move(values.device)
-        self.least = torch.minimum(self.least, values.amin((0, 2)))
-        self.most = torch.maximum(self.most, values.amax((0, 2)))
+        if self.n_channels == 1:
+            values = _in_memory_order(values)
+            least, most = (extreme.reshape(1) for extreme in torch.aminmax(values))
+        else:
+            others = [axis for axis in range(values.dim()) if axis != 1]
+            least, most = values.amin(others), values.amax(others)
+        self.least, self.most = torch.minimum(self.least, least), torch.maximum(self.most, most)
         if not self.usable:
             return
         self._grow(torch.maximum(self.most, -self.least))
-        most = _N_SAMPLED if self.n_channels == 1 else _N_SAMPLED_PER_CHANNEL
-        stride = values.shape[0] * values.shape[2] // most
-        values = values[:, :, :: stride + 1 - stride % 2 if stride > 1 else 1]  # odd, as images have even widths
-        rows = values.movedim(1, 0).flatten(1)
-        if self.n_channels == 1:
-            limit = float(self.limit)
-            self.counts[0] += torch.histc(rows[0], self.n_bins, min=-limit, max=limit)
-            return
+        rows = _sampled(values, self._n_sampled)[None] if self.n_channels == 1 else _sampled_channels(values, self._n_sampled)
         scale = self.n_bins / 2 / self.limit[:, None]
-        # Counting takes integers of 64 bits; those of 32 are enough, and half the work, up to there.
+        # Counting takes integers of 64 bits; those of 32 are enough, and half the work, up to there. `histc` is 8 times slower.
         bins = rows.mul(scale).add_(self.n_bins / 2).int().clamp_(0, self.n_bins - 1)
-        bins.add_(torch.arange(self.n_channels, device=rows.device, dtype=torch.int32)[:, None] * self.n_bins)
+        if self.n_channels > 1:
+            bins.add_(torch.arange(self.n_channels, device=rows.device, dtype=torch.int32)[:, None] * self.n_bins)
         counted = torch.bincount(bins.flatten(), minlength=self.counts.numel())
         self.counts += counted.reshape(self.counts.shape)
 
@@ -116,6 +129,42 @@ class Histogram:
             self.counts[short] = 0
             self.counts[short, n_quarter : 3 * n_quarter] = merged
             self.limit[short] *= 2
+
+
+def best_threshold(largest: Tensor, error: Callable[[Tensor], Tensor]) -> Tensor:
+    """The threshold up to `largest` with the least error: tried at equal ratios, then between the neighbours of the best.
+
+    # largest and result [row]; `error` takes and gives [row, tried]
+    """
+    tried = largest[:, None] * torch.logspace(-2, 0, _N_TRIED, device=largest.device)
+    place = error(tried).argmin(dim=1, keepdim=True)
+    below, above = (tried.gather(1, (place + by).clamp(0, _N_TRIED - 1)) for by in (-1, 1))
+    around = torch.lerp(below, above, torch.linspace(0, 1, _N_REFINED, device=largest.device))
+    return around.gather(1, error(around).argmin(dim=1, keepdim=True))[:, 0]
+
+
+def _in_memory_order(values: Tensor) -> Tensor:
+    """All values in one row, as they lie in memory: a view where they lie densely, also of images with channels last."""
+    strides = values.stride()
+    return values.permute(sorted(range(values.dim()), key=lambda axis: -strides[axis])).reshape(-1)
+
+
+def _sampled(values: Tensor, most: int) -> Tensor:
+    """Every so many of a row of values; no channel and no column of images is left out, as the stride divides nothing."""
+    stride = max(1, len(values) // most)
+    while math.gcd(stride, len(values)) > 1:
+        stride += 1
+    return values[::stride]
+
+
+def _sampled_channels(values: Tensor, most: int) -> Tensor:
+    """Sampled values of each channel of axis 1.  # [channel, value]"""
+    n_channels = values.shape[1]
+    stride = max(1, values.numel() // n_channels // most)
+    stride += stride > 1 and 1 - stride % 2  # odd, as images have even widths
+    if values.is_contiguous():
+        return values.reshape(len(values), n_channels, -1)[:, :, ::stride].movedim(1, 0).flatten(1)
+    return values.movedim(1, -1).reshape(-1, n_channels)[::stride].t()
 
 
 def _sums_of_first(values: Tensor) -> Tensor:

@@ -85,6 +85,8 @@ class Engine:
         """
         memory_bytes = memory_mb * _MIB // 2  # half for quantized weights, half for kept activations
         variants = Variants(model, space, per_channel=per_channel, cache_bytes=memory_bytes)
+        for layer in space.layers:
+            variants.own(layer.name)  # told now if it is not finite, not as an output that is not
         owner = LayerOfCall(model, space.layers)
         if space.searches_activations:
             with telling_failures(model):

@@ -7,13 +7,12 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mpq_plugins._bits import BitConfig
-from mpq_plugins._errors import FingerprintError, FormatError
-from mpq_plugins._files import check_keys, write_whole
+from mpq_plugins._errors import FingerprintError, FormatError, MPQError
+from mpq_plugins._files import check_keys, parse_json
 from mpq_plugins._layers import Inventory
 from mpq_plugins._precision import Precision
+from mpq_plugins._tensor_files import read_torch, write_torch
 
 FORMAT = "mpq-module/1"
 
@@ -23,7 +22,7 @@ def write_checkpoint(path: str | Path, bits: BitConfig, contents: dict[str, Any]
     layers = {name: [precision.weight, precision.activation] for name, precision in bits.layers.items()}
     saved = {"layers": layers, "fingerprint": bits.fingerprint, "origin": dict(bits.origin), "costs": dict(bits.costs)}
     document = {"format": FORMAT, "adapter": adapter, "bits": json.dumps(saved), **contents}
-    return write_whole(path, lambda temporary: torch.save(document, temporary))
+    return write_torch(path, document)
 
 
 def read_checkpoint(
@@ -33,16 +32,7 @@ def read_checkpoint(
 
     Raises `FormatError`.
     """
-    try:
-        document = torch.load(path, weights_only=True, map_location="cpu")
-    except OSError as error:
-        raise FormatError(f"cannot read {path}: {error.strerror or error}. Check the path and its permissions.") from error
-    except Exception as error:  # torch raises errors of many kinds for damaged archives
-        # torch's own text advises weights_only=False, which would run whatever code the file holds.
-        raise FormatError(
-            f"{path} is no checkpoint, or a damaged one ({type(error).__name__}). "
-            "Give the file that save() or `mpq apply` wrote."
-        ) from error
+    document = read_torch(path)
     found = (document.get("format"), document.get("adapter")) if isinstance(document, dict) else (None, None)
     if found != (FORMAT, adapter):
         raise FormatError(
@@ -51,9 +41,21 @@ def read_checkpoint(
         )
     every = {"format", "adapter", "bits", *keys}
     check_keys(document, allowed=every | optional, required=every, where=str(path))
-    saved = json.loads(document["bits"])
-    layers = {name: Precision(*precision) for name, precision in saved.pop("layers").items()}
-    return BitConfig(layers, **saved), {key: document[key] for key in (*keys, *optional) if key in document}
+    return _bits(document["bits"], where=f"{path}: its bits"), {
+        key: document[key] for key in (*keys, *optional) if key in document
+    }
+
+
+def _bits(text: Any, *, where: str) -> BitConfig:
+    """Inverse of what `write_checkpoint` makes of a bit configuration."""
+    saved = parse_json(text if isinstance(text, str) else "", where=where)
+    keys = {"layers", "fingerprint", "origin", "costs"}
+    check_keys(saved, allowed=keys, required=keys, where=where)
+    try:
+        layers = {name: Precision(*precision) for name, precision in saved.pop("layers").items()}
+    except (AttributeError, TypeError, MPQError) as error:
+        raise FormatError(f"{where} are no pairs of bit-widths: {error}. Write the file again.") from error
+    return BitConfig(layers, **saved)
 
 
 def check_same_model(path: str | Path, bits: BitConfig, inventory: Inventory) -> None:

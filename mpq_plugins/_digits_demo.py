@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from mpq_plugins._adapter import AbstractAdapter
 from mpq_plugins._allocate import Allocation, build_space
-from mpq_plugins._files import write_whole
 from mpq_plugins._plugins import make
 from mpq_plugins._precision import menu
+from mpq_plugins._tensor_files import write_torch
 from mpq_plugins._verify import Verification, verify
 from mpq_plugins.digits import digits, trained_digits_net
 from mpq_plugins.reports import (
@@ -66,7 +66,7 @@ def run_digits_demo(folder: Path, *, n_seeds: int, adapters: Sequence[str], as_j
     targets: dict[str, AbstractAdapter] = {name: make("adapters", name) for name in adapters}
     console.print("training a residual network of 14 layers on scikit-learn's digits")
     net = trained_digits_net()
-    write_whole(folder / "float.pt", lambda path: torch.save(net.state_dict(), path))
+    write_torch(folder / "float.pt", net.state_dict())
     # Few large batches: a fake-quantized module quantizes its weights anew in every forward pass.
     calibration, test = digits(train=True, batch_size=256)[:1], digits(train=False, batch_size=300)
     example = test[0].inputs[:1]

@@ -2,31 +2,58 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
+import math
 import os
 import tempfile
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mpq_plugins._errors import FormatError, WriteError
+
+_DEEPEST = 64  # nested lists and objects; ours have at most a dozen
+_MOST_DIGITS = 20  # of a whole number; 64 bits need no more
+_LARGEST_BYTES = 2**31
+# How libraries that write by themselves tell of a disk that refuses: torch, safetensors, OpenVINO, protobuf.
+_REFUSALS = ("no space left", "file too large", "read-only file system", "disk quota", "permission denied", "os error")
 
 
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Let `write` fill a temporary neighbour of `path`, then move it into place; missing folders are made.
 
     A failure or an interruption leaves whatever stood at `path` before, and no debris beside it.
-    Raises `WriteError` when the folder or the disk refuses.
+    Raises `WriteError` when the folder or the disk refuses, whichever library meets that.
     """
     path = Path(path)
     try:
         return _write_whole(path, write)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise WriteError(
-            f"cannot write {path}: {reason}. Choose a file name in a folder that you may write to, with space left."
-        ) from error
+    except Exception as error:
+        reason = disk_refusal(error)
+        if reason is None:
+            raise
+        raise write_error(path, reason) from error
+
+
+def write_error(path: str | Path, reason: str) -> WriteError:
+    """The error for a file that cannot be written."""
+    return WriteError(f"cannot write {path}: {reason}. Choose a file name in a folder that you may write to, with space left.")
+
+
+def disk_refusal(error: BaseException) -> str | None:
+    """Why the disk or the folder refused, if that is what an error of whatever library is about; else None."""
+    if isinstance(error, WriteError):
+        return None  # told already
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    lines = [line.strip() for line in str(error).splitlines() if any(text in line.lower() for text in _REFUSALS)]
+    if lines:
+        return lines[0][:200].rstrip(".")
+    causes = (error.__cause__, error.__context__)
+    return next((reason for cause in causes if cause is not None and (reason := disk_refusal(cause))), None)
 
 
 def _write_whole(path: Path, write: Callable[[Path], object]) -> Path:
@@ -62,18 +89,90 @@ def write_json(path: str | Path, document: Any) -> Path:
 def read_json(path: str | Path, *, format: str) -> dict[str, Any]:
     """Read a JSON object of ours and check its `"format"`; raises `FormatError`."""
     path = Path(path)
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FormatError(f"cannot read {path}: {error.strerror or error}. Check the path and its permissions.") from error
-    except ValueError as error:
-        raise FormatError(
-            f"{path} is not complete JSON: {error}. It was cut off or edited by hand; write it again with its producer."
-        ) from error
+    document = parse_json(read_bytes(path), where=str(path))
     found = document.get("format") if isinstance(document, dict) else None
     if found != format:
         raise FormatError(f'{path} has "format" {found!r}, expected {format!r}. Is it another kind of file?')
     return dict(document)
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a file of ours, 2 GiB at most; raises `FormatError`."""
+    path = Path(path)
+    try:
+        n_bytes = path.stat().st_size
+        if n_bytes > _LARGEST_BYTES:
+            raise FormatError(f"{path} has {n_bytes:,} bytes; a file of this kind is far smaller. Is it another kind of file?")
+        return path.read_bytes()
+    except OSError as error:
+        raise FormatError(f"cannot read {path}: {error.strerror or error}. Check the path and its permissions.") from error
+    except ValueError as error:  # a NUL byte in the path
+        raise FormatError(f"{str(path)!r} is no path: {error}. Give the name of a file.") from error
+
+
+def parse_json(text: str | bytes, *, where: str) -> Any:
+    """A JSON document whose every part can be written again; raises `FormatError`.
+
+    Refuses what Python would take or fail on by itself: repeated keys, NaN and infinity, numbers of many digits, text that is
+    no Unicode, deep nesting. A byte order mark is skipped.
+    """
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8-sig")
+        document = json.loads(
+            text, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole
+        )
+        _check_depth(document)
+    except RecursionError as error:
+        raise FormatError(f"{where} nests its lists and objects too deeply to be read. It is no file of ours.") from error
+    except ValueError as error:
+        raise FormatError(
+            f"{where} is not complete JSON: {error}. It was cut off or edited by hand; write it again with its producer."
+        ) from error
+    return document
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+    return found
+
+
+def _refuse_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no number that JSON has")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:20]} is too large")
+    return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"a whole number of {len(text)} digits is too long")
+    return int(text)
+
+
+def _check_depth(document: Any) -> None:
+    """Refuse deep nesting, and text that cannot be encoded. Raises `ValueError`."""
+    level = [document]
+    for _ in range(_DEEPEST):
+        deeper: list[Any] = []
+        for item in level:
+            if isinstance(item, str):
+                item.encode()  # half of a surrogate pair raises
+            elif isinstance(item, dict):
+                deeper += [*item, *item.values()]
+            elif isinstance(item, list):
+                deeper += [part for part in item if isinstance(part, (str, dict, list))]
+        if not deeper:
+            return
+        level = deeper
+    raise ValueError(f"more than {_DEEPEST} levels of lists and objects")
 
 
 def check_keys(document: object, *, allowed: set[str], required: set[str], where: str) -> None:
@@ -85,3 +184,55 @@ def check_keys(document: object, *, allowed: set[str], required: set[str], where
         raise FormatError(f"{where} has unknown keys {unknown}; allowed are {sorted(allowed)}. Remove or rename them.")
     if missing:
         raise FormatError(f"{where} lacks the keys {missing}. The file is incomplete; write it again.")
+
+
+def of_kinds(document: Mapping[str, Any], kinds: Mapping[str, type], *, where: str) -> None:
+    """Refuse values of another kind than their key's; true is no whole number. Raises `FormatError`."""
+    for key, kind in kinds.items():
+        if not _is_a(document[key], kind):
+            raise FormatError(
+                f"{where}: {key!r} must be {_KINDS[kind]}, not {str(document[key])[:60]!r}. Write the file again."
+            )
+
+
+Record = TypeVar("Record")
+_KINDS: dict[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def read_fields(record: type[Record], document: Any, *, where: str) -> Record:
+    """A dataclass of plain values from a JSON object: lists become tuples, every value is checked against its field's type.
+
+    Whole numbers are not negative. Raises `FormatError`.
+    """
+    found = dataclasses.fields(record)  # type: ignore[arg-type]  # a dataclass, which types cannot say
+    missing = dataclasses.MISSING
+    required = {field.name for field in found if field.default is missing and field.default_factory is missing}
+    check_keys(document, allowed={field.name for field in found}, required=required, where=where)
+    hints, values = typing.get_type_hints(record), {}
+    for name, value in document.items():
+        if not _fits(value, hints[name]):
+            raise FormatError(f"{where}: {name!r} cannot be {str(value)[:60]!r}. The file was edited by hand; write it again.")
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return record(**values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:  # tuple[X, ...]
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if arguments:  # X | None
+        return any(_fits(value, argument) for argument in arguments)
+    return _is_a(value, hint) and not (hint is int and value < 0)
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)

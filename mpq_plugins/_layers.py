@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mpq_plugins._errors import UnknownLayerError
+from mpq_plugins._files import read_fields
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,8 @@ class Layer:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Layer:
-        """Inverse of `to_json`."""
-        facts: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in document.items()}
-        return cls(**facts)
+        """Inverse of `to_json`; raises `FormatError` for facts of another kind."""
+        return read_fields(cls, document, where="a layer")
 
 
 EXCLUDED = "excluded by the user; stays in float"

@@ -10,7 +10,7 @@ from mpq_plugins._errors import PrecisionError
 
 WEIGHT_BITS = range(1, 9)
 ACTIVATION_BITS = range(2, 9)
-_TEXT = re.compile(r"w(\d+)(?:a(\d+))?")
+_TEXT = re.compile(r"w([0-9]{1,3})(?:a([0-9]{1,3}))?")
 
 
 @dataclass(frozen=True, order=True)

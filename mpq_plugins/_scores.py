@@ -16,13 +16,13 @@ from mpq_plugins._space import Space
 FORMAT = "mpq-scores/1"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scores:
     """`loss[unit][choice]`, to be minimised, in the units and choices of `space`.
 
     `proxy` is the recipe (name and options); `facts` holds what the proxy measured on the way (named lists of numbers, such
     as theta per unit), for reports. `pairwise` [all choices, all choices] is the optional cross-layer term, x'Px / 2.
-    Raises `FormatError` when shapes disagree or a loss is not finite.
+    Raises `FormatError` when shapes disagree or a loss is not finite. Two scores are equal when they are one object.
     """
 
     space: Space
@@ -39,6 +39,8 @@ class Scores:
                 raise FormatError(f"{unit.name} has {len(unit.choices)} choices and {len(losses)} losses.")
             if not np.all(np.isfinite(losses)):
                 raise FormatError(f"the loss of {unit.name} is not finite: {list(losses)}. Score again on finite data.")
+        if self.pairwise is not None:
+            _check_pairwise(self.pairwise, sum(map(len, self.loss)))
 
     def alone(self) -> tuple[tuple[float, ...], ...]:  # [unit][choice]
         """The loss of every choice with no other unit's interaction: `loss` and half the diagonal of `pairwise`."""
@@ -59,16 +61,25 @@ class Scores:
         document = read_json(path, format=FORMAT)
         keys = {"format", "space", "loss", "proxy", "facts", "pairwise"}
         check_keys(document, allowed=keys, required=keys, where=str(path))
-        pairwise = document["pairwise"]
+        pairwise, losses = document["pairwise"], document["loss"]
         try:
+            if not all(isinstance(loss, (int, float)) and not isinstance(loss, bool) for row in losses for loss in row):
+                raise TypeError("its losses must be lists of numbers")
             return cls(
                 Space.from_json(document["space"]),
-                tuple(tuple(map(float, row)) for row in document["loss"]),
+                tuple(tuple(map(float, row)) for row in losses),
                 dict(document["proxy"]),
                 dict(document["facts"]),
                 None if pairwise is None else np.asarray(pairwise, dtype=float),
             )
         except MPQError as error:
             raise FormatError(f"{path}: {error}") from error
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise FormatError(f"{path} holds scores that cannot be read: {error!r}. Score again.") from error
+
+
+def _check_pairwise(pairwise: np.ndarray, n_choices: int) -> None:
+    if pairwise.shape != (n_choices, n_choices):
+        raise FormatError(f"pairwise has shape {pairwise.shape}, expected {(n_choices, n_choices)}: a row for each choice.")
+    if not np.all(np.isfinite(pairwise)):
+        raise FormatError("pairwise holds values that are not finite. Score again on finite data.")

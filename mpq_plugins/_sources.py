@@ -15,9 +15,10 @@ from urllib.parse import parse_qsl
 import torch
 from torch import nn
 
-from mpq_plugins._errors import DataError, ModelError, MPQError
+from mpq_plugins._errors import DataError, FormatError, ModelError, MPQError
 from mpq_plugins._model import Batch
 from mpq_plugins._plugins import require
+from mpq_plugins._tensor_files import read_torch
 from mpq_plugins._text import literal
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -74,12 +75,14 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """
     path = Path(path)
     try:
-        if path.suffix == ".safetensors":
-            state = require("safetensors.torch", "all").load_file(str(path))
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        is_safe = path.suffix == ".safetensors"
+        state = require("safetensors.torch", "all").load_file(str(path)) if is_safe else read_torch(path)
     except OSError as error:
         raise ModelError(f"cannot read the weights {path}: {error.strerror or error}. Check the path.") from error
+    except FormatError as error:
+        raise ModelError(
+            f"the weights cannot be loaded safely: {error} Save them as torch.save(model.state_dict(), path)."
+        ) from error
     except MPQError:
         raise
     except Exception as error:

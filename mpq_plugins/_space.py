@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from mpq_plugins._errors import SpaceError
+from mpq_plugins._errors import FormatError, SpaceError
+from mpq_plugins._files import check_keys, of_kinds, read_fields
 from mpq_plugins._layers import Inventory, Layer, Skipped, matching, skipped_layers
 from mpq_plugins._precision import Precision, menu
 
@@ -187,24 +188,42 @@ class Space:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Space:
-        """Inverse of `to_json`."""
+        """Inverse of `to_json`; raises `FormatError` for parts of another kind, and `SpaceError`."""
+        keys = {"layers", "units", "fingerprint", "skipped", "pins"}
+        check_keys(document, allowed=keys, required=keys, where="the space")
+        of_kinds(
+            document, {"layers": list, "units": list, "fingerprint": str, "skipped": list, "pins": dict}, where="the space"
+        )
         space = cls(
             layers=tuple(Layer.from_json(item) for item in document["layers"]),
-            units=tuple(
-                Unit(
-                    tuple(item["layers"]),
-                    tuple(Precision.parse(choice) for choice in item["choices"]),
-                    item["activation_group"],
-                )
-                for item in document["units"]
-            ),
+            units=tuple(_unit(item) for item in document["units"]),
             fingerprint=document["fingerprint"],
-            skipped=tuple(Skipped(**item) for item in document["skipped"]),
-            pins=dict(document["pins"]),
+            skipped=tuple(read_fields(Skipped, item, where="a skipped entry") for item in document["skipped"]),
+            pins={name: str(Precision.parse(bits)) for name, bits in document["pins"].items()},
         )
         if sorted(name for unit in space.units for name in unit.layers) != sorted(layer.name for layer in space.layers):
             raise SpaceError("the units of the space do not hold each of its layers once. Build the space again.")
+        if not space.units or len({layer.name for layer in space.layers}) < len(space.layers):
+            raise SpaceError("the space holds no layer, or one twice. Build the space again.")
+        holders = {layer.name for layer in space.layers if layer.shares_weight_with is None}
+        if not holders or any(layer.n_weights < 1 for layer in space.layers):
+            raise SpaceError("no layer of the space holds a weight of its own, or one has no weights. Build the space again.")
         return space
+
+
+def _unit(document: Any) -> Unit:
+    """One unit from plain JSON values; raises `FormatError` and `PrecisionError`."""
+    keys = {"layers", "choices", "activation_group"}
+    check_keys(document, allowed=keys, required=keys, where="a unit")
+    of_kinds(document, {"layers": list, "choices": list, "activation_group": int}, where="a unit")
+    choices = tuple(Precision.parse(choice) for choice in document["choices"])
+    if not document["layers"] or not all(isinstance(name, str) for name in document["layers"]):
+        raise FormatError(f"a unit must list the names of its layers, not {document['layers']!r}. Build the space again.")
+    if not choices or len(set(choices)) < len(choices):
+        raise FormatError(
+            f"the choices of {document['layers'][0]} must be different ones, at least one. Build the space again."
+        )
+    return Unit(tuple(document["layers"]), choices, document["activation_group"])
 
 
 def first_and_last(inventory: Inventory, precision: Precision | str = "w8a8") -> dict[str, Precision | str]:

@@ -22,7 +22,7 @@ from mpq_brevitas._recipe import Recipe, recipe_of
 from mpq_plugins._adapter import bits_of
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._errors import AdapterError
-from mpq_plugins._files import write_whole
+from mpq_plugins._files import disk_refusal, write_whole
 from mpq_plugins._model import batch_size, call, device_of, evaluating, tensors, to_device
 from mpq_plugins._plugins import require
 
@@ -122,6 +122,8 @@ def _write_raw(module: _Positional, path: Path, args: tuple[Tensor, ...], format
             # dynamo=False: the newer exporter renames and merges initializers, and fails on attention.
             write(module, args=args, export_path=str(path), dynamo=False, opset_version=opset, input_names=names)
         except Exception as error:
+            if disk_refusal(error) is not None:
+                raise  # `write_whole` tells it
             raise AdapterError(
                 f"Brevitas could not export the module as {format}: {type(error).__name__}: {_first_line(error)}. "
                 "Check that its forward pass uses operations that ONNX has."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mpq_plugins._errors import FormatError
+from mpq_plugins._files import parse_json
 from mpq_plugins._plugins import require
 
 METADATA = "mpq"
@@ -76,8 +76,8 @@ class OnnxGraph:
         """What the exporter wrote about layers and fingerprint; raises `FormatError` when it is missing."""
         texts = [item.value for item in self.model.metadata_props if item.key == METADATA]
         try:
-            document = json.loads(texts[0]) if texts else None
-        except ValueError:
+            document = parse_json(texts[0], where=str(self.path)) if texts else None
+        except FormatError:
             document = None
         if not isinstance(document, dict) or document.get("format") != FORMAT or not document.get("layers"):
             raise FormatError(

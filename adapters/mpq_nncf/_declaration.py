@@ -11,7 +11,7 @@ import numpy as np
 
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._errors import FormatError
-from mpq_plugins._files import check_keys
+from mpq_plugins._files import check_keys, parse_json
 from mpq_plugins._layers import fingerprint
 from mpq_plugins._precision import ACTIVATION_BITS, Precision
 
@@ -53,10 +53,7 @@ class Declaration:
     @classmethod
     def loads(cls, text: str, *, where: str) -> Declaration:
         """Inverse of `dumps`; raises `FormatError`."""
-        try:
-            document = json.loads(text)
-        except ValueError as error:
-            raise FormatError(f"{where}: its record of bits is damaged: {error}. Export it again.") from error
+        document = parse_json(text, where=f"{where}: its record of bits")
         found = document.get("format") if isinstance(document, dict) else None
         if found != FORMAT:
             raise FormatError(

@@ -15,9 +15,9 @@ from torch import nn
 from mpq_plugins._errors import FormatError, ModelError
 from mpq_plugins._evaluate import labels_of
 from mpq_plugins._files import cache_folder as user_cache
-from mpq_plugins._files import write_whole
 from mpq_plugins._model import Batch
 from mpq_plugins._progress import track
+from mpq_plugins._tensor_files import read_torch, write_torch
 from mpq_plugins.glyphs._data import glyphs
 from mpq_plugins.glyphs._distortion import Distortion
 from mpq_plugins.glyphs._fonts import CLASSES
@@ -78,7 +78,7 @@ def train_or_restore(
     _train(net, recipe, seed)
     seconds = time.process_time() - start
     document = {"format": _FORMAT, "recipe": repr(recipe), "seconds": seconds, "state": net.state_dict()}
-    write_whole(path, lambda temporary: torch.save(document, temporary))
+    write_torch(path, document)
     return TrainedNet(net, seconds)
 
 
@@ -99,7 +99,7 @@ def _untrained(kind: str, seed: int) -> SmallNet:
 
 def _restored(net: SmallNet, path: Path) -> float:
     try:
-        document = torch.load(path, weights_only=True)
+        document = read_torch(path)
         net.load_state_dict(document["state"])
         return float(document["seconds"])
     except Exception as error:

@@ -18,11 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mpq_plugins._errors import WriteError
-from mpq_plugins._files import write_json, write_whole
+from mpq_plugins._errors import FormatError, WriteError
+from mpq_plugins._files import disk_refusal, write_json
 from mpq_plugins._model import Batch, tensors
+from mpq_plugins._tensor_files import read_tensors, write_tensors
 
-FORMAT = "mpq-journal/2"
+FORMAT = "mpq-journal/3"
+_CHECKSUM = "sha256"
 _folder: ContextVar[Path | None] = ContextVar("journal folder", default=None)
 
 
@@ -54,26 +56,24 @@ class Journal:
                 _begin(self._folder / "identity.json", json.loads(text))
 
     def get(self, key: str) -> dict[str, np.ndarray] | None:
-        """The arrays under `key`, or None when they were not measured yet (or their file does not read)."""
+        """The arrays under `key`, or None when they were not measured yet (or their file is not as it was written)."""
         if self._folder is None:
             return self._memory.get(key)
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
         try:
-            return dict(load_file(self._file(key)))
-        except (OSError, SafetensorError):
+            arrays, kept = read_tensors(self._file(key))
+        except FormatError:
             return None
+        return arrays if kept.get(_CHECKSUM) == self._checksum(key, arrays) else None
 
     def put(self, key: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Keep arrays under `key`. Raises `WriteError`."""
         if self._folder is None:
             self._memory[key] = dict(arrays)
             return
-        from safetensors.numpy import save_file
-
-        whole = {name: np.array(array, order="C") for name, array in arrays.items()}
-        write_whole(self._file(key), lambda path: save_file(whole, path))
+        try:
+            write_tensors(self._file(key), arrays, {_CHECKSUM: self._checksum(key, arrays)})
+        except WriteError as error:
+            raise _cannot_keep(self._folder.parent, error) from error
 
     def drop(self, keys: Iterable[str]) -> None:
         """Forget arrays that others now stand for."""
@@ -82,6 +82,15 @@ class Journal:
                 self._memory.pop(key, None)
             else:
                 self._file(key).unlink(missing_ok=True)
+
+    def _checksum(self, key: str, arrays: Mapping[str, np.ndarray]) -> str:
+        """A digest of arrays and of what they were measured for: a file of another run does not pass for this one's."""
+        assert self._folder is not None
+        digest = hashlib.sha256(f"{self._folder.name} {key}".encode())
+        for name, array in sorted(arrays.items()):
+            digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
 
     def _file(self, key: str) -> Path:
         assert self._folder is not None
@@ -143,11 +152,15 @@ def _begin(identity: Path, document: Any) -> None:
     try:
         write_json(identity, document)
     except WriteError as error:
-        reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else None
-        raise WriteError(
-            f"measurements cannot be kept under {identity.parent.parent}: {reason or error}. Choose a folder that you may "
-            "write to (--cache on the command line), or keep none (--no-cache)."
-        ) from error
+        raise _cannot_keep(identity.parent.parent, error) from error
+
+
+def _cannot_keep(folder: Path, error: WriteError) -> WriteError:
+    reason = None if error.__cause__ is None else disk_refusal(error.__cause__)
+    return WriteError(
+        f"measurements cannot be kept under {folder}: {reason or error}. Choose a folder that you may write to, with "
+        "space left (--cache on the command line), or keep none (--no-cache)."
+    )
 
 
 def _digest(items: Iterable[tuple[bytes, Tensor]], text: str = "") -> str:

@@ -11,10 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, final
 
-import torch
-
 from mpq_plugins._errors import FormatError, MPQError, TrainingError, WriteError
-from mpq_plugins._files import check_keys, read_json, write_json, write_whole
+from mpq_plugins._files import check_keys, disk_refusal, read_json, write_json
+from mpq_plugins._tensor_files import read_torch, write_torch
 from mpq_plugins.training._metrics import EpochRecord
 
 JOB, FORMAT = "mpq-training/1", "mpq-training-state/1"
@@ -64,12 +63,15 @@ class TrainingFolder:
             partial.mkdir(parents=True)
             save_module(partial / _MODULE)
             document = {"format": FORMAT, **{key: state[key] for key in _KEYS}}
-            write_whole(partial / _STATE, lambda temporary: torch.save(document, temporary))
+            write_torch(partial / _STATE, document)
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
-        except OSError as error:
+        except Exception as error:
+            reason = str(error) if isinstance(error, WriteError) else disk_refusal(error)
+            if reason is None:
+                raise
             raise WriteError(
-                f"cannot write the checkpoint {target}: {error.strerror or error}. Free some space, or choose another folder; "
+                f"cannot write the checkpoint {target}: {reason}. Free some space, or choose another folder; "
                 "the checkpoints before it are whole."
             ) from error
         finally:
@@ -88,7 +90,7 @@ class TrainingFolder:
         """The module's file and the state of a checkpoint; raises `FormatError`."""
         path = checkpoint / _STATE
         with telling_damage(checkpoint):
-            document = torch.load(path, weights_only=True, map_location="cpu")
+            document = read_torch(path)
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise FormatError(f"{path} is of another version. Train with the version that began, or in a new folder.")
         check_keys(document, allowed={*_KEYS, "format"}, required=set(_KEYS), where=str(path))

@@ -25,6 +25,7 @@ from mpq_plugins._errors import DataError, TrainingError
 from mpq_plugins._evaluate import accuracy
 from mpq_plugins._model import Batch, Output, batches_of, call, device_of, to_device
 from mpq_plugins._progress import track
+from mpq_plugins._tensor_files import read_torch, write_torch
 from mpq_plugins.training._average import Averaged
 from mpq_plugins.training._checkpoints import TrainingFolder, history_from_json, history_to_json, telling_damage
 from mpq_plugins.training._engine import agree, engine, in_parallel, seed_all
@@ -333,7 +334,7 @@ class _Run:
         if is_prepared(self.module):
             self.job.adapter.save(self.module, path)
         else:
-            torch.save(self.module.state_dict(), path)
+            write_torch(path, self.module.state_dict())
 
     def _resume(self) -> int:
         """Take up the last checkpoint of the folder; returns the number of epochs that are done."""
@@ -361,7 +362,7 @@ class _Run:
         if not is_float:
             return self.job.adapter.load(self.job.model, path, self.job.example)
         module = copy.deepcopy(self.job.model)
-        module.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+        module.load_state_dict(read_torch(path))
         return module
 
     def _finish(self) -> Trained:

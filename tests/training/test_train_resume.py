@@ -88,7 +88,7 @@ def test_a_checkpoint_half_written_counts_for_nothing(tmp_path, monkeypatch):
     """Killed between the module and its state, the run goes on from the epoch before, and the debris goes."""
     monkeypatch.setattr("mpq_plugins.training._checkpoints._STATE", "missing/folder")  # no state can be written
     monkeypatch.setattr("mpq_plugins.training._checkpoints.shutil.rmtree", lambda *_, **__: None)  # nor cleaned up
-    monkeypatch.setattr("mpq_plugins.training._checkpoints.write_whole", lambda *_: stop())
+    monkeypatch.setattr("mpq_plugins.training._checkpoints.write_torch", lambda *_: stop())
     with pytest.raises(Stop):
         run("brevitas", QAT, folder=tmp_path)
     monkeypatch.undo()

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from mpq_plugins._adapter import AbstractAdapter
 from mpq_plugins._allocator import keeping_memory
 from mpq_plugins._bits import BitConfig
-from mpq_plugins._cost import AbstractCost, Budget
+from mpq_plugins._budgets import Budgets, as_budgets
+from mpq_plugins._cost import AbstractCost, Budget, options_of
 from mpq_plugins._discover import find_layers
-from mpq_plugins._errors import BudgetError, SpaceError
+from mpq_plugins._errors import BudgetError, PluginError, SpaceError
 from mpq_plugins._layers import Inventory, Layer, skipped_layers
 from mpq_plugins._left_in_float import LeftInFloat
-from mpq_plugins._plugins import make
+from mpq_plugins._plugins import make, resolve
 from mpq_plugins._precision import Precision, menu
 from mpq_plugins._problem import build_problem, check_reachable
 from mpq_plugins._proxy import AbstractProxy
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from mpq_plugins._model import Output
 
 AUTO_IMAGES = 32  # the least number for which corrections are sound
-Budgets = Sequence[Budget] | Mapping[str, float | str]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def allocate(
     choices: Menus | None = None,
     adapter: AbstractAdapter | str | None = None,
     solver: AbstractSolver | str | None = None,
-    pin: Mapping[str, Precision | str] | None = None,
+    pin: Mapping[str, Precision | str | int] | None = None,
     pin_first_last: bool = False,
     tie: Iterable[Sequence[str]] = (),
     include: Sequence[str] = ("*",),
@@ -80,11 +80,12 @@ def allocate(
     """The best bit-width of every layer under `budgets`, by the losses of `proxy`.
 
     `example` is one input as the model takes it, `batches` what the proxy looks at (see `Batch.of`). `budgets` are
-    `Budget`s or cost name -> limit, such as `{"size": "w4", "bops": "75G"}`. Plugins may be given by name; the proxy "auto" is
-    explained at `proxy_of`. `choices` default to what the adapter's target really stores and runs. `output` says which of
-    the model's outputs counts. With `top_k` > 1 the best plans by the score are measured with the true loss of the quantized
-    network, and the best of those is kept. Measurements are kept under `cache`, so that an interrupted run goes on where it
-    stopped and another budget needs no new ones. See `build_space` for the rest, and for the warning of what stays in float.
+    `Budget`s, texts such as `"size=w4"`, or cost name -> limit, such as `{"size": "w4", "bops": "75G"}`. Plugins may be given
+    by name, as a class or as an object; the proxy "auto" is explained at `proxy_of`. `choices` default to what the adapter's
+    target really stores and runs. `output` says which of the model's outputs counts. With `top_k` > 1 the best plans by the
+    score are measured with the true loss of the quantized network, and the best of those is kept. Measurements are kept under
+    `cache`, so that an interrupted run goes on where it stopped and another budget needs no new ones. See `build_space` for
+    the rest, and for the warning of what stays in float.
 
     Raises `InfeasibleBudgetError` before anything is scored, and what `build_space`, the proxy and `solve` raise.
     """
@@ -104,12 +105,14 @@ def allocate(
 
     resolved = as_budgets(budgets)
     check_reachable(space, resolved)
-    chosen = with_output(proxy_of(proxy, model, example, output) if isinstance(proxy, str) else proxy, output)
+    found = proxy_of(proxy, model, example, output) if isinstance(proxy, str) else resolve("proxies", proxy)
+    chosen = with_output(found, output)
+    method = None if solver is None else resolve("solvers", solver)
     batches = list(batches) if top_k > 1 else batches
     with keeping_measurements(cache):
-        scores = chosen.score(model, space, batches)
+        scores = checked_scores(chosen.score(model, space, batches), chosen)
         measure = true_loss(model, scores.space, batches, chosen, output=output) if top_k > 1 else None
-        return solve_scores(scores, resolved, solver=solver, top_k=top_k, measure=measure)
+        return solve_scores(scores, resolved, solver=method, top_k=top_k, measure=measure)
 
 
 def build_space(
@@ -118,7 +121,7 @@ def build_space(
     *,
     choices: Menus | None = None,
     adapter: AbstractAdapter | str | None = None,
-    pin: Mapping[str, Precision | str] | None = None,
+    pin: Mapping[str, Precision | str | int] | None = None,
     pin_first_last: bool = False,
     tie: Iterable[Sequence[str]] = (),
     include: Sequence[str] = ("*",),
@@ -156,14 +159,14 @@ def decision_space(
     *,
     choices: Menus | None,
     adapter: AbstractAdapter | str | None,
-    pin: Mapping[str, Precision | str] | None,
+    pin: Mapping[str, Precision | str | int] | None,
     pin_first_last: bool,
     tie: Iterable[Sequence[str]],
     include: Sequence[str],
     exclude: Sequence[str],
 ) -> Space:
     """`build_space` that does not tell what stays in float."""
-    target = make("adapters", adapter) if isinstance(adapter, str) else adapter
+    target: AbstractAdapter | None = None if adapter is None else resolve("adapters", adapter)
     inventory = find_layers(model, example, include=include, exclude=exclude)
     share: tuple[tuple[str, ...], ...] = ()
     if target is not None:
@@ -172,7 +175,7 @@ def decision_space(
         groups = target.activation_groups(model, example)
         share = tuple(group for group in (tuple(n for n in names if n in known) for names in groups) if len(group) > 1)
         choices = choices or menu(target.weight_bits, target.activation_bits)
-    pins: dict[str, Precision | str] = {}
+    pins: dict[str, Precision | str | int] = {}
     if pin_first_last:
         pins.update(first_and_last(inventory))
     pins.update(pin or {})
@@ -212,6 +215,16 @@ def with_output(proxy: AbstractProxy, output: Output) -> AbstractProxy:
     return cast(AbstractProxy, replace(cast(Any, proxy), output=output))
 
 
+def checked_scores(scores: Any, proxy: AbstractProxy) -> Scores:
+    """The scores that a proxy returned; raises `PluginError` for anything else."""
+    if not isinstance(scores, Scores):
+        raise PluginError(
+            f"the proxy {getattr(proxy, 'name', type(proxy).__name__)!r} returned a {type(scores).__name__}, not Scores. "
+            "Return Scores(space, losses, self.recipe()), with one row of losses for each unit of the space."
+        )
+    return scores
+
+
 def true_loss(
     model: nn.Module, space: Space, batches: Iterable[Any], proxy: AbstractProxy, *, output: Output = None
 ) -> Measure:
@@ -241,7 +254,7 @@ def solve_scores(
         raise BudgetError(f"top_k is {top_k}, but at least one plan has to be kept. Give 1 to switch the selection off.")
     resolved = as_budgets(budgets)
     problem = build_problem(scores, resolved)
-    method = make("solvers", solver) if isinstance(solver, str) else solver
+    method: AbstractSolver | None = None if solver is None else resolve("solvers", solver)
     solution = solve(problem, method, n_next=max(3, top_k - 1))
     selection = None
     if measure is not None and top_k > 1:
@@ -267,15 +280,6 @@ def costs_of(space: Space, layers: Mapping[str, Precision], extra: Iterable[Abst
 
     costs: dict[str, AbstractCost] = {cost.name: cost for cost in (WeightSize(), BitOps(), *extra)}
     return {name: cost.at(space, layers) for name, cost in sorted(costs.items())}
-
-
-def as_budgets(budgets: Budgets) -> tuple[Budget, ...]:
-    """Budgets from `{"size": "w4"}` or a sequence of them; raises `BudgetError` and `PluginError`."""
-    if isinstance(budgets, Mapping):
-        budgets = [Budget(make("costs", name), limit) for name, limit in budgets.items()]
-    if not budgets:
-        raise BudgetError("no budget was given, so every layer would take its widest bits. Give one, such as size=w4.")
-    return tuple(budgets)
 
 
 def without(inventory: Inventory, reasons: Mapping[str, str]) -> Inventory:
@@ -307,7 +311,7 @@ def _origin(scores: Scores, budgets: Sequence[Budget], solution: Solution, layer
         "solver": solution.solver,
         "budgets": [
             {
-                "options": asdict(budget.cost),  # type: ignore[call-overload]  # costs are dataclasses
+                "options": options_of(budget.cost),
                 "name": budget.cost.name,
                 "asked": budget.limit,
                 "limit": budget.resolve(space),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,42 @@ from mpq_plugins._precision import Precision
 FORMAT = "mpq-bits/1"
 
 
+class FrozenMapping(Mapping[str, Precision]):
+    """A mapping that cannot be changed in place, can be copied and pickled, and equals any mapping of the same items."""
+
+    def __init__(self, items: Mapping[str, Precision]) -> None:
+        self._items = dict(items)
+
+    def __getitem__(self, key: str) -> Precision:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+
 @dataclass(frozen=True)
 class BitConfig:
     """Layer name -> precision, for one model.
 
-    Two configurations are equal when their layers are. `fingerprint` is the model's (`Inventory.fingerprint`); `origin`
-    records how the bits were chosen, `costs` what they cost (cost name -> amount in its unit).
+    Precisions may be given as `"w4a8"` or as weight bits. Two configurations are equal when their layers are. `fingerprint`
+    is the model's (`Inventory.fingerprint`); `origin` records how the bits were chosen, `costs` what they cost (cost name ->
+    amount in its unit).
     """
 
     layers: Mapping[str, Precision]
     fingerprint: str = field(compare=False)
     origin: Mapping[str, Any] = field(default_factory=dict, compare=False)
     costs: Mapping[str, float] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        layers = {name: Precision.of(precision) for name, precision in self.layers.items()}
+        object.__setattr__(self, "layers", FrozenMapping(layers))
 
     def __hash__(self) -> int:
         return hash(tuple(sorted(self.layers.items())))

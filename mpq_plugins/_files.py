@@ -81,9 +81,28 @@ def cache_folder() -> Path:
 
 
 def write_json(path: str | Path, document: Any) -> Path:
-    """Write `document` as sorted, indented JSON: the same document gives the same bytes."""
-    text = json.dumps(document, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    """Write `document` as sorted, indented JSON: the same document gives the same bytes.
+
+    Raises `WriteError`, and `FormatError` for a document with values that JSON does not have.
+    """
+    try:
+        text = json.dumps(document, indent=2, sort_keys=True, allow_nan=False, default=plain_value) + "\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise FormatError(f"{path} would hold what JSON cannot: {error}. Keep numbers finite and keys texts.") from error
     return write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def plain_value(value: Any) -> Any:
+    """`value` as JSON has it: numbers of numpy's and torch's as Python's, mappings by text keys; anything else as its text."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain_value(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [plain_value(item) for item in value]
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return repr(value)
 
 
 def read_json(path: str | Path, *, format: str) -> dict[str, Any]:

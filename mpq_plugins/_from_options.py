@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpq_plugins._adapter import AbstractAdapter
-from mpq_plugins._allocate import as_budgets, decision_space
-from mpq_plugins._cost import Budget
-from mpq_plugins._errors import BudgetError, DataError, ModelError, PluginError
+from mpq_plugins._allocate import decision_space
+from mpq_plugins._errors import DataError, ModelError
 from mpq_plugins._left_in_float import LeftInFloat
 from mpq_plugins._plugins import make
 from mpq_plugins._precision import menu
+from mpq_plugins._text import pairs_of, values_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -135,34 +135,6 @@ def tell_floats(left: LeftInFloat, *, strict: bool) -> None:
         left.check()
     if left.is_much:
         print(f"warning: {left}", file=sys.stderr)
-
-
-def budgets_of(texts: Sequence[str]) -> tuple[Budget, ...]:
-    """`size=w4`, or with options of the cost `stored_size?target=openvino-fast=1MiB`."""
-    budgets = []
-    for text in texts:
-        left, equals, limit = text.rpartition("=")
-        if not equals:
-            raise BudgetError(f"{text!r} is no budget. Write COST=LIMIT, such as size=w4, size=6.7MiB or bops=75G.")
-        name, _, query = left.partition("?")
-        budgets.append(Budget(make("costs", name, values_of(query.split("&") if query else [])), limit))
-    return as_budgets(budgets)
-
-
-def pairs_of(texts: Sequence[str]) -> dict[str, str]:
-    pairs = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise PluginError(f"{text!r} must be KEY=VALUE.")
-        pairs[key] = value
-    return pairs
-
-
-def values_of(texts: Sequence[str]) -> dict[str, Any]:
-    from mpq_plugins._text import literal
-
-    return {key.replace("-", "_"): literal(value) for key, value in pairs_of(texts).items()}
 
 
 def words(text: str) -> list[str]:

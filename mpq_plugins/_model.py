@@ -17,7 +17,7 @@ from mpq_plugins._errors import DataError, ModelError, MPQError
 Output = str | int | Callable[[Any], Tensor] | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """What one forward pass is given, and the labels when there are any.
 

@@ -50,6 +50,39 @@ def make(kind: Kind, name: str, options: Mapping[str, Any] | None = None) -> Any
         raise PluginError(f"{name}: {error}. Its options are: {', '.join(fields) or 'none'}.") from error
 
 
+def resolve(kind: Kind, given: Any, options: Mapping[str, Any] | None = None) -> Any:
+    """The plugin that a user named, or gave as a class or as an object; `options` are those of a name.
+
+    Raises what `make` raises, and `PluginError` for anything else.
+    """
+    if isinstance(given, str):
+        return make(kind, given, options)
+    base = _base(kind)
+    if isinstance(given, type) and issubclass(given, base):
+        try:
+            return given()
+        except TypeError as error:
+            raise PluginError(f"{given.__name__} cannot be made without options: {error}. Give an object of it.") from error
+    if isinstance(given, base):
+        return given
+    raise PluginError(
+        f"{str(given)[:80]!r} ({type(given).__name__}) is none of the {kind}. Give a name ({', '.join(names(kind))}), or an "
+        f"object of a class derived from {base.__name__}."
+    )
+
+
+def _base(kind: Kind) -> type:
+    """The class that plugins of a kind derive from."""
+    home, name = {
+        "proxies": ("_proxy", "AbstractProxy"),
+        "costs": ("_cost", "AbstractCost"),
+        "solvers": ("_solver", "AbstractSolver"),
+        "adapters": ("_adapter", "AbstractAdapter"),
+    }[kind]
+    base: type = getattr(importlib.import_module(f"mpq_plugins.{home}"), name)
+    return base
+
+
 def _check_options(name: str, factory: Any, options: Mapping[str, Any]) -> None:
     """Refuse values that the field of an option does not take: text for a number, a word that is none of its words."""
     if not dataclasses.is_dataclass(factory):

@@ -8,13 +8,13 @@ from functools import cached_property
 
 import numpy as np
 
-from mpq_plugins._cost import Budget, format_amount
+from mpq_plugins._cost import Budget, cost_of, format_amount
 from mpq_plugins._errors import BudgetError, InfeasibleBudgetError
 from mpq_plugins._scores import Scores
 from mpq_plugins._space import Space, Unit
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Limit:
     """One row of the problem: `cost` of every choice, and the most their sum may be."""
 
@@ -24,7 +24,7 @@ class Limit:
     limit: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Problem:
     """Choose one choice per unit: minimise the summed loss subject to every limit.
 
@@ -175,7 +175,7 @@ def _checked_tables(space: Space, budgets: Sequence[Budget]) -> list[Table]:
 
 def _costs(space: Space, unit: Unit, budget: Budget) -> np.ndarray:  # [choice of the unit]
     layers = [space.layer(name) for name in unit.layers]
-    rows = [[budget.cost.of(layer, choice) for layer in layers] for choice in unit.choices]
+    rows = [[cost_of(budget.cost, layer, choice) for layer in layers] for choice in unit.choices]
     return np.asarray([sum(row) if budget.cost.reduce == "sum" else max(row) for row in rows], dtype=float)
 
 

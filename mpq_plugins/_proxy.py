@@ -35,4 +35,5 @@ class AbstractProxy(abc.ABC):
 
     def recipe(self) -> dict[str, Any]:
         """Name and options: what `Scores.proxy` and a bit configuration's origin record."""
-        return {"name": self.name, **dataclasses.asdict(self)}  # type: ignore[call-overload]  # leaves are dataclasses
+        options: dict[str, Any] = dataclasses.asdict(self) if dataclasses.is_dataclass(self) else {}
+        return {"name": self.name, **options}

@@ -10,6 +10,7 @@ import numpy as np
 
 from mpq_plugins._cost import format_amount
 from mpq_plugins._errors import InfeasibleBudgetError, SolverError
+from mpq_plugins._plugins import resolve
 from mpq_plugins._problem import Limit, Problem
 from mpq_plugins._solution import Plan, Solution, Status
 from mpq_plugins._solver import AbstractSolver
@@ -20,7 +21,7 @@ _ASYMMETRY = 1e-6  # of the largest pairwise loss: measured tables are symmetric
 _CLOSED = 2e-6  # relative gap up to which an answer is called optimal
 
 
-def solve(problem: Problem, solver: AbstractSolver | None = None, *, throw: bool = True, n_next: int = 3) -> Solution:
+def solve(problem: Problem, solver: AbstractSolver | str | None = None, *, throw: bool = True, n_next: int = 3) -> Solution:
     """The best choice of every unit, as a certificate checked against the tables.
 
     `solver` is `Auto()` by default; `n_next` is how many next-best plans to list. Raises `InfeasibleBudgetError` when the
@@ -30,7 +31,7 @@ def solve(problem: Problem, solver: AbstractSolver | None = None, *, throw: bool
     from mpq_plugins.solvers import Auto
 
     started = time.perf_counter()
-    solver = solver or Auto()
+    solver = Auto() if solver is None else resolve("solvers", solver)
     _check_tables(problem)
     if problem.n_units == 0:
         return _no_units(problem, solver)

@@ -10,10 +10,11 @@ from typing import Any
 from mpq_plugins._errors import FormatError, SpaceError
 from mpq_plugins._files import check_keys, of_kinds, read_fields
 from mpq_plugins._layers import Inventory, Layer, Skipped, matching, skipped_layers
-from mpq_plugins._precision import Precision, menu
+from mpq_plugins._precision import Precision, as_menu, menu
 
 Refuse = Callable[[Layer, Precision], str | None]
-Menus = Sequence[Precision] | Mapping[str, Sequence[Precision]]
+Menu = Iterable[Precision | str | int] | Precision | str | int
+Menus = Menu | Mapping[str, Menu]
 
 
 @dataclass(frozen=True)
@@ -68,20 +69,24 @@ class Space:
     skipped: tuple[Skipped, ...] = ()
     pins: Mapping[str, str] = field(default_factory=dict)
 
+    def __hash__(self) -> int:
+        return hash((self.layers, self.units, self.fingerprint))
+
     @classmethod
     def build(
         cls,
         inventory: Inventory,
         choices: Menus | None = None,
         *,
-        pin: Mapping[str, Precision | str] | None = None,
+        pin: Mapping[str, Precision | str | int] | None = None,
         tie: Iterable[Sequence[str]] = (),
         share_activations: Iterable[Sequence[str]] = (),
         refuse: Refuse = lambda layer, precision: None,
     ) -> Space:
         """The space of `choices` over the layers of `inventory`.
 
-        `choices` is one menu for all layers or glob -> menu, the last match counts (default: weights 2..8, activations 8).
+        `choices` is one menu for all layers or glob -> menu, the last match counts (default: weights 2..8, activations 8);
+        a menu holds `Precision`s, texts such as `"w4a8"` or weight bits.
         `pin` fixes layers (glob -> precision). `tie` lists layers that take one precision; layers that hold the same
         weight are tied without asking. `share_activations` lists layers that must agree on activation bits only.
         `refuse` says why a target cannot do a precision; a layer refused at all of its choices is skipped.
@@ -133,11 +138,16 @@ class Space:
     def average_bits_of_size(self, size_bytes: float) -> AverageBits:
         """Weight bits per weight that `size_bytes` hold: layers without a choice take their bits, the free ones the rest."""
         fixed = {name: unit.choices[0].weight for unit in self.units if not self.is_free(unit) for name in unit.layers}
-        n_weights = sum(layer.n_weights for layer in self._stored)
+        n_weights = self.n_stored_weights
         n_free = sum(layer.n_weights for layer in self._stored if layer.name not in fixed)
         fixed_bits = sum(layer.n_weights * fixed[layer.name] for layer in self._stored if layer.name in fixed)
         n_bits = 8 * size_bytes
         return AverageBits(n_bits / n_weights, (n_bits - fixed_bits) / n_free if n_free else None)
+
+    @property
+    def n_stored_weights(self) -> int:
+        """Weights of all searched layers, one that several of them share counted once."""
+        return sum(layer.n_weights for layer in self._stored)
 
     @cached_property
     def _stored(self) -> tuple[Layer, ...]:
@@ -255,11 +265,10 @@ def residual_ties(inventory: Inventory) -> tuple[tuple[str, str], ...]:
     return tuple(ties)
 
 
-def _pins(pin: Mapping[str, Precision | str], names: Sequence[str]) -> dict[str, Precision]:
+def _pins(pin: Mapping[str, Precision | str | int], names: Sequence[str]) -> dict[str, Precision]:
     pins: dict[str, Precision] = {}
     for pattern, precision in pin.items():
-        value = Precision.parse(precision) if isinstance(precision, str) else precision
-        pins.update(dict.fromkeys(matching(pattern, names), value))
+        pins.update(dict.fromkeys(matching(pattern, names), Precision.of(precision)))
     return pins
 
 
@@ -268,8 +277,9 @@ def _menus(
 ) -> tuple[dict[str, tuple[Precision, ...]], tuple[Skipped, ...]]:
     names = [layer.name for layer in inventory]
     wanted: dict[str, Sequence[Precision]] = {}
-    for pattern, precisions in (choices if isinstance(choices, Mapping) else {"*": choices or menu()}).items():
-        wanted.update(dict.fromkeys(matching(pattern, names), tuple(precisions)))
+    asked_for = choices if isinstance(choices, Mapping) else {"*": menu() if choices is None else choices}
+    for pattern, precisions in asked_for.items():
+        wanted.update(dict.fromkeys(matching(pattern, names), as_menu(precisions)))
     menus: dict[str, tuple[Precision, ...]] = {}
     refused: dict[str, str] = {}
     for layer in inventory:

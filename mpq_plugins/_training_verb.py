@@ -13,7 +13,8 @@ from rich.console import Console
 
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._errors import DataError
-from mpq_plugins._from_options import adapter_of, model_of, values_of
+from mpq_plugins._from_options import adapter_of, model_of
+from mpq_plugins._text import values_of
 
 if TYPE_CHECKING:
     from torch import nn

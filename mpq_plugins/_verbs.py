@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from mpq_plugins._adapter import AbstractAdapter
-from mpq_plugins._allocate import proxy_of, solve_scores, true_loss, with_output
+from mpq_plugins._allocate import checked_scores, proxy_of, solve_scores, true_loss, with_output
 from mpq_plugins._bits import BitConfig
+from mpq_plugins._budgets import as_budgets
 from mpq_plugins._cost import Budget
 from mpq_plugins._errors import DataError, PluginError
-from mpq_plugins._from_options import adapter_of, budgets_of, cache_of, data_of, model_of, space_of, take, values_of, words
+from mpq_plugins._from_options import adapter_of, cache_of, data_of, model_of, space_of, take, words
 from mpq_plugins._layers import skipped_layers
 from mpq_plugins._left_in_float import LeftInFloat
 from mpq_plugins._plugins import KINDS, Kind, make, names
 from mpq_plugins._scores import Scores
 from mpq_plugins._selection import Measure
+from mpq_plugins._text import values_of
 from mpq_plugins._training_verb import train as train
 
 if TYPE_CHECKING:
@@ -67,13 +69,13 @@ def allocate(options: Namespace) -> int:
 
     model, example = model_of(options)
     space = space_of(options, model, example)
-    budgets = budgets_of(options.budget)
+    budgets = as_budgets(options.budget)
     check_reachable(space, budgets)
     proxy = proxy_of(options.proxy, model, example, options.output, values_of(options.proxy_option))
     proxy = with_output(proxy, options.output)
     batches = list(take(data_of(options), options.images)) if options.data else []
     with keeping_measurements(cache_of(options)):
-        scores = proxy.score(model, space, batches)
+        scores = checked_scores(proxy.score(model, space, batches), proxy)
         if options.scores:
             scores.save(options.scores)
         selects = options.top_k > 1
@@ -83,7 +85,7 @@ def allocate(options: Namespace) -> int:
 
 def solve(options: Namespace) -> int:
     """`mpq solve`."""
-    return _solve_and_report(options, Scores.load(options.saved), budgets_of(options.budget))
+    return _solve_and_report(options, Scores.load(options.saved), as_budgets(options.budget))
 
 
 def apply(options: Namespace) -> int:
@@ -160,7 +162,7 @@ def compare(options: Namespace) -> int:
         example=example,
         calibration=list(take(data_of(options), options.images)),
         test=data_of(options),  # type: ignore[arg-type]  # any re-iterable serves
-        budgets={text: budgets_of([text]) for text in options.budget or ["size=w4"]},
+        budgets={text: as_budgets([text]) for text in options.budget or ["size=w4"]},
         adapters={options.adapter: adapter_of(options)},
         proxies=words(options.proxies),
         n_seeds=options.seeds,
@@ -257,7 +259,7 @@ def _report_verification(options: Namespace, report: Verification, accuracies: M
     if accuracies:
         console.print(f"accuracy {accuracies['exported_accuracy']:.4f} of the file, {accuracies['accuracy']:.4f} of the module")
     for check in report.budgets:
-        console.print(f"budget {check.name}: {check.found:g} of {check.limit:g}", highlight=False)
+        console.print(str(check), highlight=False)
     return _OK
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +13,13 @@ import numpy as np
 
 from mpq_plugins._adapter import AbstractAdapter, bits_of
 from mpq_plugins._bits import BitConfig
-from mpq_plugins._errors import VerificationError
+from mpq_plugins._cost import AbstractCost, format_amount
+from mpq_plugins._errors import FormatError, PluginError, VerificationError
 from mpq_plugins._files import write_json
+from mpq_plugins._layers import Layer
 from mpq_plugins._model import tensors
+from mpq_plugins._plugins import make
+from mpq_plugins._precision import Precision
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,16 +79,23 @@ class OutputCheck:
 
 @dataclass(frozen=True)
 class BudgetCheck:
-    """A budget of the bit configuration against the bits found in the file."""
+    """A budget of the bit configuration against the bits found in the file; `found` is None where its cost is not known."""
 
     name: str
     limit: float
-    found: float
+    found: float | None
+    unit: str = ""
 
     @property
     def ok(self) -> bool:
-        """Whether the file keeps the budget."""
-        return self.found <= self.limit * (1 + 1e-9)
+        """Whether the file keeps the budget, as far as that can be told."""
+        return self.found is None or self.found <= self.limit * (1 + 1e-9)
+
+    def __str__(self) -> str:
+        limit = format_amount(self.limit, self.unit)
+        if self.found is None:
+            return f"budget {self.name}: not checked, no costs plugin has that name (verify(costs=[...]) takes an object)"
+        return f"budget {self.name}: {format_amount(self.found, self.unit)} of {limit}"
 
 
 @dataclass(frozen=True)
@@ -132,9 +143,10 @@ class Verification:
                 f"from itself by {self.outputs.own_difference:.1e} when its sums are rounded otherwise)"
             )
         found += [
-            f"budget {check.name}: the file needs {check.found:g}, allowed are {check.limit:g}"
+            f"budget {check.name}: the file needs {format_amount(check.found, check.unit)}, allowed are "
+            f"{format_amount(check.limit, check.unit)}"
             for check in self.budgets
-            if not check.ok
+            if check.found is not None and not check.ok
         ]
         return tuple(found)
 
@@ -182,14 +194,15 @@ def verify(
     inputs: Any = None,
     model: nn.Module | None = None,
     tolerance: float = 1e-3,
+    costs: Iterable[AbstractCost] = (),
 ) -> Verification:
     """Read an exported file back and compare it with the bit configuration.
 
     With `module` every weight code is compared too, with `inputs` also the outputs: the mean difference may be
     `tolerance` times the standard deviation of the module's outputs (single elements differ by a quantization step where
     two implementations round a tie differently). With the float `model` and `inputs` the budgets that the configuration
-    records are checked against the bits found. Raises `FormatError` when the file cannot be read; the comparison
-    itself never raises: see `Verification.check`.
+    records are checked against the bits found, by the registered costs and by `costs`. Raises `FormatError` when the file
+    cannot be read; the comparison itself never raises: see `Verification.check`.
     """
     found = adapter.read_bits(path)
     is_other = found.fingerprint not in ("", bits.fingerprint)  # empty: the file does not say
@@ -199,7 +212,7 @@ def verify(
         layers=_layer_checks(adapter, path, bits, found, module),
         unexpected=tuple(sorted(set(found.layers) - set(bits.layers))),
         outputs=None if module is None or inputs is None else _compare_outputs(adapter, path, module, inputs, tolerance),
-        budgets=() if model is None or inputs is None else _budget_checks(model, inputs, bits, found),
+        budgets=() if model is None or inputs is None else _budget_checks(model, inputs, bits, found, costs),
         fingerprints=(bits.fingerprint, found.fingerprint) if is_other else None,
     )
 
@@ -302,12 +315,24 @@ def compare_outputs(found: Sequence[np.ndarray], expected: Sequence[np.ndarray],
     return OutputCheck(min(worst_mean, _NOT_FINITE), min(worst_max, _NOT_FINITE), agreement, tolerance)
 
 
-def _budget_checks(model: nn.Module, inputs: Any, bits: BitConfig, found: BitConfig) -> tuple[BudgetCheck, ...]:
+def _budget_checks(
+    model: nn.Module, inputs: Any, bits: BitConfig, found: BitConfig, costs: Iterable[AbstractCost]
+) -> tuple[BudgetCheck, ...]:
     from mpq_plugins._discover import find_layers
-    from mpq_plugins._plugins import make
 
-    recorded: Sequence[Mapping[str, Any]] = bits.origin.get("budgets", ())
+    recorded = bits.origin.get("budgets", ())
     layers = {layer: found.layers[layer.name] for layer in find_layers(model, inputs) if layer.name in found.layers}
-    return tuple(
-        BudgetCheck(row["name"], row["limit"], make("costs", row["name"], row.get("options")).total(layers)) for row in recorded
-    )
+    own = {cost.name: cost for cost in costs}
+    return tuple(_budget_check(row, layers, own) for row in recorded)
+
+
+def _budget_check(row: Any, layers: Mapping[Layer, Precision], own: Mapping[str, AbstractCost]) -> BudgetCheck:
+    try:
+        name, limit, unit = str(row["name"]), float(row["limit"]), str(row.get("unit", ""))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError(f"the bit configuration records a budget that cannot be read: {row!r}. Allocate again.") from error
+    try:
+        cost: AbstractCost = own[name] if name in own else make("costs", name, row.get("options"))
+    except PluginError:  # a cost that was given as an object
+        return BudgetCheck(name, limit, None, unit)
+    return BudgetCheck(name, limit, cost.total(layers), unit)

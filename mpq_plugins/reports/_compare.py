@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpq_plugins._adapter import AbstractAdapter
-from mpq_plugins._allocate import Allocation, Budgets, as_budgets, solve_scores
+from mpq_plugins._allocate import Allocation, checked_scores, solve_scores
 from mpq_plugins._bits import BitConfig
+from mpq_plugins._budgets import Budgets, as_budgets
 from mpq_plugins._evaluate import accuracy
 from mpq_plugins._files import write_json
 from mpq_plugins._model import Output
@@ -152,6 +153,7 @@ def _scores(
     scored = {}
     for label, (name, options) in track(recipes.items(), "scoring"):
         start = time.perf_counter()
-        scores = make("proxies", name, options).score(model, space, batches)
+        proxy = make("proxies", name, options)
+        scores = checked_scores(proxy.score(model, space, batches), proxy)
         scored[label] = scores, time.perf_counter() - start
     return scored

@@ -62,7 +62,7 @@ class Setup:
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Effects:
     """Averages over the sensitivity set; the choices of all units stand in one row.
 

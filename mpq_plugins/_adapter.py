@@ -11,6 +11,7 @@ from mpq_plugins._bits import BitConfig
 from mpq_plugins._errors import AdapterError, FingerprintError
 from mpq_plugins._layers import Inventory, Layer, unknown_layer
 from mpq_plugins._precision import Precision
+from mpq_plugins._stages import guard_stages
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +22,7 @@ class AbstractAdapter(abc.ABC):
     """Turns a bit configuration into a framework's quantized module and reads it back from exported files.
 
     Implementations are frozen dataclasses of their options; they import their framework inside the methods that need it.
+    What that raises is told as an `MPQError` of the stage, and models come checked (see `_stages`).
     `formats` lists what `export` writes, the default first. `weight_bits` and `activation_bits` are what the target
     really stores and runs: the default menu of a search.
     """
@@ -29,6 +31,10 @@ class AbstractAdapter(abc.ABC):
     formats: ClassVar[tuple[str, ...]]
     weight_bits: ClassVar[tuple[int, ...]]
     activation_bits: ClassVar[tuple[int, ...]]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        guard_stages(cls)
 
     @abc.abstractmethod
     def refuse(self, layer: Layer, precision: Precision) -> str | None:
@@ -119,8 +125,10 @@ def is_prepared(module: nn.Module) -> bool:
 
 
 def bits_of(module: nn.Module) -> BitConfig:
-    """The bit configuration that a quantized module was prepared with."""
-    bits = getattr(module, "_mpq_bits", None)
+    """The bit configuration that a quantized module was prepared with, inside wrappers too."""
+    from mpq_plugins._model_check import unwrapped
+
+    bits = getattr(unwrapped(module), "_mpq_bits", None)
     if not isinstance(bits, BitConfig):
         raise AdapterError(f"{type(module).__name__} was not made by an adapter's prepare() or load(). Call that first.")
     return bits

@@ -89,6 +89,10 @@ def allocate(
 
     Raises `InfeasibleBudgetError` before anything is scored, and what `build_space`, the proxy and `solve` raise.
     """
+    from mpq_plugins._model_check import plain_model
+    from mpq_plugins.sensitivity import keeping_measurements
+
+    model = plain_model(model)
     space = decision_space(
         model,
         example,
@@ -101,7 +105,6 @@ def allocate(
         exclude=exclude,
     )
     LeftInFloat.of(space.layers, space.skipped).tell(strict=strict)
-    from mpq_plugins.sensitivity import keeping_measurements
 
     resolved = as_budgets(budgets)
     check_reachable(space, resolved)

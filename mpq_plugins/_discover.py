@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from mpq_plugins._errors import ModelError, MPQError
 from mpq_plugins._flow import (
@@ -21,6 +20,7 @@ from mpq_plugins._flow import (
 )
 from mpq_plugins._layers import EXCLUDED, Inventory, Layer, Skipped, fingerprint, matching, skipped_layers
 from mpq_plugins._model import batch_size, call, evaluating
+from mpq_plugins._model_check import plain_model
 from mpq_plugins._readers import Readers
 
 LAYER_TYPES = (
@@ -159,7 +159,7 @@ def find_layers(model: nn.Module, example: Any, *, include: Sequence[str] = ("*"
     if not names:
         raise ModelError(
             f"{type(model).__name__} calls no Conv, ConvTranspose or Linear layer on this example, so there is nothing "
-            "to allocate bits to. Scripted and compiled models hide their layers: pass the original module."
+            "to allocate bits to. Give an example that reaches them."
         )
     kept = {name for pattern in include for name in matching(pattern, names)}
     dropped = {name for pattern in exclude for name in matching(pattern, names)}
@@ -173,8 +173,7 @@ def find_layers(model: nn.Module, example: Any, *, include: Sequence[str] = ("*"
 
 def discover(model: nn.Module, example: Any) -> tuple[tuple[Layer, ...], tuple[Skipped, ...]]:
     """Run `example` once and report the weighted layers it called, in order, and what was skipped."""
-    if any(is_lazy(parameter) for parameter in model.parameters()):
-        raise ModelError("the model holds lazy parameters that have no shape yet. Run it once on real data first.")
+    model = plain_model(model)
     watch = _DiscoveryWatch(model)
     handles = []
     for module in model.modules():

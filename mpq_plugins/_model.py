@@ -114,6 +114,43 @@ def _chained(one: Any, other: Any, sizes: tuple[int, int]) -> Any:
     raise ValueError("of different forms")
 
 
+def calibration_batches(items: Iterable[Any], example: Any, most: int | None = None) -> list[Batch]:
+    """At most `most` items of `items` as batches that the model can take, judged by the `example`.
+
+    Raises `DataError` without any, for tensors of another type or number of axes than the example's, and for values that are
+    not finite.
+    """
+    found = list(itertools.islice(batches_of(items), most))
+    if not found:
+        raise DataError("no calibration batches were given, but activation ranges need them. Pass some (--data).")
+    for index, batch in enumerate(found):
+        check_like(batch.inputs, example, where=f"calibration batch {index}")
+    return found
+
+
+def check_like(inputs: Any, example: Any, *, where: str) -> None:
+    """Refuse inputs that cannot be what the example is: other types, a missing batch axis, NaN. Raises `DataError`."""
+    given, expected = list(tensors(inputs)), list(tensors(example))
+    if not given:
+        raise DataError(f"{where} holds no tensor but a {type(inputs).__name__}. Give inputs as the model takes them.")
+    for tensor in given:
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise DataError(f"{where} holds values that are not finite. Look for NaN in the images.")
+    if len(given) != len(expected):
+        return  # optional inputs
+    for tensor, like in zip(given, expected, strict=True):
+        is_type = tensor.dtype == like.dtype or not (tensor.is_floating_point() or like.is_floating_point())
+        if not is_type or tensor.dim() != like.dim() or not tensor.numel():
+            raise DataError(
+                f"{where} has a tensor {_form(tensor)}, the example one {_form(like)}. Give batches as the example is: of its "
+                "type, with the batch axis first (tensor.float(), tensor.unsqueeze(0))."
+            )
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
+
+
 def first_batch(loader: Iterable[Any], *, purpose: str) -> Batch:
     """The first item of `loader`; raises `DataError` when there is none."""
     for batch in batches_of(loader):

@@ -17,6 +17,7 @@ from torch import nn
 
 from mpq_plugins._errors import DataError, FormatError, ModelError, MPQError
 from mpq_plugins._model import Batch
+from mpq_plugins._model_check import plain_model, unwrapped
 from mpq_plugins._plugins import require
 from mpq_plugins._tensor_files import read_torch
 from mpq_plugins._text import literal
@@ -45,9 +46,10 @@ def load_model(spec: str, weights: str | Path | None = None) -> nn.Module:
     else:
         found = _attribute(source, target, ModelError)
         model = found if isinstance(found, nn.Module) else _built(lambda: found(**options), spec)
+    model = unwrapped(model)
     if weights is not None:
         load_weights(model, weights)
-    return model.eval()
+    return plain_model(model).eval()
 
 
 def _built(build: Callable[[], Any], spec: str) -> nn.Module:
@@ -71,7 +73,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load a state dict into `model`, strictly; nothing is executed from the file (`weights_only=True`).
 
     Reads what `torch.save(model.state_dict())` wrote, or a `.safetensors` file; a dict with `state_dict` or `model` inside is
-    unwrapped, a `module.` prefix removed. Raises `ModelError` and leaves the model untouched.
+    unwrapped, prefixes `module.` and `_orig_mod.` removed. Raises `ModelError` and leaves the model untouched.
     """
     path = Path(path)
     try:
@@ -95,7 +97,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             state = state[key]
     if not isinstance(state, Mapping) or not state:
         raise ModelError(f"{path} holds a {type(state).__name__}, not a state dict. Save model.state_dict().")
-    state = {str(key).removeprefix("module."): value for key, value in state.items()}
+    state = {str(key).removeprefix("_orig_mod.").removeprefix("module."): value for key, value in state.items()}
     _check_state(model, state, path)
     model.load_state_dict(state)
 

@@ -25,10 +25,9 @@ from mpq_plugins._adapter import attach_bits
 from mpq_plugins._batch_norm import AbstractSite, Recorded, bias_sites, norm_sites, recorded, reestimate_batch_norm
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._discover import find_layers
-from mpq_plugins._errors import DataError
 from mpq_plugins._histogram import Histogram
 from mpq_plugins._layers import Inventory
-from mpq_plugins._model import Batch, batches_of
+from mpq_plugins._model import Batch, calibration_batches
 from mpq_plugins._ptq import PTQ
 from mpq_plugins._quick import quick
 from mpq_plugins._repairs import Judge, Repair, attach_repairs, better, hold_out, repair
@@ -44,9 +43,7 @@ def prepare(
     check_options(adapter, ptq)
     inventory = find_layers(model, example)
     check_convertible(model, bits, inventory, adapter.profile, example)
-    batches = tuple(batches_of(calibration))
-    if not batches:
-        raise DataError("no calibration batches were given, but activation ranges need them. Pass data (--data).")
+    batches = tuple(calibration_batches(calibration, example))
     used, held = hold_out(batches, ptq.held_out)
     longest = max(map(len, batches))
     images = _Images(batches, used, *(quick(model, part, longest=longest) for part in (used, held)))

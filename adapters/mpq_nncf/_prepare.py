@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any, final
 
 from torch import nn
@@ -25,9 +24,8 @@ from mpq_plugins._adapter import attach_bits
 from mpq_plugins._batch_norm import AbstractSite, Recorded, bias_sites, norm_sites, recorded, reestimate_batch_norm
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._discover import find_layers
-from mpq_plugins._errors import DataError
 from mpq_plugins._layers import Layer
-from mpq_plugins._model import Batch, batch_size, batches_of, device_of, evaluating, to_device
+from mpq_plugins._model import Batch, batch_size, calibration_batches, device_of, evaluating, to_device
 from mpq_plugins._precision import Precision
 from mpq_plugins._ptq import PTQ
 from mpq_plugins._quick import quick
@@ -57,7 +55,7 @@ def prepare(model: nn.Module, bits: BitConfig, example: Any, calibration: Iterab
         check_precision(name, precision)
     layers = [layer for layer in inventory if layer.name in bits.layers]
     check_supported(recipe.ptq, layers)
-    batches = _batches(calibration, recipe.subset, model)
+    batches = _batches(calibration_batches(calibration, example, recipe.subset), model)
     check_tied_weights(layers, bits.layers)
     used, held = hold_out(batches, recipe.ptq.held_out)
     longest = max(map(len, batches))
@@ -215,11 +213,9 @@ def _fit_activation_ranges(
     return expected
 
 
-def _batches(calibration: Iterable[Any], subset: int, model: nn.Module) -> list[Batch]:
+def _batches(batches: Iterable[Batch], model: nn.Module) -> list[Batch]:
     device = device_of(model)
-    found = [Batch(to_device(batch.inputs, device)) for batch in islice(batches_of(calibration), subset)]
-    if not found:
-        raise DataError("no calibration batches were given, but activation ranges need them. Pass some (--data).")
+    found = [Batch(to_device(batch.inputs, device)) for batch in batches]
     return [Batch(tuple(batch.inputs)) if isinstance(batch.inputs, list) else batch for batch in found]
 
 

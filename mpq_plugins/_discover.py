@@ -173,7 +173,7 @@ def find_layers(model: nn.Module, example: Any, *, include: Sequence[str] = ("*"
 
 def discover(model: nn.Module, example: Any) -> tuple[tuple[Layer, ...], tuple[Skipped, ...]]:
     """Run `example` once and report the weighted layers it called, in order, and what was skipped."""
-    model = plain_model(model)
+    model = plain_model(model, with_values=False)
     watch = _DiscoveryWatch(model)
     handles = []
     for module in model.modules():

@@ -14,11 +14,11 @@ _WHOLE = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # the module in
 _FLOATS = (torch.float32, torch.float64)
 
 
-def plain_model(model: Any) -> nn.Module:
+def plain_model(model: Any, *, with_values: bool = True) -> nn.Module:
     """The module inside `torch.compile`'s, DataParallel's and DistributedDataParallel's wrappers, checked.
 
     Raises `ModelError` for what cannot be searched: no module, scripted, sharded or quantized ones, parts that were compiled,
-    parameters without values, half precision, weights that are not finite.
+    parameters without values, half precision, and, `with_values`, weights that are not finite.
     """
     plain = unwrapped(model)
     if not isinstance(plain, nn.Module):
@@ -29,7 +29,7 @@ def plain_model(model: Any) -> nn.Module:
         if reason is not None:
             raise ModelError(f"{name or 'the model'} ({type(module).__name__}) {reason}")
     for name, tensor in (*plain.named_parameters(), *plain.named_buffers()):
-        _check_tensor(name, tensor)
+        _check_tensor(name, tensor, with_values)
     return plain
 
 
@@ -70,7 +70,7 @@ def _refusal(module: nn.Module) -> str | None:
     return None
 
 
-def _check_tensor(name: str, tensor: torch.Tensor) -> None:
+def _check_tensor(name: str, tensor: torch.Tensor, with_values: bool) -> None:
     if is_lazy(tensor):
         raise ModelError("the model holds lazy parameters that have no shape yet. Run it once on real data first.")
     if tensor.is_meta:
@@ -79,9 +79,10 @@ def _check_tensor(name: str, tensor: torch.Tensor) -> None:
         return
     if tensor.dtype not in _FLOATS:
         raise ModelError(f"{name} is of type {_named(tensor)}, too coarse to measure losses in. Call model.float().")
+    if not with_values or not isinstance(tensor, nn.Parameter):
+        return  # buffers may be masks that are infinite on purpose
     finite = tensor.detach().isfinite()
-    # Buffers may be masks that are infinite on purpose.
-    if isinstance(tensor, nn.Parameter) and not bool(finite.all()):
+    if not bool(finite.all()):
         n_bad = int((~finite).sum())
         raise ModelError(f"{name} holds {n_bad} values that are not finite, of {tensor.numel()}. Load another checkpoint.")
 

@@ -16,7 +16,7 @@ from mpq_brevitas import _brevitas_internals as brevitas
 from mpq_brevitas._duq import fold_duq
 from mpq_brevitas._float_weights import check_quantized_weights
 from mpq_brevitas._modules import get_layer
-from mpq_brevitas._onnx_graph import FORMAT, LAYER_OPS, METADATA, OnnxGraph
+from mpq_brevitas._onnx_graph import FORMAT, LAYER_OPS, METADATA, OnnxGraph, call_name
 from mpq_brevitas._quant_nodes import read_quantizer
 from mpq_brevitas._recipe import Recipe, recipe_of
 from mpq_plugins._adapter import bits_of
@@ -190,12 +190,14 @@ def _name_layers(graph: OnnxGraph, calls: list[str]) -> None:
     if len(nodes) != len(calls):
         raise AdapterError(
             f"the exported graph has {len(nodes)} quantized layer calls, the module made {len(calls)}. "
-            "Its forward pass must not depend on the data."
+            "Its forward pass must not depend on the data, and every call must reach an output: exclude layers whose output is "
+            "not used."
         )
     seen: dict[str, int] = {}
+    known = frozenset(calls)
     for node, name in zip(nodes, calls, strict=True):
         seen[name] = seen.get(name, 0) + 1
-        node.name = name if seen[name] == 1 else f"{name}#{seen[name]}"
+        node.name = call_name(name, seen[name], known)
 
 
 def _reads_weight(graph: OnnxGraph, node: Any) -> bool:

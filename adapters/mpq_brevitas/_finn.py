@@ -146,6 +146,7 @@ def _layer_map(bits: BitConfig | None, recipe: Recipe) -> dict[type[nn.Module], 
     # Brevitas evaluates options per layer only if they are lambdas.
     options = {"weight_quant": lambda _, name: quantizer(name), "bias_quant": None, "return_quant_tensor": False}
     others = {kind: entry for kind, entry in brevitas.COMPUTE_LAYER_MAP.items() if entry is None}
+    others |= dict.fromkeys(brevitas.QUANTIZED.values())  # a layer that is called again is converted already
     return {**others, **{kind: (quantized, options) for kind, quantized in brevitas.QUANTIZED.items()}}
 
 

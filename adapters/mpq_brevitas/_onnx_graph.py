@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -121,9 +122,29 @@ class OnnxGraph:
         """Layer name and node of every layer call, in order; a second call of `conv` is the node `conv#2`."""
         known = self.metadata["layers"]
         for node in self.model.graph.node:
-            name = node.name.partition("#")[0]
-            if node.op_type in LAYER_OPS and name in known:
-                yield name, node
+            if node.op_type in LAYER_OPS:
+                name = layer_of_call(node.name, known)
+                if name is not None:
+                    yield name, node
+
+
+def call_name(layer: str, number: int, known: Container[str]) -> str:
+    """The name of a layer's call by its number from 1: the layer's own for the first, `conv#2` for the second."""
+    mark = "#"
+    while number > 1 and f"{layer}{mark}{number}" in known:  # another layer has that name
+        mark += "#"
+    return layer if number == 1 else f"{layer}{mark}{number}"
+
+
+def layer_of_call(name: str, known: Container[str]) -> str | None:
+    """Inverse of `call_name`; None for a node that is no call of a known layer."""
+    if name in known:
+        return name
+    found = re.fullmatch(r"(.*?)#+[0-9]+", name, re.DOTALL)
+    while found is not None and found[1] not in known and name[len(found[1])] == "#":
+        longer = name[: len(found[1]) + 1]
+        found = re.fullmatch(rf"({re.escape(longer)}.*?)#+[0-9]+", name, re.DOTALL)
+    return None if found is None or found[1] not in known else found[1]
 
 
 def attribute(node: Any, name: str, default: int) -> int:

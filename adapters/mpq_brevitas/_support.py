@@ -15,6 +15,7 @@ from mpq_plugins._discover import LAYER_TYPES
 from mpq_plugins._errors import AdapterError
 from mpq_plugins._layers import Inventory, Layer
 from mpq_plugins._precision import ACTIVATION_BITS, WEIGHT_BITS, Precision
+from mpq_plugins._unread import unread_layers
 
 _CLASSES: Mapping[str, type[nn.Module]] = {kind.__name__: kind for kind in LAYER_TYPES}
 
@@ -57,7 +58,8 @@ def unconvertible(model: nn.Module, inventory: Inventory, profile: Profile, exam
             reasons[layer.name] = reason
         elif not computes_as_its_parent(module):
             own_forward[layer.name] = module
-    return {**reasons, **_refused_subclasses(model, own_forward, profile, example)}
+    unread = {} if example is None else unread_layers(model, inventory, example)
+    return {**unread, **reasons, **_refused_subclasses(model, own_forward, profile, example)}
 
 
 def _refused_subclasses(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mpq_nncf import _nncf_quantizers as nncf_quantizers
 from mpq_nncf._codes import quantized_weight
 from mpq_nncf._declaration import Declaration, declare
 from mpq_nncf._float_weights import use_float_weights
@@ -53,4 +54,6 @@ def _frozen(module: nn.Module) -> nn.Module:
         weight = quantized_weight(module, layer)
         with torch.no_grad():
             frozen.get_parameter(layer.parameter).copy_(weight)
+        for hook in layer.weight:
+            nncf_quantizers.as_one_range(nncf_quantizers.quantizer_at(frozen, hook))
     return frozen

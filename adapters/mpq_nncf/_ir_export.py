@@ -19,23 +19,24 @@ from mpq_nncf._ir_matrices import part_from_scaling
 from mpq_nncf._ir_storage import Storage, compact, pack, widest
 from mpq_nncf._positional import positional
 from mpq_nncf._quiet import quiet
+from mpq_nncf._wiring import wiring_of
 from mpq_plugins._errors import AdapterError, WriteError
 from mpq_plugins._plugins import require
+
+_NOTHING = 1e-30  # beside any activation
 
 
 def export_ir(module: nn.Module, path: Path, example: Any, declaration: Declaration, *, widen: bool) -> Path:
     """Write `path` and its .bin; `widen` keeps all weights in the 8-bit type that integer kernels read."""
-    openvino = require("openvino", "nncf")
-    wrapped, values, names = positional(module, example)
-    with quiet():
-        # OpenVINO would trace by itself, and once more to compare.
-        traced = torch.jit.trace(wrapped, values, strict=False, check_trace=False)
-        model = openvino.convert_model(traced, example_input=values)
+    codes = stored_codes(module, declaration)
+    model, names = _converted(module, example)
+    if _lost(model, codes):
+        _without_zeros(module)
+        model, names = _converted(module, example)
     for port, name in zip(model.inputs, names, strict=True):
         port.get_tensor().set_names({name})
         port.get_node().set_friendly_name(name)
     part_from_scaling(model)
-    codes = stored_codes(module, declaration)
     for layer, found in _match(model, codes).items():
         storage = widest() if widen else compact(declaration.layers[layer].precision.weight)
         _store(layer, found, codes[layer], storage)
@@ -44,6 +45,34 @@ def export_ir(module: nn.Module, path: Path, example: Any, declaration: Declarat
     model.validate_nodes_and_infer_types()
     model.set_rt_info(declaration.dumps(), KEY)
     return _save(model, path)
+
+
+def _converted(module: nn.Module, example: Any) -> tuple[Any, tuple[str, ...]]:
+    """OpenVINO's model of a module, and the names of its inputs."""
+    openvino = require("openvino", "nncf")
+    wrapped, values, names = positional(module, example)
+    with quiet():
+        # OpenVINO would trace by itself, and once more to compare.
+        traced = torch.jit.trace(wrapped, values, strict=False, check_trace=False)
+        return openvino.convert_model(traced, example_input=values), names
+
+
+def _lost(model: Any, codes: Mapping[str, np.ndarray]) -> bool:
+    """Whether conversion dropped the weight of some layer."""
+    kept = {values.tobytes() for values in (weight.codes() for weight in weights(model))}
+    return any(values.tobytes() not in kept for values in codes.values())
+
+
+def _without_zeros(module: nn.Module) -> None:
+    """Give parameters that are all zero the least value that counts for nothing, in place.
+
+    OpenVINO drops what is multiplied by zero: the layers before a batch normalisation, or a residual factor, that begins at 0.
+    """
+    weighted = {layer.parameter for layer in wiring_of(module).values()}
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name not in weighted and parameter.is_floating_point() and not bool(parameter.any()):
+                parameter.fill_(_NOTHING)
 
 
 def _match(model: Any, codes: Mapping[str, np.ndarray]) -> dict[str, list[Weight]]:
@@ -64,7 +93,8 @@ def _match(model: Any, codes: Mapping[str, np.ndarray]) -> dict[str, list[Weight
         if not found or (len(layers) > 1 and len(found) != len(layers)):
             raise AdapterError(
                 f"OpenVINO's conversion holds {len(found)} constants with the weight codes of {', '.join(layers)}, "
-                f"expected {len(layers)}. Exclude the layer so that it stays in float, or export to onnx."
+                f"expected {len(layers)}. Conversion drops what reaches no output. Exclude the layer so that it stays in "
+                "float, or export to onnx."
             )
         for index, layer in enumerate(layers):
             matched[layer] = found if len(layers) == 1 else [found[index]]

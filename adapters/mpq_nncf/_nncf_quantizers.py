@@ -175,6 +175,15 @@ class Grid:
     high: int
 
 
+def as_one_range(quantizer: Any) -> None:
+    """Let a weight quantizer of a single channel pass for one of the whole weight; its range stays.
+
+    NNCF's export takes the longest axis of the scale for that of the channels, which is the first where all are 1.
+    """
+    if math.prod(quantizer.scale_shape) == 1:
+        quantizer._scale_shape = (1,)
+
+
 def activation_grid(quantizer: Any) -> Grid:
     """The grid of an activation quantizer; codes of unsigned and asymmetric ones start at 0, signed ones are symmetric."""
     import torch

@@ -24,12 +24,14 @@ from mpq_plugins._adapter import attach_bits
 from mpq_plugins._batch_norm import AbstractSite, Recorded, bias_sites, norm_sites, recorded, reestimate_batch_norm
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._discover import find_layers
+from mpq_plugins._errors import AdapterError
 from mpq_plugins._layers import Layer
 from mpq_plugins._model import Batch, batch_size, calibration_batches, device_of, evaluating, to_device
 from mpq_plugins._precision import Precision
 from mpq_plugins._ptq import PTQ
 from mpq_plugins._quick import quick
 from mpq_plugins._repairs import Judge, Repair, attach_repairs, better, hold_out, repair
+from mpq_plugins._unread import REASON, unread_layers
 
 _LOG = logging.getLogger("mpq_plugins.nncf")
 # On the small networks of docs/nncf.md 8 images gave statistics as good as 192; fewer were not tried.
@@ -55,6 +57,7 @@ def prepare(model: nn.Module, bits: BitConfig, example: Any, calibration: Iterab
         check_precision(name, precision)
     layers = [layer for layer in inventory if layer.name in bits.layers]
     check_supported(recipe.ptq, layers)
+    _check_read(model, layers, example)
     batches = _batches(calibration_batches(calibration, example, recipe.subset), model)
     check_tied_weights(layers, bits.layers)
     used, held = hold_out(batches, recipe.ptq.held_out)
@@ -81,6 +84,13 @@ class _Images:
     used: Sequence[Batch]
     quick_used: Sequence[Batch]
     quick_held: Sequence[Batch]
+
+
+def _check_read(model: nn.Module, layers: Sequence[Layer], example: Any) -> None:
+    """Raise `AdapterError` for layers that the exported file would lack."""
+    unread = unread_layers(model, layers, example)
+    if unread:
+        raise AdapterError(f"NNCF cannot quantize {', '.join(unread)}: {REASON}. Exclude these layers from the search.")
 
 
 def _repaired(

@@ -9,6 +9,7 @@ from torch import nn
 from mpq_nncf._groups import traced_copy
 from mpq_nncf._wiring import calls_of
 from mpq_plugins._layers import Inventory
+from mpq_plugins._unread import unread_layers
 
 
 def unconvertible(model: nn.Module, inventory: Inventory, example: Any = None) -> dict[str, str]:
@@ -27,4 +28,4 @@ def unconvertible(model: nn.Module, inventory: Inventory, example: Any = None) -
         return reasons
     calls = calls_of(inventory, traced_copy(model, example))
     unseen = {name: "NNCF's trace shows no operation that reads its weight" for name, ops in calls.items() if not ops}
-    return {**unseen, **reasons}
+    return {**unread_layers(model, inventory, example), **unseen, **reasons}

@@ -75,7 +75,6 @@ REFUSED = {
     "compiled in place": (compiled_in_place, "3 .*compiled in place"),
     "meta": (lambda: net().to("meta"), "meta device"),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(3)), "lazy parameters"),
-    "nan": (with_nan, r"3\.weight holds 1 values that are not finite"),
     "exported": (lambda: torch.export.export(net(), (EXAMPLE,)), "Call its module"),
     "state": (lambda: net().state_dict(), "no torch.nn.Module"),
 }
@@ -127,6 +126,19 @@ def test_what_cannot_be_searched_is_refused_at_once(build, text):
         lambda: ADAPTERS[1].prepare(model, bits, EXAMPLE, [EXAMPLE]),
     ):
         with pytest.raises(ModelError, match=text):
+            use()
+
+
+def test_weights_that_are_not_finite_are_refused_before_they_are_scored():
+    """By scores that read no data too; a list of layers needs no values."""
+    model, bits = with_nan(), bits_for(net())
+    assert len(find_layers(model, EXAMPLE)) == 2
+    for use in (
+        lambda: allocate(model, EXAMPLE, budgets="size=w4", proxy="uniform"),
+        lambda: ADAPTERS[0].prepare(model, bits, EXAMPLE, [EXAMPLE]),
+        lambda: ADAPTERS[1].prepare(model, bits, EXAMPLE, [EXAMPLE]),
+    ):
+        with pytest.raises(ModelError, match=r"3\.weight holds 1 values that are not finite"):
             use()
 
 

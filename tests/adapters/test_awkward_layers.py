@@ -1,0 +1,188 @@
+"""Layers that frameworks stumble over: they go through, or are refused before anything is calibrated."""
+
+import pytest
+import torch
+from mpq_brevitas import BrevitasAdapter
+from mpq_brevitas._onnx_graph import OnnxGraph, call_name, layer_of_call
+from mpq_nncf import NNCFAdapter
+from torch import nn
+
+from mpq_plugins import BitConfig, build_space, find_layers, verify
+from mpq_plugins._errors import AdapterError
+from mpq_plugins._unread import unread_layers
+
+NNCF, LAYERWISE, FINN = NNCFAdapter(), BrevitasAdapter(), BrevitasAdapter("finn")
+IMAGES = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+def conv(**options):
+    return nn.Conv2d(4, 4, 3, padding=1, **options)
+
+
+def round_trip(adapter, model, tmp_path, example=IMAGES, *, leave_out=(), format=None):
+    """Prepare, export and verify; returns bits and file."""
+    inventory = find_layers(model.eval(), example)
+    bits = BitConfig({layer.name: "w4a8" for layer in inventory if layer.name not in leave_out}, inventory.fingerprint)
+    module = adapter.prepare(model, bits, example, [example])
+    path = adapter.export(module, tmp_path / "file", example, format=format)
+    verify(adapter, path, bits, module=module, inputs=example).check()
+    return bits, path
+
+
+TRANSPOSED = {
+    "one output": (lambda: nn.ConvTranspose2d(4, 1, 3), IMAGES),
+    "one tap": (lambda: nn.ConvTranspose2d(4, 1, 1), IMAGES),
+    "depthwise": (lambda: nn.ConvTranspose2d(4, 4, 3, groups=4), IMAGES),
+    "1d": (lambda: nn.ConvTranspose1d(4, 1, 3), IMAGES[:, :, 0]),
+    "3d": (lambda: nn.ConvTranspose3d(4, 1, 3), IMAGES[:, :, None].repeat(1, 1, 4, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("format", ["openvino-compact", "openvino-fast"])
+@pytest.mark.parametrize(("layer", "example"), TRANSPOSED.values(), ids=TRANSPOSED)
+def test_transposed_convolutions_of_one_output_channel(tmp_path, layer, example, format):
+    """NNCF takes the axis of their one scale for the first, which runs over the inputs."""
+    torch.manual_seed(0)
+    round_trip(NNCF, nn.Sequential(layer()), tmp_path, example, format=format)
+
+
+class Twice(nn.Module):
+    """A layer called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = conv(), conv()
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(torch.relu(self.a(x)))))
+
+
+class Aliased(nn.Module):
+    """A layer under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = conv(), conv()
+        self.again = self.a
+
+    def forward(self, x):
+        return self.b(torch.relu(self.again(torch.relu(self.a(x)))))
+
+
+@pytest.mark.parametrize("adapter", [FINN, LAYERWISE, NNCF], ids=["finn", "layerwise", "nncf"])
+@pytest.mark.parametrize("build", [Twice, Aliased])
+def test_a_layer_that_stays_in_float_may_be_called_twice(tmp_path, adapter, build):
+    """Left out of the bits it needs nothing of the conversion; the other layer is quantized as asked."""
+    torch.manual_seed(0)
+    assert set(round_trip(adapter, build(), tmp_path, leave_out=("a",))[0].layers) == {"b"}
+
+
+class ZeroInit(nn.Module):
+    """A residual branch that ends in a normalisation that begins at zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = conv(), nn.BatchNorm2d(4), conv()
+        nn.init.zeros_(self.norm.weight)
+
+    def forward(self, x):
+        return self.b(torch.relu(x + self.norm(self.a(x))))
+
+
+class ReZero(nn.Module):
+    """A residual factor that begins at zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.factor = conv(), conv(), nn.Parameter(torch.zeros(1, 4, 1, 1))
+
+    def forward(self, x):
+        return self.b(torch.relu(x + self.factor * self.a(x)))
+
+
+@pytest.mark.parametrize("format", NNCF.formats)
+@pytest.mark.parametrize("build", [ZeroInit, ReZero])
+def test_a_branch_that_begins_at_zero_is_stored(tmp_path, build, format):
+    """OpenVINO would drop its weights; the file holds their codes and gives the module's outputs."""
+    torch.manual_seed(0)
+    _, path = round_trip(NNCF, build(), tmp_path, format=format)
+    assert set(NNCF.read_codes(path)) == {"a", "b"}
+
+
+@pytest.mark.parametrize("adapter", [FINN, LAYERWISE, NNCF], ids=["finn", "layerwise", "nncf"])
+@pytest.mark.parametrize("names", [("a#1", "a#2"), ("a", "a#2"), ("#", "##2"), ("a/weight", "a/call_0"), ("a b", "[x]*")])
+def test_names_with_signs_of_our_own(tmp_path, adapter, names):
+    """What we mark calls and parts with may stand in names of modules."""
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    for name, layer in zip((names[0], "relu", names[1]), (conv(), nn.ReLU(), conv()), strict=True):
+        model.add_module(name, layer)
+    bits, path = round_trip(adapter, model, tmp_path)
+    assert set(bits.layers) == set(adapter.read_bits(path).layers) == set(names)
+
+
+def test_calls_of_a_layer_whose_second_name_is_taken(tmp_path):
+    """`a` is called twice beside a layer `a#2`."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = conv()
+            self.add_module("a#2", conv())
+
+        def forward(self, x):
+            return self.a(torch.relu(self.get_submodule("a#2")(torch.relu(self.a(x)))))
+
+    _, path = round_trip(LAYERWISE, Net(), tmp_path)
+    assert sorted(name for name, _ in OnnxGraph.load(path).calls()) == ["a", "a", "a#2"]
+    known = {"a", "a#2", "b"}
+    for layer in known:
+        assert [layer_of_call(call_name(layer, number, known), known) for number in (1, 2, 3)] == [layer] * 3
+    assert layer_of_call("Relu_3", known) is None
+
+
+class Unread(nn.Module):
+    """Computes something for nobody."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = conv(), conv(), conv()
+
+    def forward(self, x):
+        self.c(torch.relu(self.b(x)))
+        return self.a(x)
+
+
+class Gated(nn.Module):
+    """Reads a layer by a comparison, another by indices: autograd follows neither."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = conv(), conv(), conv()
+
+    def forward(self, x):
+        best = self.c(x).detach().argmax(1, keepdim=True)
+        return self.a(x) * (self.b(x) > 0) + x.gather(1, best)
+
+
+@pytest.mark.parametrize("adapter", [FINN, LAYERWISE, NNCF], ids=["finn", "layerwise", "nncf"])
+def test_a_layer_whose_output_is_not_used_is_refused_at_once(adapter):
+    """It is skipped by the search with its reason, and refused by name before calibration."""
+    model = Unread().eval()
+    model.a.weight.requires_grad_(False)
+    space = build_space(model, IMAGES, adapter=adapter)
+    assert [layer.name for layer in space.layers] == ["a"]
+    assert {item.name: "reaches no output" in item.reason for item in space.skipped} == {"b": True, "c": True}
+    inventory = find_layers(model, IMAGES)
+    bits = BitConfig({layer.name: "w4a8" for layer in inventory}, inventory.fingerprint)
+    with pytest.raises(AdapterError, match=r"cannot quantize b.*reaches no output"):
+        adapter.prepare(model, bits, IMAGES, (pytest.fail("calibrated") for _ in range(1)))
+    assert [parameter.requires_grad for parameter in model.parameters()] == [False, *[True] * 5]
+
+
+def test_layers_that_autograd_does_not_see_are_not_unread():
+    """Weights are as they were after the question."""
+    model = Gated().eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert unread_layers(model, find_layers(model, IMAGES), IMAGES) == {}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

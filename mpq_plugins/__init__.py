@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mpq_plugins._cost import AbstractCost as AbstractCost
     from mpq_plugins._cost import Budget as Budget
     from mpq_plugins._discover import find_layers as find_layers
+    from mpq_plugins._errors import FewImagesWarning as FewImagesWarning
     from mpq_plugins._errors import FloatLayersWarning as FloatLayersWarning
     from mpq_plugins._errors import MPQError as MPQError
     from mpq_plugins._layers import Inventory as Inventory
@@ -53,6 +54,7 @@ _HOME = {
     "Batch": "_model",
     "BitConfig": "_bits",
     "Budget": "_cost",
+    "FewImagesWarning": "_errors",
     "FloatLayersWarning": "_errors",
     "Inventory": "_layers",
     "Layer": "_layers",

@@ -6,14 +6,18 @@ Exit codes: 0 done; 1 verification failed; 2 wrong use, bad input or a missing e
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
+import importlib
+import logging
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mpq_plugins import __version__
-from mpq_plugins._errors import InfeasibleBudgetError, MPQError, VerificationError
+from mpq_plugins._errors import FormatError, InfeasibleBudgetError, MPQError, VerificationError
 
 _REPEATABLE = frozenset(
     ("budget", "pin", "tie", "include", "exclude", "adapter-option", "proxy-option", "solver-option", "ptq")
@@ -24,8 +28,8 @@ EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INFEASIBLE, EXIT_INTERRUPTED = 0, 1, 2, 3
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code."""
-    options = _parser().parse_args(_with_config(list(sys.argv[1:] if arguments is None else arguments)))
     try:
+        options = _parser().parse_args(_with_config(list(sys.argv[1:] if arguments is None else arguments)))
         return _run(options)
     except InfeasibleBudgetError as error:
         return _fail(error, EXIT_INFEASIBLE)
@@ -41,12 +45,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     from mpq_plugins import _verbs
     from mpq_plugins._allocator import keeping_memory
+    from mpq_plugins._from_options import check_outputs
     from mpq_plugins._progress import reporting_to, showing_progress
 
     verb = getattr(_verbs, options.verb)
-    with keeping_memory(), reporting_to(None) if options.quiet else showing_progress():
+    with _logging(options.verbose), keeping_memory(), reporting_to(None) if options.quiet else showing_progress():
+        check_outputs(options)
         code: int = verb(options)
     return code
+
+
+@contextlib.contextmanager
+def _logging(is_verbose: bool) -> Iterator[None]:
+    """Our log lines on stderr, and warnings as one line each."""
+    logger, handler = logging.getLogger("mpq_plugins"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s" if is_verbose else "%(message)s"))
+    level, propagates = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if is_verbose else logging.WARNING)
+    logger.propagate = False
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagates
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _fail(error: MPQError, code: int) -> int:
@@ -55,49 +84,129 @@ def _fail(error: MPQError, code: int) -> int:
 
 
 def _with_config(arguments: list[str]) -> list[str]:
-    """`--config FILE` replaced by the options in the JSON file, less those that the command line gives itself."""
-    joined = next((word for word in arguments if word.startswith("--config=")), None)
-    if joined is not None:
-        at = arguments.index(joined)
-        arguments = [*arguments[:at], *joined.split("=", 1), *arguments[at + 1 :]]
-    if "--config" not in arguments:
+    """`--config FILE` replaced by the options in that JSON or TOML file, less those that the command line gives itself."""
+    found, rest = _taken_out(arguments, "--config")
+    if not found:
         return arguments
-    at = arguments.index("--config")
-    if at + 1 >= len(arguments):
-        return arguments
-    path, rest = arguments[at + 1], arguments[:at] + arguments[at + 2 :]
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(document, dict):
-            raise ValueError("it must hold one object of option names and values")
-    except (OSError, ValueError) as error:
-        message = f'mpq: error: cannot read the configuration {path}: {error}. Give a JSON object such as {{"data": "digits"}}.'
-        print(message, file=sys.stderr)
-        raise SystemExit(EXIT_USAGE) from error
+    if len(found) > 1:
+        raise UsageError(f"--config is given {len(found)} times ({', '.join(found)}). Put all options into one file.")
+    if not rest:
+        raise UsageError("--config comes after a verb: mpq VERB --config FILE.")
+    document = _read_config(Path(found[0]))
     given = {word.removeprefix("--no-").lstrip("-").partition("=")[0] for word in rest if word.startswith("--")}
-    return [*rest[:1], *_as_options({name: value for name, value in document.items() if name not in given}), *rest[1:]]
+    unknown, words = [], []
+    positional, options = _options_of(rest[0])
+    for name, value in document.items():
+        if name in positional:
+            words += [] if _positional_of(rest, options) else [_as_text(name, value)]
+        elif name not in options or name == "config":
+            unknown.append(name)
+        elif name not in given:
+            words += _as_options(name, value)
+    if unknown:
+        raise UsageError(
+            f"{found[0]} has options that `mpq {rest[0]}` does not take: {', '.join(unknown)}. It takes "
+            f"{', '.join(sorted({*positional, *options} - {'help', 'config'}))}."
+        )
+    return [rest[0], *words, *rest[1:]]
 
 
-def _as_options(document: dict[str, Any]) -> list[str]:
+class UsageError(MPQError):
+    """A command line or a configuration file that makes no sense."""
+
+
+def _taken_out(arguments: list[str], option: str) -> tuple[list[str], list[str]]:
+    """The values of an option, and the arguments without it."""
+    values, rest = [], []
+    words = iter(arguments)
+    for word in words:
+        if word == "--":
+            rest += [word, *words]
+        elif word.startswith(f"{option}="):
+            values.append(word.partition("=")[2])
+        elif word == option:
+            values += list(islice(words, 1)) or [""]
+        else:
+            rest.append(word)
+    return values, rest
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Option names, with dashes, and their values; raises `UsageError`."""
+    from mpq_plugins._files import parse_json, read_bytes
+
+    try:
+        text = read_bytes(path)
+        document = _parse_toml(text) if path.suffix.lower() == ".toml" else parse_json(text, where=str(path))
+        if not isinstance(document, dict):
+            raise FormatError(f"{path} must hold one object of option names and values.")
+    except (FormatError, ValueError, RecursionError) as error:
+        told = str(error).rstrip(".")
+        raise UsageError(
+            f'cannot read the configuration: {told}. Give a JSON object such as {{"data": "digits"}}, or TOML (.toml).'
+        ) from error
+    named = {name.removeprefix("--").replace("_", "-"): value for name, value in document.items()}
+    if len(named) < len(document):
+        raise UsageError(f"{path} names an option twice, with dashes and with underscores. Leave one of them out.")
+    return named
+
+
+def _parse_toml(text: bytes) -> Any:
+    try:
+        tomllib = importlib.import_module("tomllib")
+    except ImportError as error:
+        raise FormatError("TOML needs Python 3.11 or later. Write the options as JSON") from error
+    return tomllib.loads(text.decode("utf-8-sig"))
+
+
+def _options_of(verb: str) -> tuple[list[str], dict[str, argparse.Action]]:
+    """Names of a verb's positional arguments, and its options by name; raises `UsageError` for a verb that is none."""
+    verbs = next(action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction))
+    if verb not in verbs.choices:
+        raise UsageError(f"{verb!r} is no verb. There are {', '.join(verbs.choices)}.")
+    actions = verbs.choices[verb]._actions
+    positional = [action.dest.replace("_", "-") for action in actions if not action.option_strings]
+    options = {text.removeprefix("--"): action for action in actions for text in action.option_strings if text.startswith("--")}
+    return positional, options
+
+
+def _positional_of(rest: list[str], options: dict[str, argparse.Action]) -> list[str]:
+    """The words after the verb that are neither options nor their values."""
+    found, words = [], iter(rest[1:])
+    for word in words:
+        if not word.startswith("-"):
+            found.append(word)
+        elif "=" not in word and word.removeprefix("--") in options and options[word.removeprefix("--")].nargs is None:
+            next(words, None)
+    return found
+
+
+def _as_options(name: str, value: Any) -> list[str]:
     """A list is one option per item where the option can be repeated, else its items joined by commas."""
     words: list[str] = []
-    for name, value in document.items():
-        if isinstance(value, list) and name not in _REPEATABLE:
-            value = ",".join(map(str, value))
-        for item in value if isinstance(value, list) else [value]:
-            if item is True:
-                words.append(f"--{name}")
-            elif item is False and name in _SWITCHES:
-                words.append(f"--no-{name}")
-            elif item is not False and item is not None:
-                words.append(f"--{name}={item}")
+    if isinstance(value, list) and name not in _REPEATABLE:
+        value = ",".join(_as_text(name, item) for item in value)
+    for item in value if isinstance(value, list) else [value]:
+        if item is True:
+            words.append(f"--{name}")
+        elif item is False and name in _SWITCHES:
+            words.append(f"--no-{name}")
+        elif item is not False and item is not None:
+            words.append(f"--{name}={_as_text(name, item)}")
     return words
+
+
+def _as_text(name: str, value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise UsageError(f"{name} in the configuration is {str(value)[:60]!r}; it must be text or a number, or a list of them.")
+    return str(value)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mpq",
         description="Mixed-precision bit allocation: score the layers, solve for the best bits, apply, export, verify.",
+        allow_abbrev=False,
         epilog="Exit codes: 0 done, 1 verification failed, 2 wrong use or bad input, 3 infeasible budget, 130 interrupted.",
     )
     parser.add_argument("--version", action="version", version=f"mpq-plugins {__version__}")
@@ -116,10 +225,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _verb(verbs: Any, name: str, help: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(name, help=help, description=help)
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    parser.add_argument("--config", metavar="FILE", help="JSON object of options; the command line overrides it")
+    parser.add_argument("--verbose", action="store_true", help="log what is done and decided on the way, on stderr")
+    parser.add_argument("--config", metavar="FILE", help="JSON or TOML file of options; the command line overrides it")
     return parser
 
 
@@ -156,6 +266,7 @@ def _add_model(parser: argparse.ArgumentParser, *, batch_size: int = 32) -> None
     )
     group.add_argument("--images", type=_count, default=256, metavar="N", help="images to score and calibrate with (256)")
     group.add_argument("--output", metavar="NAME", help="key, index or attribute of the model's output that counts")
+    group.add_argument("--device", default="cpu", metavar="NAME", help="where the model runs, such as cuda or cuda:1 (cpu)")
 
 
 def _add_adapter(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -244,6 +355,11 @@ def _add_allocate(verbs: Any) -> None:
     parser.add_argument("--out", default="bits.json", metavar="FILE", help="bit configuration to write (default bits.json)")
     parser.add_argument("--scores", metavar="FILE", help="also write the scores, for `mpq solve` at other budgets")
     parser.add_argument("--plot", metavar="FILE", help="also draw the allocation (.png, .svg, .pdf)")
+    _add_dry_run(parser)
+
+
+def _add_dry_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="check everything up to the long work, write nothing")
 
 
 def _add_solve(verbs: Any) -> None:
@@ -262,6 +378,7 @@ def _add_apply(verbs: Any) -> None:
     _add_ptq(parser)
     parser.add_argument("--out", default="module.pt", metavar="FILE", help="quantized module to write (default module.pt)")
     parser.add_argument("--evaluate", action="store_true", help="measure the accuracy on all of --data, before and after")
+    _add_dry_run(parser)
 
 
 def _add_ptq(parser: argparse.ArgumentParser) -> None:
@@ -301,7 +418,7 @@ def _add_export(verbs: Any) -> None:
     parser.add_argument("module_file", metavar="MODULE", help="file that `mpq apply` or `mpq train` wrote")
     _add_model(parser)
     _add_adapter(parser, required=True)
-    parser.add_argument("--format", metavar="NAME", help="see `mpq plugins` (default: the adapter's first)")
+    parser.add_argument("--format", metavar="NAME", help="see `mpq plugins ADAPTER` (default: the adapter's first)")
     parser.add_argument("--out", required=True, metavar="FILE", help="artifact to write")
     parser.add_argument("--report", metavar="FILE", help="verification report to write")
     parser.add_argument("--evaluate", action="store_true", help="accuracy on all of --data: of the module, and of the file")
@@ -331,7 +448,8 @@ def _add_compare(verbs: Any) -> None:
 
 
 def _add_plugins(verbs: Any) -> None:
-    _verb(verbs, "plugins", "list proxies, costs, solvers and adapters, and whether they can be used here")
+    parser = _verb(verbs, "plugins", "list proxies, costs, solvers and adapters, and whether they can be used here")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="list the options of this one, and the formats of an adapter")
 
 
 def _add_demo(verbs: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,10 +18,10 @@ from torch import Tensor, nn
 
 from mpq_plugins._adapter import AbstractAdapter
 from mpq_plugins._allocate import Allocation, build_space, solve_scores
-from mpq_plugins._evaluate import labels_of
+from mpq_plugins._console import console as make_console
 from mpq_plugins._files import write_json
 from mpq_plugins._imagenet_demo import imagenet_network, labelled_images, photographs, shifted_images
-from mpq_plugins._model import Batch, evaluating
+from mpq_plugins._model import Batch, evaluating, labels_of
 from mpq_plugins._plugins import make
 from mpq_plugins._precision import menu
 from mpq_plugins._space import Space
@@ -109,7 +108,7 @@ class Images:
         centred, shifted = labelled_images(), shifted_images(N_SHIFTED)
         with evaluating(net):
             expected = torch.cat([net(images.inputs) for images in (centred, shifted)])
-        return cls(torch.cat([centred.inputs, shifted.inputs]), labels_of(centred.labels), expected)
+        return cls(torch.cat([centred.inputs, shifted.inputs]), labels_of(centred), expected)
 
     def judge(self, logits: Tensor) -> dict[str, Any]:
         """The figures of a `Row` that need answers [image, class]."""
@@ -143,7 +142,7 @@ class Steps:
 
 def run_demo(folder: Path, *, adapters: Sequence[str], as_json: bool) -> int:
     """Run everything, leave all files in `folder`, print the table (or JSON), and return 1 if a file does not verify."""
-    console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 140, highlight=False)
+    console = make_console(stderr=as_json)
     steps = Steps(console)
     targets: dict[str, AbstractAdapter] = {name: make("adapters", name) for name in adapters}
     net, images = imagenet_network(), photographs(N_CALIBRATION)

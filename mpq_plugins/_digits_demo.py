@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from mpq_plugins._adapter import AbstractAdapter
 from mpq_plugins._allocate import Allocation, build_space
+from mpq_plugins._console import console as make_console
 from mpq_plugins._plugins import make
 from mpq_plugins._precision import menu
 from mpq_plugins._tensor_files import write_torch
@@ -62,7 +61,7 @@ def run_digits_demo(folder: Path, *, n_seeds: int, adapters: Sequence[str], as_j
     start = time.perf_counter()
     # The network is tiny: more threads only wait for each other, and on a busy machine they wait long.
     torch.set_num_threads(1)
-    console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 140, highlight=False)
+    console = make_console(stderr=as_json)
     targets: dict[str, AbstractAdapter] = {name: make("adapters", name) for name in adapters}
     console.print("training a residual network of 14 layers on scikit-learn's digits")
     net = trained_digits_net()

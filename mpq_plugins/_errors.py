@@ -19,6 +19,7 @@ MPQError
 └── VerificationError         (RuntimeError)  an artifact does not hold what was asked for
 
 FloatLayersWarning            (UserWarning)   a part of the model that is worth telling stays in float
+FewImagesWarning              (UserWarning)   a score measured on too few images to mean much
 """
 
 
@@ -95,3 +96,7 @@ class VerificationError(MPQError, RuntimeError):
 
 class FloatLayersWarning(UserWarning):
     """A part of the model that is worth telling stays in float, outside every budget."""
+
+
+class FewImagesWarning(UserWarning):
+    """A score is measured on so few images that it says little."""

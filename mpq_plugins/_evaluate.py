@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq_plugins._errors import DataError, ModelError
-from mpq_plugins._model import Output, batches_of, call, evaluating, select, tensors
+from mpq_plugins._model import Batch, Output, batches_of, call, evaluating, labels_of, select, tensors
 
 if TYPE_CHECKING:
     from mpq_plugins._adapter import AbstractAdapter
@@ -24,8 +24,8 @@ def accuracy(model: nn.Module, batches: Iterable[Any], *, output: Output = None)
     n_right = n_images = 0
     with evaluating(model):
         for batch in batches_of(batches):
-            labels = labels_of(batch.labels)
-            logits = select(call(model, batch.inputs), output)
+            logits = _logits(select(call(model, batch.inputs), output))
+            labels = class_indices(batch, logits)
             n_right += int((logits.argmax(dim=1).cpu() == labels).sum())
             n_images += len(labels)
     if not n_images:
@@ -40,9 +40,9 @@ def exported_accuracy(adapter: AbstractAdapter, path: str | Path, batches: Itera
     """
     n_right = n_images = 0
     for batch in batches_of(batches):
-        labels = labels_of(batch.labels)
         results = [torch.from_numpy(array) for array in adapter.run(path, batch.inputs)]
         logits = select(results, output if callable(output) or isinstance(output, int) else None)
+        labels = class_indices(batch, _logits(logits))
         n_right += int((logits.argmax(dim=1) == labels).sum())
         n_images += len(labels)
     if not n_images:
@@ -65,10 +65,21 @@ def output_index(module: nn.Module, inputs: Any, output: Output) -> int | None:
     raise ModelError(f"output={output!r} gives a tensor that is not among the model's outputs, so no exported file has it.")
 
 
-def labels_of(labels: Tensor | None) -> Tensor:
-    """The labels of a batch on the CPU; raises `DataError` when there are none."""
-    if labels is None:
+def _logits(logits: Tensor) -> Tensor:
+    if logits.dim() != 2:
         raise DataError(
-            "the batch carries no labels, and this needs them. Yield (inputs, labels) pairs, or dicts with a 'labels' entry."
+            f"accuracy needs logits [N, classes], and the output has shape {tuple(logits.shape)}. Select another output "
+            "(--output on the command line), or measure without accuracy."
         )
-    return labels.cpu()
+    return logits
+
+
+def class_indices(batch: Batch, logits: Tensor) -> Tensor:  # [N]
+    """The labels of a batch as what logits [N, classes] are compared with; raises `DataError` for others."""
+    labels = labels_of(batch)
+    if labels.is_floating_point() or labels.shape != logits.shape[:1]:
+        raise DataError(
+            f"labels have shape {tuple(labels.shape)} and type {str(labels.dtype).removeprefix('torch.')} for logits of shape "
+            f"{tuple(logits.shape)}. Give one class index per image, a tensor [N] of whole numbers."
+        )
+    return labels

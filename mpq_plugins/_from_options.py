@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpq_plugins._adapter import AbstractAdapter
 from mpq_plugins._allocate import decision_space
-from mpq_plugins._errors import DataError, ModelError
+from mpq_plugins._errors import DataError, ModelError, WriteError
 from mpq_plugins._left_in_float import LeftInFloat
 from mpq_plugins._plugins import make
 from mpq_plugins._precision import menu
@@ -47,8 +47,10 @@ def model_of(options: Namespace, inputs: Any = None) -> tuple[nn.Module, Any]:
     from mpq_plugins._sources import load_model
 
     model = load_model(options.model, options.weights)
-    if options.weights is None and options.model.startswith(("torchvision:", "timm:")):
+    # An exported module brings its own weights.
+    if options.weights is None and options.verb != "export" and options.model.startswith(("torchvision:", "timm:")):
         print("note: no --weights given, so the weights are random", file=sys.stderr)
+    model = on_device(model, options.device)
     example = _example_of(options) if inputs is None or options.input else inputs
     if not options.negative_padding:
         return model, example
@@ -58,6 +60,39 @@ def model_of(options: Namespace, inputs: Any = None) -> tuple[nn.Module, Any]:
     if not padded.rewritten:
         print("note: --negative-padding finds no hard swish that only convolutions and linear layers read", file=sys.stderr)
     return padded.model, example
+
+
+def on_device(model: nn.Module, name: str) -> nn.Module:
+    """The model on a device of torch's by name; raises `ModelError` for one that is not there."""
+    import torch
+
+    try:
+        return model.to(torch.device(name))
+    except Exception as error:  # torch raises errors of many kinds for devices
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        raise ModelError(
+            f"the device {name!r} cannot be used: {reason}. Give cpu, cuda or cuda:1, or leave --device out."
+        ) from error
+
+
+def check_outputs(options: Namespace) -> None:
+    """Refuse to write over what the same command reads, or two outputs into one file; tell which files are replaced."""
+    read: dict[Path, str] = {}
+    written: dict[Path, str] = {}
+    for name in ("weights", "teacher_weights", "bits_file", "module_file", "artifact", "saved", "recipe"):
+        if isinstance(getattr(options, name, None), str):
+            read[Path(getattr(options, name)).resolve()] = name.replace("_", " ")
+    for name in ("out", "scores", "plot", "report"):
+        value = getattr(options, name, None)
+        if not isinstance(value, str) or (options.verb in ("train", "demo") and name == "out"):
+            continue
+        path = Path(value).resolve()
+        if path in read or path in written:
+            other = read[path] if path in read else f"--{written[path]}"
+            raise WriteError(f"--{name} {value} is the file of {other} too. Give it another name.")
+        written[path] = name
+        if path.is_file() and not getattr(options, "dry_run", False):
+            print(f"note: {value} is there already and is replaced", file=sys.stderr)
 
 
 def _example_of(options: Namespace) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,11 +23,16 @@ class Batch:
     """What one forward pass is given, and the labels when there are any.
 
     `inputs` is a tensor, a tuple of positional arguments, or a dict of keyword arguments;
-    `labels` is a tensor [N] of class indices, or None.
+    `labels` is a tensor [N] of class indices, or None. Numbers in lists, tuples and numpy arrays become tensors, and one
+    number for one image; what else labels may be is refused where they are read (`labels_of`), or left to a loss of one's own.
     """
 
     inputs: Any
-    labels: Tensor | None = None
+    labels: Any = None
+
+    def __post_init__(self) -> None:
+        if self.labels is not None and not isinstance(self.labels, Tensor):
+            object.__setattr__(self, "labels", _as_labels(self.labels, self.inputs))
 
     @classmethod
     def of(cls, item: Any) -> Batch:
@@ -57,7 +63,12 @@ class Batch:
         def rows(value: Tensor) -> Tensor:
             return value[start:stop]
 
-        return Batch(_of_rows(self.inputs, len(self), rows), None if self.labels is None else rows(self.labels))
+        labels = self.labels
+        if isinstance(labels, Tensor):
+            labels = _of_rows(labels, len(self), rows)
+        elif isinstance(labels, (list, tuple)) and len(labels) == len(self):
+            labels = labels[start:stop]
+        return Batch(_of_rows(self.inputs, len(self), rows), labels)
 
     def doubled(self) -> Batch:
         """Its images and then the same again; what does not have one row per image is kept as it is."""
@@ -65,7 +76,44 @@ class Batch:
         def twice(value: Tensor) -> Tensor:
             return torch.cat([value, value])
 
-        return Batch(_of_rows(self.inputs, len(self), twice), None if self.labels is None else twice(self.labels))
+        labels = self.labels
+        if isinstance(labels, Tensor):
+            labels = _of_rows(labels, len(self), twice)
+        elif isinstance(labels, (list, tuple)):
+            labels = (*labels, *labels)
+        return Batch(_of_rows(self.inputs, len(self), twice), labels)
+
+
+def _as_labels(labels: Any, inputs: Any) -> Any:
+    """Numbers as a tensor, anything else as it is."""
+    found = labels
+    if isinstance(labels, (int, np.integer)) and not isinstance(labels, bool):
+        found = [labels] if next((tensor.shape[:1] for tensor in tensors(inputs)), ()) == (1,) else labels
+    if isinstance(found, (list, tuple)) and any(isinstance(label, Tensor) for label in found):
+        found = [label.tolist() if isinstance(label, Tensor) else label for label in found]
+    if isinstance(found, (list, tuple, np.ndarray)):
+        try:
+            array = np.asarray(found)
+        except ValueError:  # rows of different lengths
+            return labels
+        if array.dtype.kind in "iufb" and array.size:
+            return torch.as_tensor(array.astype(np.int64) if array.dtype.kind in "iub" else array.astype(np.float32))
+    return labels
+
+
+def labels_of(batch: Batch) -> Tensor:
+    """The labels of a batch on the CPU; raises `DataError` where there are none, or no numbers, or not one per image."""
+    labels = batch.labels
+    if labels is None:
+        raise DataError(
+            "the batch carries no labels, and this needs them. Yield (inputs, labels) pairs, or dicts with a 'labels' entry."
+        )
+    if not isinstance(labels, Tensor):
+        raise DataError(
+            f"the labels of a batch are no class indices but a {type(labels).__name__}: {str(labels)[:60]}. Yield a tensor [N] of "
+            "whole numbers, one for each image: classes.index(name) for names."
+        )
+    return labels.cpu()
 
 
 def batches_of(loader: Iterable[Any]) -> Iterator[Batch]:

@@ -7,12 +7,14 @@ import dataclasses
 import difflib
 import importlib
 import importlib.metadata
+import inspect
 import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from mpq_plugins._errors import MissingExtraError, PluginError
+from mpq_plugins._files import plain_value
 
 Kind = Literal["proxies", "costs", "solvers", "adapters"]
 KINDS: tuple[Kind, ...] = typing.get_args(Kind)
@@ -69,6 +71,30 @@ def resolve(kind: Kind, given: Any, options: Mapping[str, Any] | None = None) ->
         f"{str(given)[:80]!r} ({type(given).__name__}) is none of the {kind}. Give a name ({', '.join(names(kind))}), or an "
         f"object of a class derived from {base.__name__}."
     )
+
+
+def described(plugin: Any) -> dict[str, Any]:
+    """What a plugin says of itself, as plain JSON values: its text, what it offers, its options with defaults and values."""
+    kind = type(plugin)
+    facts: dict[str, Any] = {"about": inspect.cleandoc(kind.__doc__ or "")}
+    for name in ("formats", "weight_bits", "activation_bits"):
+        if hasattr(kind, name):
+            facts[name] = list(getattr(kind, name))
+    if isinstance(getattr(kind, "unit", None), str):
+        facts["unit"] = kind.unit
+    fields = dataclasses.fields(plugin) if dataclasses.is_dataclass(plugin) else ()
+    try:
+        hints = typing.get_type_hints(kind)
+    except NameError:  # a type that only a type checker can see
+        hints = {}
+    facts["options"] = {
+        field.name: {
+            "default": plain_value(getattr(plugin, field.name)),
+            "takes": _shown(hints[field.name]) if field.name in hints else str(field.type),
+        }
+        for field in fields
+    }
+    return facts
 
 
 def _base(kind: Kind) -> type:

@@ -9,9 +9,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from mpq_plugins._bits import BitConfig
+from mpq_plugins._console import console as make_console
 from mpq_plugins._errors import DataError
 from mpq_plugins._from_options import adapter_of, model_of
 from mpq_plugins._text import values_of
@@ -40,7 +39,7 @@ def train(options: Namespace) -> int:
     evaluation = None
     if options.eval_data:
         evaluation = load_data(options.eval_data, input_shape=shape, batch_size=options.batch_size)
-    console = Console(stderr=options.json, width=140, highlight=False)
+    console = make_console(stderr=options.json)
     trained = run(
         model,
         bits,

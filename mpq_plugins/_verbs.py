@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import difflib
 import json
-import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.text import Text
 
 from mpq_plugins._adapter import AbstractAdapter
 from mpq_plugins._allocate import checked_scores, proxy_of, solve_scores, true_loss, with_output
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._budgets import as_budgets
-from mpq_plugins._cost import Budget
+from mpq_plugins._console import console
+from mpq_plugins._cost import Budget, format_amount
 from mpq_plugins._errors import DataError, PluginError
 from mpq_plugins._from_options import adapter_of, cache_of, data_of, model_of, space_of, take, words
 from mpq_plugins._layers import skipped_layers
 from mpq_plugins._left_in_float import LeftInFloat
-from mpq_plugins._plugins import KINDS, Kind, make, names
+from mpq_plugins._plugins import KINDS, Kind, described, make, names
 from mpq_plugins._scores import Scores
 from mpq_plugins._selection import Measure
 from mpq_plugins._text import values_of
@@ -29,6 +31,8 @@ from mpq_plugins._training_verb import train as train
 if TYPE_CHECKING:
     from torch import nn
 
+    from mpq_plugins._model import Batch
+    from mpq_plugins._space import Space
     from mpq_plugins._verify import Verification
 
 _OK, _FAILED = 0, 1
@@ -54,9 +58,9 @@ def layers(options: Namespace) -> int:
         }
         _print_json(document)
     else:
-        console = _console()
-        console.print(layer_table(inventory))
-        _print_optional(console, skipped_table(skipped, kept))
+        terminal = console()
+        terminal.print(layer_table(inventory))
+        _print_optional(terminal, skipped_table(skipped, kept))
     if options.strict:
         left.check()
     return _OK
@@ -74,6 +78,9 @@ def allocate(options: Namespace) -> int:
     proxy = proxy_of(options.proxy, model, example, options.output, values_of(options.proxy_option))
     proxy = with_output(proxy, options.output)
     batches = list(take(data_of(options), options.images)) if options.data else []
+    solver = make("solvers", options.solver, values_of(options.solver_option))
+    if options.dry_run:
+        return _tell_dry_run(options, space, budgets, [proxy.name, solver.name], batches)
     with keeping_measurements(cache_of(options)):
         scores = checked_scores(proxy.score(model, space, batches), proxy)
         if options.scores:
@@ -90,12 +97,23 @@ def solve(options: Namespace) -> int:
 
 def apply(options: Namespace) -> int:
     """`mpq apply`."""
+    from mpq_plugins._discover import find_layers
     from mpq_plugins._evaluate import accuracy
+    from mpq_plugins._model import check_like
     from mpq_plugins._repairs import repairs_of
 
     bits, adapter = BitConfig.load(options.bits_file), adapter_of(options)
     model, example = model_of(options)
     calibration = list(take(data_of(options), options.images))
+    inventory = find_layers(model, example)
+    bits.check(inventory)
+    for index, batch in enumerate(calibration):
+        check_like(batch.inputs, example, where=f"calibration batch {index}")
+    if options.dry_run:
+        n_images = sum(map(len, calibration))
+        console().print(f"{len(bits.layers)} of {len(inventory)} layers on {n_images} images")
+        console().print(f"dry run: {options.out} is not written")
+        return _OK
     result: dict[str, Any] = {"module": options.out}
     if options.evaluate:  # Before the long work, so that missing labels are told at once.
         result["float_accuracy"] = accuracy(model, data_of(options), output=options.output)
@@ -107,14 +125,14 @@ def apply(options: Namespace) -> int:
         result["accuracy"] = accuracy(module, data_of(options), output=options.output)
     if options.json:
         return _print_json(result)
-    console = _console()
+    terminal = console()
     for made in repairs_of(module):
-        console.print(str(made), highlight=False)
+        terminal.print(str(made))
     for text, n_layers in result["advice"].items():
-        console.print(f"note: {text} ({n_layers} layers)")
+        terminal.print(f"note: {text} ({n_layers} layers)")
     if options.evaluate:
-        console.print(f"accuracy {result['accuracy']:.4f}, float {result['float_accuracy']:.4f}")
-    console.print(f"wrote {options.out}")
+        terminal.print(f"accuracy {result['accuracy']:.4f}, float {result['float_accuracy']:.4f}")
+    terminal.print(f"wrote {options.out}")
     return _OK
 
 
@@ -174,12 +192,14 @@ def compare(options: Namespace) -> int:
         plot_comparison(comparison, options.plot)
     if options.json:
         return _print_json(comparison.to_json())
-    _console().print(comparison_table(comparison))
+    console().print(comparison_table(comparison))
     return _OK
 
 
 def plugins(options: Namespace) -> int:
     """`mpq plugins`."""
+    if options.name is not None:
+        return _plugin(options)
     found: dict[Kind, dict[str, str]] = {kind: {} for kind in KINDS}
     for kind in KINDS:
         for name in names(kind):
@@ -190,11 +210,37 @@ def plugins(options: Namespace) -> int:
                 found[kind][name] = f"not usable here: {error}"
     if options.json:
         return _print_json(found)
-    console = _console()
+    terminal = console()
     for kind, entries in found.items():
-        console.print(f"[bold]{kind}[/bold]")
+        terminal.print(Text(kind, style="bold"))
         for name, text in entries.items():
-            console.print(f"  {name:20} {text}", highlight=False)
+            terminal.print(f"  {name:20} {text}")
+    terminal.print("`mpq plugins NAME` lists the options of one, and the formats of an adapter")
+    return _OK
+
+
+def _plugin(options: Namespace) -> int:
+    """`mpq plugins NAME`: what a plug-in of that name says of itself."""
+    kinds = [kind for kind in KINDS if options.name in names(kind)]
+    if not kinds:
+        listed = [name for kind in KINDS for name in names(kind)]
+        close = difflib.get_close_matches(options.name, listed, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise PluginError(f"no plugin is named {options.name!r}.{hint} `mpq plugins` lists them all.")
+    found = {kind: described(make(kind, options.name)) for kind in kinds}
+    if options.json:
+        return _print_json(found)
+    terminal = console()
+    for kind, facts in found.items():
+        terminal.print(Text(f"{options.name} ({kind})", style="bold"))
+        terminal.print(facts["about"])
+        for fact in ("formats", "weight_bits", "activation_bits", "unit"):
+            if fact in facts:
+                value = facts[fact]
+                terminal.print(f"{fact.replace('_', ' ')}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
+        terminal.print("options:" if facts["options"] else "no options")
+        for name, option in facts["options"].items():
+            terminal.print(f"  {name} = {option['default']!r}  ({option['takes']})")
     return _OK
 
 
@@ -212,6 +258,23 @@ def demo(options: Namespace) -> int:
     return run_demo(folder, adapters=adapters, as_json=options.json)
 
 
+def _tell_dry_run(
+    options: Namespace, space: Space, budgets: Sequence[Budget], plugins: Sequence[str], batches: Sequence[Batch]
+) -> int:
+    """What `mpq allocate` would do."""
+    n_choices = sum(len(unit.choices) for unit in space.units)
+    terminal = console()
+    terminal.print(
+        f"{len(space.layers)} layers, {len(space.units)} units, {n_choices} choices, {sum(map(len, batches))} images"
+    )
+    for budget in budgets:
+        limit, asked = format_amount(budget.resolve(space), budget.cost.unit), budget.limit
+        terminal.print(f"budget {budget.cost.name}: {limit} ({asked})")
+    terminal.print(f"proxy {plugins[0]}, solver {plugins[1]}")
+    terminal.print(f"dry run: {options.out} is not written")
+    return _OK
+
+
 def _solve_and_report(options: Namespace, scores: Scores, budgets: Sequence[Budget], measure: Measure | None = None) -> int:
     from mpq_plugins.reports import allocation_table, certificate_lines, plot_allocation, skipped_table
 
@@ -224,12 +287,12 @@ def _solve_and_report(options: Namespace, scores: Scores, budgets: Sequence[Budg
     if options.json:
         layers = {name: str(precision) for name, precision in allocation.bits.layers.items()}
         return _print_json({"layers": layers, "costs": allocation.bits.costs, **allocation.bits.origin})
-    console = _console()
-    console.print(allocation_table(allocation))
-    _print_optional(console, skipped_table(allocation.space.skipped, allocation.space.layers))
+    terminal = console()
+    terminal.print(allocation_table(allocation))
+    _print_optional(terminal, skipped_table(allocation.space.skipped, allocation.space.layers))
     for line in certificate_lines(allocation, budgets, top_k=top_k):
-        console.print(line, highlight=False)
-    console.print(f"wrote {options.out}")
+        terminal.print(line)
+    terminal.print(f"wrote {options.out}")
     return _OK
 
 
@@ -239,27 +302,27 @@ def _report_verification(options: Namespace, report: Verification, accuracies: M
     if options.json:
         _print_json({**report.to_json(), **(accuracies or {})})
         return _OK if report.ok else _FAILED
-    console = _console()
+    terminal = console()
     report.check()
     compared = sum(check.n_codes or 0 for check in report.layers)
     codes = f", {compared:,} weight codes equal" if compared else ""
-    console.print(f"{report.artifact}: {len(report.layers)} layers hold the bits asked for{codes}", highlight=False)
+    terminal.print(f"{report.artifact}: {len(report.layers)} layers hold the bits asked for{codes}")
     if report.outputs is not None:
-        console.print(
+        terminal.print(
             f"outputs: mean difference {report.outputs.mean_relative:.1e} standard deviations, "
             f"largest {report.outputs.max_absolute:.1e}, same top-1 in {report.outputs.top1_agreement:.1%}",
-            highlight=False,
         )
         if report.outputs.own_difference:
-            console.print(
+            terminal.print(
                 "note: that is above the tolerance, and so is what the module differs from itself when its sums are rounded "
-                f"otherwise ({report.outputs.own_difference:.1e}): it amplifies rounding, as untrained networks do",
-                highlight=False,
+                f"otherwise ({report.outputs.own_difference:.1e}): it amplifies rounding, as deep networks of few bits do",
             )
     if accuracies:
-        console.print(f"accuracy {accuracies['exported_accuracy']:.4f} of the file, {accuracies['accuracy']:.4f} of the module")
+        terminal.print(
+            f"accuracy {accuracies['exported_accuracy']:.4f} of the file, {accuracies['accuracy']:.4f} of the module"
+        )
     for check in report.budgets:
-        console.print(str(check), highlight=False)
+        terminal.print(str(check))
     return _OK
 
 
@@ -279,13 +342,9 @@ def _first_sentence(plugin: Any) -> str:
     return (type(plugin).__doc__ or "").strip().split("\n")[0]
 
 
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 140)
-
-
-def _print_optional(console: Console, table: Any) -> None:
+def _print_optional(terminal: Console, table: Any) -> None:
     if table is not None:
-        console.print(table)
+        terminal.print(table)
 
 
 def _print_json(document: Any) -> int:

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpq_plugins._evaluate import labels_of
-from mpq_plugins._model import Batch
+from mpq_plugins._model import Batch, labels_of
 from mpq_plugins._plugins import require
 from mpq_plugins._progress import track
 
@@ -90,7 +89,7 @@ def trained_digits_net(*, epochs: int = 12, seed: int = 0) -> DigitsNet:
 def _step(net: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
     shift = torch.randint(-1, 2, (2,)).tolist()
     images = torch.roll(batch.inputs, shift, dims=(2, 3))
-    labels = labels_of(batch.labels)
+    labels = labels_of(batch)
     optimizer.zero_grad()
     F.cross_entropy(net(images), labels).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     optimizer.step()

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mpq_plugins._errors import WriteError
-from mpq_plugins._evaluate import labels_of
 from mpq_plugins._files import write_whole
+from mpq_plugins._model import labels_of
 from mpq_plugins._plugins import require
 from mpq_plugins.glyphs._data import glyphs
 from mpq_plugins.glyphs._distortion import IMAGE_SIZE, Distortion
@@ -41,4 +41,4 @@ def save_sheet(
 def _samples(train: bool, per_class: int, seed: int, distortion: Distortion | None) -> tuple[Tensor, Tensor]:
     n_images = per_class * len(CLASSES)
     (batch,) = glyphs(train=train, n_images=n_images, batch_size=n_images, seed=seed, distortion=distortion)
-    return batch.inputs[:, 0], labels_of(batch.labels)
+    return batch.inputs[:, 0], labels_of(batch)

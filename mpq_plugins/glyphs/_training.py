@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from mpq_plugins._errors import FormatError, ModelError
-from mpq_plugins._evaluate import labels_of
 from mpq_plugins._files import cache_folder as user_cache
-from mpq_plugins._model import Batch
+from mpq_plugins._model import Batch, labels_of
 from mpq_plugins._progress import track
 from mpq_plugins._tensor_files import read_torch, write_torch
 from mpq_plugins.glyphs._data import glyphs
@@ -133,6 +132,6 @@ def _train(net: SmallNet, recipe: Recipe, seed: int) -> None:
 
 def _step(net: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, label_smoothing: float) -> None:
     optimizer.zero_grad()
-    loss = F.cross_entropy(net(batch.inputs), labels_of(batch.labels), label_smoothing=label_smoothing)
+    loss = F.cross_entropy(net(batch.inputs), labels_of(batch), label_smoothing=label_smoothing)
     loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     optimizer.step()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mpq_plugins._errors import DataError
 from mpq_plugins._layers import Layer
-from mpq_plugins._model import Batch
+from mpq_plugins._model import Batch, labels_of
 from mpq_plugins.proxies._features import AbstractStatistic, not_finite
 
 Documents = Literal["images", "classes"]
@@ -116,7 +116,7 @@ def _labels(batch: Batch) -> np.ndarray:  # [N]
             'documents="classes" groups images by their labels, and these batches carry none. '
             'Give batches of (inputs, labels), or use documents="images".'
         )
-    labels = torch.as_tensor(batch.labels).detach().cpu().numpy()
+    labels = labels_of(batch).detach().numpy()
     if labels.shape != (len(batch),):
         raise DataError(
             f"labels have shape {labels.shape} for {len(batch)} images. Give one class index per image, a tensor [N]."

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mpq_plugins._errors import DataError, PluginError
-from mpq_plugins._model import Batch
+from mpq_plugins._model import Batch, labels_of
 
 UserLoss = Callable[[Tensor, Batch], Tensor]
 """Takes the model's output and the batch; gives one loss per image [N], or their mean."""
@@ -74,6 +74,8 @@ def measure(
     if loss == "squared_error":
         return _SquaredError(base)
     labels = batch.labels if loss == "cross_entropy" else None
+    if labels is not None:
+        labels = labels_of(batch)
     if loss == "cross_entropy" and labels is None:
         raise DataError('cross-entropy needs labels. Give batches of (inputs, labels), or loss="kl".')
     return _Classes(base, labels, n_samples, generator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq_plugins._allocator import keeping_memory
-from mpq_plugins._errors import DataError, PluginError
+from mpq_plugins._errors import DataError, FewImagesWarning, PluginError
 from mpq_plugins._model import Batch, Output, batches_of, joined
 from mpq_plugins._progress import track
 from mpq_plugins._space import Space
@@ -408,6 +409,8 @@ def sensitivity_set(batches: Iterable[Any], n_images: int) -> list[Batch]:
     found = [batch for batch in found if len(batch)]
     if not found:
         raise DataError("no batches were given, but this score needs images. Pass data (--data on the command line).")
+    if sum(map(len, found)) < 2:
+        warnings.warn("the score is measured on one image, which says little: give 32 or more.", FewImagesWarning, stacklevel=3)
     return found
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpq_plugins._errors import DataError
-from mpq_plugins._model import Batch, Output, call, select, to_device
+from mpq_plugins._model import Batch, Output, call, labels_of, select
 
 Loss = Callable[[Any, Batch], Tensor]
 """Takes what the module returned and the batch; gives a scalar."""
@@ -43,7 +43,7 @@ class Classification:
             )
         parts: list[Tensor] = []
         if batch.labels is not None:
-            labels = to_device(batch.labels, logits.device)
+            labels = labels_of(batch).to(logits.device)
             parts.append(F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing))
         if is_taught:
             parts.append(self.teacher_weight * soft_cross_entropy(logits, self._taught(batch), self.temperature))

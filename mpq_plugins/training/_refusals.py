@@ -11,8 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mpq_plugins._errors import DataError, TrainingError
-from mpq_plugins._evaluate import labels_of
-from mpq_plugins._model import first_batch
+from mpq_plugins._model import first_batch, labels_of
 from mpq_plugins.training._recipe import TrainingRecipe
 
 _EXPLODED = 1e9  # no weight, and no range of inputs in use, is as large
@@ -36,7 +35,7 @@ def check_evaluation(evaluation: Iterable[Any] | None) -> None:
             f"the evaluation data are a {type(evaluation).__name__}, which can be read once, but every epoch reads them. "
             "Give a list, a DataLoader, or another object that begins anew."
         )
-    labels_of(first_batch(evaluation, purpose="the evaluation").labels)
+    labels_of(first_batch(evaluation, purpose="the evaluation"))
 
 
 def check_finite(module: nn.Module, when: str, recipe: TrainingRecipe, latest: Path | None) -> None:

@@ -1,0 +1,200 @@
+"""Options of the command line: files of options, dry runs, what is printed as it is, what is not written over."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from mpq_plugins import BitConfig
+from mpq_plugins._cli import main
+from mpq_plugins._console import console
+
+MODEL = "mpq_plugins.digits:DigitsNet"
+COMMON = ["--model", MODEL, "--input", "1x1x8x8", "--proxy", "constant", "--budget", "size=w4"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(capsys, *words):
+    """Exit code, stdout and stderr of a command."""
+    code = main([str(word) for word in words])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+OPTIONS = {"model": MODEL, "input": "1x1x8x8", "proxy": "constant", "budget": ["size=w4"], "bits": [2, 4, 8]}
+
+
+@pytest.mark.parametrize("kind", ["json", "bom", "toml", "underscores"])
+def test_options_from_json_and_toml(folder, capsys, kind):
+    """Dashes or underscores, a byte order mark, TOML: all are the same options."""
+    options = {**OPTIONS, "pin_first_last" if kind == "underscores" else "pin-first-last": True, "quiet": True}
+    if kind == "toml":
+        lines = [f"{name} = {json.dumps(value)}" for name, value in options.items()]
+        (folder / "run.toml").write_text("\n".join(lines))
+    else:
+        (folder / "run.json").write_text(("\ufeff" if kind == "bom" else "") + json.dumps(options), encoding="utf-8")
+    assert run(capsys, "allocate", "--config", "run.toml" if kind == "toml" else "run.json")[0] == 0
+    bits = BitConfig.load("bits.json")
+    assert str(bits["stem"]) == "w8a8"
+    assert bits.origin["budgets"][0]["asked"] == "w4"
+
+
+def test_positional_arguments_from_the_file(folder, capsys):
+    """A file may name everything of a verb; the command line overrides its argument too."""
+    run(capsys, "allocate", *COMMON, "--scores", "scores.json")
+    (folder / "solve.json").write_text(json.dumps({"saved": "scores.json", "budget": "size=w3", "out": "w3.json"}))
+    assert run(capsys, "solve", "--config", "solve.json")[0] == 0
+    (folder / "solve.json").write_text(json.dumps({"saved": "absent.json", "budget": "size=w3", "out": "w3.json"}))
+    assert run(capsys, "solve", "--config", "solve.json")[0] == 2
+    assert run(capsys, "solve", "--config", "solve.json", "--out", "mine.json", "scores.json")[0] == 0
+    assert BitConfig.load("w3.json") == BitConfig.load("mine.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "told"),
+    [
+        ('{"modle": "x"}', [], ["modle", "does not take", "model"]),
+        ('{"out": "a", "out": "b"}', [], ["'out' stands twice"]),
+        ('{"no-cache": true, "no_cache": false}', [], ["names an option twice"]),
+        ('{"weights": {"a": 1}}', [], ["weights in the configuration"]),
+        ("[1]", [], ["one object"]),
+        ("{", [], ["not complete JSON"]),
+        ("[" * 10_000, [], ["too deeply"]),
+        ("{}", ["--config", "run.json"], ["given 2 times"]),
+        ("{}", ["--conf", "run.json"], ["--conf"]),
+        ('{"config": "other.json"}', [], ["config"]),
+    ],
+)
+def test_a_configuration_file_that_makes_no_sense_is_told(folder, capsys, text, words, told):
+    """Unknown and repeated options, nested values, a second file, an abbreviation: nothing is silently ignored."""
+    (folder / "run.json").write_text(text)
+    try:
+        code, _, err = run(capsys, "allocate", *COMMON, "--config", "run.json", *words)
+    except SystemExit as stopped:
+        code, err = stopped.code, capsys.readouterr().err
+    assert code == 2
+    assert all(word in err for word in told), err
+    assert [path.name for path in folder.iterdir()] == ["run.json"]
+
+
+def test_brackets_and_colons_are_printed_as_they_are(folder, capsys):
+    """Names of files, layers and formulas are no markup."""
+    code, out, _ = run(capsys, "allocate", *COMMON, "--out", "a[/b]c:smile:.json")
+    assert code == 0
+    assert "wrote a[/b]c:smile:.json" in out
+    terminal = console()
+    with terminal.capture() as printed:
+        terminal.print("E[g.d] [bold]x[/] :warning:")
+    assert printed.get() == "E[g.d] [bold]x[/] :warning:\n"
+
+
+def test_a_dry_run_checks_and_writes_nothing(folder, capsys, monkeypatch):
+    """Layers, budgets and plug-ins are told; wrong ones fail as they would; no score is measured."""
+    from mpq_plugins.proxies import Constant
+
+    words = ["allocate", *COMMON, "--dry-run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Constant, "score", lambda *_: pytest.fail("scored"))
+        code, out, _ = run(capsys, *words)
+        assert code == 0
+        assert "14 layers" in out
+        assert "(w4)" in out
+        assert run(capsys, *words, "--solver", "mlip")[0] == 2
+        assert run(capsys, *words, "--budget", "bops=1")[0] == 3
+    assert not list(folder.iterdir())
+    run(capsys, "allocate", *COMMON)
+    module = [
+        "apply",
+        "bits.json",
+        "--model",
+        MODEL,
+        "--data",
+        "digits",
+        "--images",
+        "16",
+        "--adapter",
+        "brevitas",
+        "--dry-run",
+    ]
+    code, out, _ = run(capsys, *module)
+    assert code == 0
+    assert "14 of 14 layers" in out
+    assert [path.name for path in folder.iterdir()] == ["bits.json"]
+
+
+def test_a_device_that_is_not_there_is_told(folder, capsys):
+    """A misspelt one, one too many."""
+    assert run(capsys, "allocate", *COMMON, "--device", "cpu")[0] == 0
+    for name in ("gpu", "cuda:99", ""):
+        code, _, err = run(capsys, "allocate", *COMMON, "--device", name)
+        assert code == 2
+        assert f"the device {name!r} cannot be used" in err
+
+
+def test_log_lines_are_shown_when_asked_for(folder, capsys):
+    """--verbose shows what is logged; without it warnings alone, one line each; handlers go afterwards."""
+    from mpq_plugins._cli import _logging
+
+    for verbose in (False, True):
+        with _logging(verbose):
+            logging.getLogger("mpq_plugins.test").info("a detail")
+            logging.getLogger("mpq_plugins.test").warning("a warning")
+        err = capsys.readouterr().err
+        assert ("a detail" in err) is verbose
+        assert "a warning" in err
+    assert not logging.getLogger("mpq_plugins").handlers
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--out", "same.json", "--scores", "same.json"],
+        ["--weights", "weights.pt", "--out", "weights.pt"],
+        ["--weights", "weights.pt", "--plot", "./weights.pt"],
+    ],
+)
+def test_inputs_are_not_written_over(folder, capsys, words):
+    """One file for two things is refused before anything is loaded."""
+    torch.save({}, "weights.pt")
+    before = (folder / "weights.pt").read_bytes()
+    code, _, err = run(capsys, "allocate", *COMMON, *words)
+    assert code == 2
+    assert "Give it another name" in err
+    assert (folder / "weights.pt").read_bytes() == before
+
+
+def test_replacing_a_file_is_told(folder, capsys):
+    """The second run says that the first one's file goes."""
+    assert "replaced" not in run(capsys, "allocate", *COMMON)[2]
+    assert "bits.json is there already and is replaced" in run(capsys, "allocate", *COMMON)[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("nncf", ["formats: openvino-compact, openvino-fast, onnx", "merge_branches = True", "true or false"]),
+        ("brevitas", ["formats: qonnx, qcdq", "profile = 'layerwise'", "'layerwise' or 'finn'"]),
+        ("clado", ["tier = 'gram'", "'fisher' or 'gram' or 'exact'", "E[(p - y) . r]"]),
+        ("stored_size", ["target = ", "unit: B"]),
+        ("milp", ["backend = "]),
+    ],
+)
+def test_plugins_tell_their_options_and_formats(capsys, name, told):
+    """The text, every option with its default and what it takes."""
+    code, out, _ = run(capsys, "plugins", name)
+    assert code == 0
+    assert all(text in out for text in told), out
+    assert json.loads(run(capsys, "plugins", name, "--json")[1])
+
+
+def test_an_unknown_plugin_is_told(capsys):
+    """With the closest name."""
+    code, _, err = run(capsys, "plugins", "cladoo")
+    assert code == 2
+    assert "Did you mean clado?" in err

@@ -32,7 +32,7 @@ def read_checkpoint(
 
     Raises `FormatError`.
     """
-    document = read_torch(path)
+    document = read_torch(path, "checkpoint", "Give the file that save() or `mpq apply` wrote")
     found = (document.get("format"), document.get("adapter")) if isinstance(document, dict) else (None, None)
     if found != (FORMAT, adapter):
         raise FormatError(

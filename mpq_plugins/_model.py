@@ -110,8 +110,8 @@ def labels_of(batch: Batch) -> Tensor:
         )
     if not isinstance(labels, Tensor):
         raise DataError(
-            f"the labels of a batch are no class indices but a {type(labels).__name__}: {str(labels)[:60]}. Yield a tensor [N] of "
-            "whole numbers, one for each image: classes.index(name) for names."
+            f"the labels of a batch are no class indices but a {type(labels).__name__}: {str(labels)[:60]}. Yield a tensor [N] "
+            "of whole numbers, one for each image: classes.index(name) for names."
         )
     return labels.cpu()
 

@@ -14,10 +14,11 @@ from mpq_plugins._errors import FormatError
 from mpq_plugins._files import disk_refusal, write_error, write_whole
 
 
-def read_torch(path: str | Path) -> Any:
+def read_torch(path: str | Path, what: str = "file of tensors", advice: str = "Write it again") -> Any:
     """What `torch.save` wrote, on the CPU; nothing in the file is executed.
 
-    torch itself compares no checksums, so that a damaged weight would be a silently different one. Raises `FormatError`.
+    torch itself compares no checksums, so that a damaged weight would be a silently different one. `what` the file
+    should be and the `advice` are for the text of the error. Raises `FormatError`.
     """
     path = Path(path)
     try:
@@ -29,7 +30,7 @@ def read_torch(path: str | Path) -> Any:
         raise FormatError(f"cannot read {path}: {error.strerror or error}. Check the path and its permissions.") from error
     except Exception as error:  # torch raises errors of many kinds for damaged archives
         # torch's own text advises weights_only=False, which would run whatever code the file holds.
-        raise FormatError(f"{path} is damaged or no file of tensors: {_told(error)}. Write it again.") from error
+        raise FormatError(f"{path} is no {what}, or a damaged one: {_told(error)}. {advice}.") from error
 
 
 def _check_archive(path: Path) -> None:
@@ -48,8 +49,10 @@ def _check_archive(path: Path) -> None:
 
 
 def _told(error: Exception) -> str:
-    """The kind of an error, and whether the file holds more than tensors."""
-    if "weights_only" in str(error) or "Unsupported" in str(error):
+    """The kind of an error, in words for those that say what the file is."""
+    if isinstance(error, zipfile.BadZipFile):
+        return "its archive is cut off"
+    if any(word in str(error) for word in ("Unsupported global", "Unsupported class", "Unsupported operand", "blocklisted")):
         return "it holds Python objects, which are not loaded since that could run code"
     return type(error).__name__
 

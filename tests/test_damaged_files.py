@@ -1,14 +1,13 @@
 """Files as people have them: damaged, edited, foreign, on full disks. None is believed, none ends in a traceback."""
 
-import contextlib
 import json
 import pickle
-import resource
 import zipfile
 
 import numpy as np
 import pytest
 import torch
+from full_disk import full_disk
 from torch import nn
 
 from mpq_plugins import BitConfig, Precision, Scores, allocate
@@ -20,6 +19,7 @@ from mpq_plugins._tensor_files import read_torch, write_tensors, write_torch
 from mpq_plugins.proxies import LossIncrease
 from mpq_plugins.sensitivity import keeping_measurements
 from mpq_plugins.sensitivity._journal import Journal
+from mpq_plugins.training._checkpoints import TrainingFolder
 
 BITS = BitConfig({"0": Precision(4, 8)}, "sha256:0", {"proxy": {"name": "test"}})
 
@@ -127,17 +127,6 @@ def test_edited_measurements_do_not_change_the_bits(tmp_path):
     assert (again.bits, again.scores.loss) == (first.bits, first.scores.loss)
 
 
-@contextlib.contextmanager
-def full_disk(n_bytes=0):
-    """No file grows beyond `n_bytes`: what a full disk is to a program."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("room", [0, 700])
 @pytest.mark.parametrize("kind", ["torch", "tensors", "json", "journal"])
 def test_a_full_disk_is_told_and_leaves_the_old_file(tmp_path, kind, room):
@@ -232,3 +221,15 @@ def test_scores_whose_parts_are_of_another_kind_are_refused(scores, change):
     path.write_text(json.dumps(document))
     with pytest.raises(FormatError, match=r"scores\.json"):
         Scores.load(path)
+
+
+def test_a_full_disk_ends_training_with_the_last_checkpoint_whole(tmp_path):
+    """The checkpoint of the epoch that did not fit leaves no trace; the one before it is read."""
+    folder, weights = TrainingFolder(tmp_path), {"a": torch.arange(1000.0)}
+    state = dict.fromkeys(("stage", "epoch", "optimizer", "average", "scaler", "profit", "history"), 1)
+    first = folder.save(1, lambda path: write_torch(path, weights), state)
+    for room in (0, 2000, 5000):  # not even the module, half of it, all but the state
+        with full_disk(room), pytest.raises(WriteError, match="the checkpoints before it are whole"):
+            folder.save(2, lambda path: write_torch(path, weights), {**state, "optimizer": torch.arange(5000.0)})
+        assert [path.name for path in tmp_path.iterdir()] == [first.name]
+    assert TrainingFolder.read(first)[1] == {**state, "format": "mpq-training-state/1"}

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from full_disk import full_disk
 from mpq_brevitas import BrevitasAdapter
 from mpq_nncf import NNCFAdapter
 from torch import nn
@@ -199,6 +200,23 @@ def test_an_operation_that_a_format_lacks_is_told(tmp_path, adapter, format):
     with pytest.raises(AdapterError, match="bessel_j0"):
         adapter.export(module, tmp_path / "file", example, format=format)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("room", [0, 900])
+@pytest.mark.parametrize(("adapter", "format"), [(adapter, format) for adapter in ADAPTERS[:2] for format in adapter.formats])
+def test_a_full_disk_is_no_fault_of_the_model(tmp_path, adapter, format, room):
+    """Exporting and saving say that the disk refused, not that an operation is missing; nothing half written stays."""
+    model = net()
+    module = adapter.prepare(model, bits_for(model), EXAMPLE, [EXAMPLE])
+    for write in (
+        lambda: adapter.export(module, tmp_path / "file", EXAMPLE, format=format),
+        lambda: adapter.save(module, tmp_path / "module.pt"),
+    ):
+        with full_disk(room), pytest.raises(WriteError, match="with space left"):
+            write()
+        assert not list(tmp_path.iterdir())
+        write()
+        [path.unlink() for path in tmp_path.iterdir()]
 
 
 class Mean(nn.Module):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mpq_plugins import __version__
-from mpq_plugins._errors import FormatError, InfeasibleBudgetError, MPQError, VerificationError
+from mpq_plugins._errors import FormatError, InfeasibleBudgetError, MPQError, UsageError, VerificationError
 
 _REPEATABLE = frozenset(
     ("budget", "pin", "tie", "include", "exclude", "adapter-option", "proxy-option", "solver-option", "ptq")
@@ -109,10 +109,6 @@ def _with_config(arguments: list[str]) -> list[str]:
             f"{', '.join(sorted({*positional, *options} - {'help', 'config'}))}."
         )
     return [rest[0], *words, *rest[1:]]
-
-
-class UsageError(MPQError):
-    """A command line or a configuration file that makes no sense."""
 
 
 def _taken_out(arguments: list[str], option: str) -> tuple[list[str], list[str]]:

@@ -16,7 +16,8 @@ MPQError
 ├── MissingExtraError         (ImportError)   an optional dependency is not installed
 ├── AdapterError              (ValueError)    the framework cannot do what was asked
 ├── TrainingError             (RuntimeError)  training cannot begin, or cannot go on
-└── VerificationError         (RuntimeError)  an artifact does not hold what was asked for
+├── VerificationError         (RuntimeError)  an artifact does not hold what was asked for
+└── UsageError                (ValueError)    a command line or a file of options that makes no sense
 
 FloatLayersWarning            (UserWarning)   a part of the model that is worth telling stays in float
 FewImagesWarning              (UserWarning)   a score measured on too few images to mean much
@@ -92,6 +93,10 @@ class TrainingError(MPQError, RuntimeError):
 
 class VerificationError(MPQError, RuntimeError):
     """An exported artifact differs from what was asked for."""
+
+
+class UsageError(MPQError, ValueError):
+    """A command line, or a file of its options, that makes no sense."""
 
 
 class FloatLayersWarning(UserWarning):

@@ -198,3 +198,16 @@ def test_an_unknown_plugin_is_told(capsys):
     code, _, err = run(capsys, "plugins", "cladoo")
     assert code == 2
     assert "Did you mean clado?" in err
+
+
+@pytest.mark.parametrize(("verb", "is_told"), [("layers", True), ("apply", True), ("export", False)])
+def test_random_weights_are_told_where_they_count(capsys, monkeypatch, verb, is_told):
+    """An exported module brings its own weights; other verbs use those of the model."""
+    from argparse import Namespace
+
+    from mpq_plugins import _from_options, _sources
+
+    monkeypatch.setattr(_sources, "load_model", lambda *_: torch.nn.Linear(2, 2))
+    given = {"model": "torchvision:resnet18", "weights": None, "input": "1x2", "negative_padding": False, "device": "cpu"}
+    _from_options.model_of(Namespace(verb=verb, **given))
+    assert ("the weights are random" in capsys.readouterr().err) is is_told

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
-from mpq_plugins._errors import DataError
+from mpq_plugins._errors import FewImagesWarning
 from mpq_plugins._proxy import AbstractProxy
 from mpq_plugins._scores import Scores
 from mpq_plugins._space import Space
@@ -86,7 +87,5 @@ def _documents(
     features = PooledFeatures(len(space.units), with_labels=with_labels)
     n_seen = observe(model, space, batches, features, n_images=n_images)
     if n_seen < 2:
-        raise DataError(
-            "CSMPQ tells images apart, and there is one image. Give more data, or raise n_images (32 or more are usual)."
-        )
+        warnings.warn("CSMPQ tells images apart, and there is one image: give 32 or more.", FewImagesWarning, stacklevel=3)
     return features.documents(), n_seen

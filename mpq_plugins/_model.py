@@ -188,7 +188,7 @@ def check_like(inputs: Any, example: Any, *, where: str) -> None:
         return  # optional inputs
     for tensor, like in zip(given, expected, strict=True):
         is_type = tensor.dtype == like.dtype or not (tensor.is_floating_point() or like.is_floating_point())
-        if not is_type or tensor.dim() != like.dim() or not tensor.numel():
+        if not is_type or tensor.dim() != like.dim() or (like.numel() and not tensor.numel()):
             raise DataError(
                 f"{where} has a tensor {_form(tensor)}, the example one {_form(like)}. Give batches as the example is: of its "
                 "type, with the batch axis first (tensor.float(), tensor.unsqueeze(0))."

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from mpq_plugins._errors import ModelError
 
 _WHOLE = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # the module inside is all there is
+_SHARDED = frozenset(("FullyShardedDataParallel", "FSDPModule"))  # told by name: importing them needs a distributed torch
 _FLOATS = (torch.float32, torch.float64)
 
 
@@ -63,7 +64,7 @@ def _refusal(module: nn.Module) -> str | None:
         return "is a part that was compiled by itself. Compile the whole model, or none of it, and prepare before that."
     if getattr(module, "_compiled_call_impl", None) is not None:
         return "was compiled in place by compile(). Give a model that is not, and compile what prepare() returns."
-    if type(module).__name__ in ("FullyShardedDataParallel", "FSDPModule"):
+    if _SHARDED & {base.__name__ for base in type(module).__mro__}:
         return "holds a shard of its weights only. Give the model that it wraps."
     if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
         return "is quantized already. Give the float model."

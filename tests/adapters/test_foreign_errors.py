@@ -61,6 +61,14 @@ def with_a_compiled_part():
     return model
 
 
+class FSDPModule(nn.Linear):
+    """What fully_shard() makes of a layer has a class of this name among its bases."""
+
+
+class FSDPLinear(FSDPModule):
+    """One such layer."""
+
+
 WRAPPED = {
     "compiled": torch.compile,
     "parallel": nn.DataParallel,
@@ -74,6 +82,7 @@ REFUSED = {
     "scripted part": (lambda: nn.Sequential(torch.jit.script(net())), "0 .*scripted or traced"),
     "compiled part": (with_a_compiled_part, "3 .*compiled by itself"),
     "compiled in place": (compiled_in_place, "3 .*compiled in place"),
+    "sharded part": (lambda: nn.Sequential(nn.Flatten(), FSDPLinear(108, 3)), "1 .*holds a shard"),
     "meta": (lambda: net().to("meta"), "meta device"),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(3)), "lazy parameters"),
     "exported": (lambda: torch.export.export(net(), (EXAMPLE,)), "Call its module"),

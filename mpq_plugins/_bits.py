@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import ItemsView, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,13 @@ class FrozenMapping(Mapping[str, Precision]):
 
     def __len__(self) -> int:
         return len(self._items)
+
+    def __reversed__(self) -> Iterator[str]:
+        return reversed(self._items)
+
+    def items(self) -> ItemsView[str, Precision]:
+        """The items in order; views of a dict can be reversed, and cannot change it."""
+        return self._items.items()
 
     def __repr__(self) -> str:
         return repr(self._items)

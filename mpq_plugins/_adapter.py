@@ -107,8 +107,11 @@ class AbstractAdapter(abc.ABC):
         """Layer name -> integer weight codes that an exported file holds, in the shape of the float weight."""
 
     @abc.abstractmethod
-    def run(self, path: str | Path, inputs: Any) -> list[np.ndarray]:
-        """Outputs of an exported file on `inputs`, through the target's runtime with its exact semantics."""
+    def run(self, path: str | Path, inputs: Any, *, exact: bool = True) -> list[np.ndarray]:
+        """Outputs of an exported file on `inputs`, through the target's runtime with the file's exact semantics.
+
+        With `exact=False` the runtime executes the file as it does by default, with the optimisations users get.
+        """
 
     @abc.abstractmethod
     def save(self, module: nn.Module, path: str | Path) -> Path:

@@ -22,7 +22,7 @@ def accuracy(model: nn.Module, batches: Iterable[Any], *, output: Output = None)
     Raises `DataError` when a batch has no labels or there is no batch.
     """
     n_right = n_images = 0
-    with evaluating(model):
+    with evaluating(model, fused=True):
         for batch in batches_of(batches):
             logits = _logits(select(call(model, batch.inputs), output))
             labels = class_indices(batch, logits)

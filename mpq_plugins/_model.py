@@ -327,16 +327,24 @@ def telling_failures(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own mode and the random state come back afterwards."""
+def evaluating(model: nn.Module, *, fused: bool = False) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's own mode and the random state come back afterwards.
+
+    torch's fused attention kernels call no layer of what they compute, so nothing sees those layers: they are off, unless
+    `fused` asks for the module as users run it.
+    """
+    kernels = torch.backends.mha
+    had_fused = kernels.get_fastpath_enabled()
     modes = [(module, module.training) for module in model.modules()]
     devices = [device_of(model)] if device_of(model).type == "cuda" else []
     if any(training for _, training in modes):  # setting attributes of all modules takes longer than running small ones
         model.eval()
     try:
+        kernels.set_fastpath_enabled(had_fused and fused)
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
             yield
     finally:
+        kernels.set_fastpath_enabled(had_fused)
         for module, training in modes:
             if module.training is not training:
                 module.training = training

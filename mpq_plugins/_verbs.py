@@ -312,6 +312,14 @@ def _report_verification(options: Namespace, report: Verification, accuracies: M
             f"outputs: mean difference {report.outputs.mean_relative:.1e} standard deviations, "
             f"largest {report.outputs.max_absolute:.1e}, same top-1 in {report.outputs.top1_agreement:.1%}",
         )
+        if report.outputs.deployed is not None:
+            sizes = " and ".join(map(str, report.outputs.batch_sizes))
+            console.print(
+                f"executed by default: mean difference {report.outputs.deployed:.1e}; compared at batch {sizes}",
+                highlight=False,
+            )
+        if report.outputs.refused_batch is not None:
+            console.print(f"note: not compared at batch {report.outputs.refused_batch}", highlight=False, markup=False)
         if report.outputs.own_difference:
             terminal.print(
                 "note: that is above the tolerance, and so is what the module differs from itself when its sums are rounded "

@@ -17,7 +17,7 @@ from mpq_plugins._cost import AbstractCost, format_amount
 from mpq_plugins._errors import FormatError, PluginError, VerificationError
 from mpq_plugins._files import write_json
 from mpq_plugins._layers import Layer
-from mpq_plugins._model import tensors
+from mpq_plugins._model import Batch, tensors
 from mpq_plugins._plugins import make
 from mpq_plugins._precision import Precision
 
@@ -52,9 +52,12 @@ class OutputCheck:
     """Outputs of the file against the module.
 
     `mean_relative` is the mean absolute difference over the standard deviation of the module's output, `max_absolute` the
-    largest difference, `top1_agreement` the share of rows with the same largest entry. `own_difference` is the
-    mean relative difference of the module from itself when the sums of its layers are a few roundings off, measured only
-    where the tolerance alone is not met.
+    largest difference, `top1_agreement` the share of rows with the same largest entry: of the module as users call it and the
+    file executed exactly. `deployed` is the mean relative difference when the runtime executes the file as it does by
+    default. Each is the worst over `batch_sizes`; `refused_batch` tells why another batch size was not compared.
+
+    Where the tolerance alone is not met, `own_difference` is the mean relative difference of the module from itself when the
+    sums of its layers are a few roundings off. `watched_difference` is its control: the same measurement without roundings.
     """
 
     mean_relative: float
@@ -62,6 +65,10 @@ class OutputCheck:
     top1_agreement: float
     tolerance: float
     own_difference: float = 0.0
+    watched_difference: float = 0.0
+    deployed: float | None = None
+    batch_sizes: tuple[int, ...] = ()
+    refused_batch: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -75,6 +82,16 @@ class OutputCheck:
         Beyond that outputs say nothing about the file any more: unrelated ones differ by about 1.
         """
         return max(self.tolerance, min(_FACTOR * self.own_difference, _CEILING))
+
+    @property
+    def is_watched_alike(self) -> bool:
+        """Whether the module computes the same while its layers are watched: only then is rounding what moves it."""
+        return self.watched_difference <= self.tolerance
+
+    @property
+    def is_deployed_alike(self) -> bool:
+        """Whether the runtime's own optimisations leave the outputs recognisable."""
+        return self.deployed is None or self.deployed <= max(_CEILING, _FACTOR * self.own_difference)
 
 
 @dataclass(frozen=True)
@@ -141,6 +158,18 @@ class Verification:
                 f"outputs differ by {self.outputs.mean_relative:.2e} of their standard deviation on average, "
                 f"more than the {self.outputs.allowed:.1e} allowed (tolerance {self.outputs.tolerance:.0e}; the module differs "
                 f"from itself by {self.outputs.own_difference:.1e} when its sums are rounded otherwise)"
+            )
+        if self.outputs is not None and not self.outputs.is_watched_alike:
+            found.append(
+                f"the module differs from itself by {self.outputs.watched_difference:.1e} while its layers are watched: called "
+                "in evaluation mode without gradients it does not run its quantized layers, as with fused kernels. "
+                "torch.backends.mha.set_fastpath_enabled(False) switches those of attention off"
+            )
+        if self.outputs is not None and self.outputs.ok and not self.outputs.is_deployed_alike:
+            found.append(
+                f"as the runtime executes the file by default, outputs differ by {self.outputs.deployed:.2e} of their standard "
+                f"deviation, executed exactly by {self.outputs.mean_relative:.2e}: its optimisations change this network. "
+                "Export another format, or compare on the machine that shall run it"
             )
         found += [
             f"budget {check.name}: the file needs {format_amount(check.found, check.unit)}, allowed are "
@@ -241,25 +270,49 @@ def _count_differences(wanted: np.ndarray, stored: np.ndarray | None) -> tuple[i
 def _compare_outputs(
     adapter: AbstractAdapter, path: str | Path, module: nn.Module, inputs: Any, tolerance: float
 ) -> OutputCheck:
-    from mpq_plugins._model import Batch
-
-    expected, found = _outputs(module, inputs), adapter.run(path, inputs)
-    if [array.size for array in found] != [array.size for array in expected]:
+    batch = Batch(inputs)
+    if [array.size for array in adapter.run(path, inputs)] != [array.size for array in _outputs(module, inputs)]:
         # An output of the whole batch, such as a mean, and a file that takes one image: one image is what they can share.
-        inputs = Batch(inputs).part(0, 1).inputs
-        expected, found = _outputs(module, inputs), adapter.run(path, inputs)
-    check = compare_outputs(found, expected, tolerance=tolerance)
-    if check.ok:
+        check = _compare_batch(adapter, path, module, batch.part(0, 1).inputs, tolerance)
+        return replace(check, refused_batch=f"{len(batch)}: the outputs have another size")
+    check = _compare_batch(adapter, path, module, inputs, tolerance)
+    other = batch.part(0, 1) if len(batch) > 1 else batch.doubled()
+    try:
+        second = _compare_batch(adapter, path, module, other.inputs, tolerance)
+    except Exception as error:  # a file or a module that is made for one batch size raises whatever its runtime raises
+        return replace(check, refused_batch=f"{len(other)}: {type(error).__name__}: {str(error).strip()[:200]}")
+    worst = max((check, second), key=lambda one: (not one.ok, not one.is_deployed_alike, one.mean_relative))
+    deployed = [one.deployed for one in (check, second) if one.deployed is not None]
+    return replace(worst, deployed=max(deployed, default=None), batch_sizes=(len(batch), len(other)))
+
+
+def _compare_batch(adapter: AbstractAdapter, path: str | Path, module: nn.Module, inputs: Any, tolerance: float) -> OutputCheck:
+    expected = _outputs(module, inputs)
+    deployed = compare_outputs(adapter.run(path, inputs, exact=False), expected, tolerance=tolerance).mean_relative
+    check = replace(
+        compare_outputs(adapter.run(path, inputs), expected, tolerance=tolerance),
+        deployed=deployed,
+        batch_sizes=(len(Batch(inputs)),),
+    )
+    if check.ok and check.is_deployed_alike:
         return check
     # A sum that ends on a rounding tie flips a code when it is rounded otherwise on the way; deep networks of few bits, above
     # all untrained ones, amplify that. Two runtimes cannot agree better than one does with itself.
-    return replace(check, own_difference=_own_difference(module, inputs, expected, enough=check.mean_relative / _FACTOR))
+    enough = max(check.mean_relative, deployed) / _FACTOR
+    with _rounded_otherwise(module, 0, roundings=0):
+        watched = _outputs(module, inputs)
+    return replace(
+        check,
+        own_difference=_own_difference(module, inputs, watched, enough=enough),
+        watched_difference=compare_outputs(watched, expected, tolerance=0.0).mean_relative,
+    )
 
 
 def _own_difference(module: nn.Module, inputs: Any, expected: Sequence[np.ndarray], *, enough: float) -> float:
     """The largest mean difference of some tries in which every layer's sums are rounded otherwise; stops at `enough`.
 
-    Ties are rare where codes are few, so that one try may meet none of those that the other runtime meets.
+    `expected` are outputs of the module with its layers watched, so that roundings are all that differs. Ties are rare where
+    codes are few: one try may meet none of those that the other runtime meets.
     """
     largest = 0.0
     for seed in range(_TRIES):
@@ -272,8 +325,8 @@ def _own_difference(module: nn.Module, inputs: Any, expected: Sequence[np.ndarra
 
 
 @contextlib.contextmanager
-def _rounded_otherwise(module: nn.Module, seed: int) -> Iterator[None]:
-    """Adds noise of a few roundings of single precision, of each channel's typical value, to what quantized layers return."""
+def _rounded_otherwise(module: nn.Module, seed: int, roundings: int = _ROUNDINGS) -> Iterator[None]:
+    """Adds noise of some roundings of single precision, of each channel's typical value, to what quantized layers return."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -285,7 +338,7 @@ def _rounded_otherwise(module: nn.Module, seed: int) -> Iterator[None]:
         others = [axis for axis in range(result.ndim) if axis != channel]
         typical = result.square().mean(others, keepdim=True).sqrt()
         noise = torch.randn(result.shape, generator=generator).to(result)
-        return result + _ROUNDINGS * torch.finfo(torch.float32).eps * typical * noise
+        return result + roundings * torch.finfo(torch.float32).eps * typical * noise
 
     names = set(bits_of(module).layers)
     hooks = [layer.register_forward_hook(noisy) for name, layer in module.named_modules() if name in names]
@@ -299,7 +352,7 @@ def _rounded_otherwise(module: nn.Module, seed: int) -> Iterator[None]:
 def _outputs(module: nn.Module, inputs: Any) -> list[np.ndarray]:
     from mpq_plugins._model import call, evaluating
 
-    with evaluating(module):
+    with evaluating(module, fused=True):
         return [tensor.float().cpu().numpy() for tensor in tensors(call(module, inputs))]
 
 

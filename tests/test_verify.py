@@ -8,6 +8,7 @@ import torch
 import torchvision
 
 from mpq_plugins import BitConfig, Precision, find_layers, verify
+from mpq_plugins._adapter import attach_bits
 from mpq_plugins._errors import VerificationError
 from mpq_plugins._plugins import make
 from mpq_plugins._verify import OutputCheck, compare_outputs
@@ -53,6 +54,57 @@ def test_what_is_allowed_is_bounded():
     """The tolerance, or three times the module's own difference, never more than a quarter of a standard deviation."""
     allowed = [OutputCheck(1.0, 1.0, 0.0, 1e-3, own_difference=own).allowed for own in (0.0, 0.01, 10.0)]
     assert allowed == pytest.approx([1e-3, 0.03, 0.25])
+
+
+class _Stub:
+    """An adapter whose file computes `exactly` or, as deployed, `by_default`; inputs that are not of `only` are refused."""
+
+    name = "stub"
+
+    def __init__(self, exactly, by_default, only=None):
+        self._exactly, self._by_default, self._only = exactly, by_default, only
+
+    def read_bits(self, path):
+        return BitConfig({}, "")
+
+    def codes(self, module):
+        return {}
+
+    def read_codes(self, path):
+        return {}
+
+    def run(self, path, inputs, *, exact=True):
+        if self._only not in (None, len(inputs)):
+            raise RuntimeError("wrong batch")
+        return [(self._exactly if exact else self._by_default)(inputs).numpy()]
+
+
+def _verified(stub, n_images=4):
+    module = torch.nn.Identity()
+    attach_bits(module, BitConfig({}, ""))
+    images = torch.randn(n_images, 3, generator=torch.Generator().manual_seed(0))
+    return verify(stub, "file", BitConfig({}, ""), module=module, inputs=images)
+
+
+def test_what_the_runtime_does_by_default_is_a_second_figure():
+    """The deployed difference is reported; it fails only where the outputs are not recognisable, 1 deviation off here."""
+    near = _verified(_Stub(lambda x: x, lambda x: x + 0.01 * x.std(correction=0)))
+    assert near.ok
+    assert near.outputs.mean_relative == 0.0
+    assert near.outputs.deployed == pytest.approx(0.01, rel=1e-3)
+    far = _verified(_Stub(lambda x: x, lambda x: x + x.std(correction=0)))
+    assert "as the runtime executes the file by default" in far.problems[0]
+
+
+def test_another_batch_size_is_compared_where_the_file_allows_it():
+    """A file that is wrong for one image alone fails with four; one made for four is told as not compared at one."""
+    assert _verified(_Stub(lambda x: x, lambda x: x)).outputs.batch_sizes == (4, 1)
+    assert _verified(_Stub(lambda x: x, lambda x: x), n_images=1).outputs.batch_sizes == (1, 2)
+    wrong = _Stub(lambda x: x if len(x) > 1 else -x, lambda x: x)
+    assert not _verified(wrong).outputs.ok
+    fixed = _verified(_Stub(lambda x: x, lambda x: x, only=4))
+    assert fixed.ok
+    assert (fixed.outputs.batch_sizes, fixed.outputs.refused_batch) == ((4,), "1: RuntimeError: wrong batch")
 
 
 @pytest.mark.parametrize(("name", "suffix"), [("nncf", ".xml"), ("brevitas", ".onnx")])

@@ -130,10 +130,10 @@ class BrevitasAdapter(AbstractAdapter):
 
         return read_codes(path)
 
-    def run(self, path: str | Path, inputs: Any) -> list[np.ndarray]:
+    def run(self, path: str | Path, inputs: Any, *, exact: bool = True) -> list[np.ndarray]:
         from mpq_brevitas._run import run
 
-        return run(path, inputs)
+        return run(path, inputs, exact=exact)
 
     def inference_cost(self, path: str | Path) -> InferenceCost:
         """qonnx's own count of bit operations and weight bits of a QONNX file."""

@@ -198,6 +198,11 @@ class _LayerTracer(Tracer):
         return isinstance(m, tuple(QUANTIZED)) or bool(super().is_leaf_module(m, module_qualified_name))
 
 
+def is_traced_whole(module: nn.Module) -> bool:
+    """Whether tracing takes the module for one operation, so that layers inside it cannot be replaced."""
+    return bool(_LayerTracer().is_leaf_module(module, ""))
+
+
 def symbolic_trace(module: nn.Module) -> Any:
     """The graph of a module, as Brevitas traces it."""
     return _symbolic_trace(_LayerTracer(), module, None)

@@ -61,12 +61,27 @@ def convert(model: nn.Module, bits: BitConfig, recipe: Recipe) -> nn.Module:
         if first in bits.layers:
             set_layer(converted, later, get_layer(converted, first))
     tie_parameters(converted, ties)
+    _leave_fused_paths(converted)
     _restore_trainability(converted, trainable)
     return converted.eval()
 
 
 def _is_layer(model: nn.Module, name: str) -> bool:
     return type_before_parametrizations(get_layer(model, name)) in brevitas.QUANTIZED
+
+
+def _leave_fused_paths(model: nn.Module) -> None:
+    """Keep torch's fused encoder kernel off quantized layers: it reads their float weights and calls no layer.
+
+    torch takes it in evaluation mode without gradients, unless it knows another activation than ReLU and GELU.
+    """
+    for module in model.modules():
+        if not any(brevitas.is_quantized_layer(part) for part in module.modules()):
+            continue
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # nested tensors are for the fused kernel alone
 
 
 def _restore_trainability(model: nn.Module, trainable: Mapping[str, bool]) -> None:

@@ -15,16 +15,18 @@ from mpq_plugins._errors import FormatError
 from mpq_plugins._plugins import require
 
 
-def run(path: str | Path, inputs: Any) -> list[np.ndarray]:
+def run(path: str | Path, inputs: Any, *, exact: bool = True) -> list[np.ndarray]:
     """Outputs of the file on `inputs`, one image after the other.
 
     QONNX quantizers become Div, Round, Clip, Mul (the formula of the QONNX standard, in float32), so that one session runs
-    the whole graph. onnxruntime's graph optimisations are off: they fuse Q/DQ pairs into kernels that round differently.
+    the whole graph. `exact` switches onnxruntime's graph optimisations off: they fuse Q/DQ pairs into kernels that round
+    differently.
     """
     ort = require("onnxruntime", "brevitas")
     graph = OnnxGraph.load(path)
     options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if exact:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
     session = ort.InferenceSession(standard_onnx(graph), options, providers=["CPUExecutionProvider"])
     feeds = _feeds([item.name for item in session.get_inputs()], inputs)

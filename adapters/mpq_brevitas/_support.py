@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
+from mpq_brevitas import _brevitas_internals as brevitas
 from mpq_brevitas._recipe import Profile
 from mpq_brevitas._subclasses import computes_as_its_parent, differing_forwards, plain_form
 from mpq_plugins._bits import BitConfig
@@ -91,6 +92,10 @@ def _reason(layer: Layer, module: nn.Module, modules: Mapping[str, nn.Module], p
         return f"{type(module).__name__} computes a {layer.kind}, for which Brevitas has no layer in its place"
     if any(isinstance(parent, nn.MultiheadAttention) for parent in _parents(layer.name, modules)):
         return "part of MultiheadAttention, whose forward reads the weight without calling the layer"
+    if profile == "finn":
+        whole = next((parent for parent in _parents(layer.name, modules) if brevitas.is_traced_whole(parent)), None)
+        if whole is not None:
+            return f'part of {type(whole).__name__}, which graph tracing takes whole. Use profile="layerwise"'
     if profile == "finn" and layer.n_calls > 1:
         return 'called more than once; the graph conversion needs one call per layer. Use profile="layerwise"'
     if profile == "finn" and layer.aliases:

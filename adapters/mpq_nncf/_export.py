@@ -6,11 +6,8 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from mpq_nncf import _nncf_quantizers as nncf_quantizers
-from mpq_nncf._codes import quantized_weight
 from mpq_nncf._declaration import Declaration, declare
 from mpq_nncf._float_weights import use_float_weights
 from mpq_nncf._wiring import wiring_of
@@ -27,7 +24,7 @@ def export(module: nn.Module, path: str | Path, example: Any, *, format: str) ->
     path = Path(path)
     if path.suffix != SUFFIXES[format]:
         path = path.with_name(path.name + SUFFIXES[format])
-    frozen = _frozen(module)
+    frozen = use_float_weights(copy.deepcopy(module).eval(), on=False)
     if format == "onnx":
         from mpq_nncf._onnx_export import export_onnx
 
@@ -45,15 +42,3 @@ def declaration(module: nn.Module) -> Declaration:
         first.setdefault(layer.parameter, name)
     shapes = {name: module.get_parameter(layer.parameter).shape for name, layer in wiring.items()}
     return declare(bits_of(module), shapes, {name: first[layer.parameter] for name, layer in wiring.items()})
-
-
-def _frozen(module: nn.Module) -> nn.Module:
-    """A copy in evaluation mode whose weights lie on their grid, so that an exporter's rounding cannot differ from torch's."""
-    frozen = use_float_weights(copy.deepcopy(module).eval(), on=False)
-    for layer in wiring_of(frozen).values():
-        weight = quantized_weight(module, layer)
-        with torch.no_grad():
-            frozen.get_parameter(layer.parameter).copy_(weight)
-        for hook in layer.weight:
-            nncf_quantizers.as_one_range(nncf_quantizers.quantizer_at(frozen, hook))
-    return frozen

@@ -6,13 +6,14 @@ import contextlib
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
 from torch import nn
 
-from mpq_nncf._codes import stored_codes
+from mpq_nncf import _nncf_quantizers as nncf_quantizers
+from mpq_nncf._codes import quantized_weight, stored_codes
 from mpq_nncf._declaration import ACTIVATION, CALL, KEY, WEIGHT, Declaration
 from mpq_nncf._ir_graph import Weight, feeding_quantizers, weights
 from mpq_nncf._ir_matrices import part_from_scaling
@@ -27,8 +28,12 @@ _NOTHING = 1e-30  # beside any activation
 
 
 def export_ir(module: nn.Module, path: Path, example: Any, declaration: Declaration, *, widen: bool) -> Path:
-    """Write `path` and its .bin; `widen` keeps all weights in the 8-bit type that integer kernels read."""
+    """Write `path` and its .bin; `widen` keeps all weights in the 8-bit type that integer kernels read.
+
+    `module` is a copy that may be changed.
+    """
     codes = stored_codes(module, declaration)
+    _put_on_grid(module)
     model, names = _converted(module, example)
     if _lost(model, codes):
         _without_zeros(module)
@@ -73,6 +78,31 @@ def _without_zeros(module: nn.Module) -> None:
         for name, parameter in module.named_parameters():
             if name not in weighted and parameter.is_floating_point() and not bool(parameter.any()):
                 parameter.fill_(_NOTHING)
+
+
+@final
+class _OnGrid(nn.Module):
+    """A weight's quantizer, given the quantized weight: so OpenVINO's rounding cannot differ from torch's.
+
+    The parameter itself stays as it is, since others may read it in float, such as an embedding tied to the layer.
+    """
+
+    def __init__(self, quantizer: nn.Module, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+        self.register_buffer("weight", weight)
+
+    def forward(self, _: torch.Tensor) -> Any:
+        return self.quantizer(self.weight)
+
+
+def _put_on_grid(module: nn.Module) -> None:
+    weights = {layer.parameter: quantized_weight(module, layer) for layer in wiring_of(module).values()}
+    for layer in wiring_of(module).values():
+        for hook in layer.weight:
+            quantizer = nncf_quantizers.quantizer_at(module, hook)
+            nncf_quantizers.as_one_range(quantizer)
+            nncf_quantizers.replace_quantizer(module, hook, _OnGrid(quantizer, weights[layer.parameter]))
 
 
 def _match(model: Any, codes: Mapping[str, np.ndarray]) -> dict[str, list[Weight]]:

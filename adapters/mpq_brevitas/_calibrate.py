@@ -105,8 +105,8 @@ class _ThenNorm(nn.Module):
             deviation = torch.sqrt(swallowed.running_var + swallowed.eps)
             self.unmerge = torch.where(self.norm.weight > 0, deviation / self.norm.weight, torch.ones_like(deviation))
 
-    def forward(self, x: Any) -> Any:
-        merged = brevitas.plain(self.layer(x))
+    def forward(self, input: Any) -> Any:  # the name by which the layer in its place may be called
+        merged = brevitas.plain(self.layer(input))
         return self.norm(merged * self.unmerge.view(-1, *[1] * (merged.dim() - 2)))
 
 

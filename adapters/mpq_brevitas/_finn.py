@@ -95,6 +95,7 @@ def build_graph(model: nn.Module, bits: BitConfig | None, recipe: Recipe, equali
 def _traced(model: nn.Module) -> Any:
     """The model's graph, with ReLUs written as functions made modules: Brevitas knows only those of `nn.functional`."""
     graph = brevitas.symbolic_trace(model)
+    _give_by_position(graph)
     for rewriter in (
         brevitas.FnToModule(torch.relu, nn.ReLU),
         brevitas.FnToModule(torch.relu_, nn.ReLU),
@@ -103,6 +104,14 @@ def _traced(model: nn.Module) -> Any:
     ):
         graph = rewriter.apply(graph)
     return graph
+
+
+def _give_by_position(traced: Any) -> None:
+    """Rewrite calls of modules by `input=`, in place: Brevitas' rewriters look for inputs by position."""
+    for node in traced.graph.nodes:
+        if node.op == "call_module" and tuple(node.kwargs) == ("input",):
+            node.args, node.kwargs = (node.kwargs["input"],), {}
+    traced.recompile()
 
 
 def _mergeable_norms(traced: Any) -> dict[str, tuple[str, nn.Module]]:

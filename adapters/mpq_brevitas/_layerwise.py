@@ -24,11 +24,11 @@ def observe_inputs(model: nn.Module, histograms: Mapping[str, Histogram], batche
     with contextlib.ExitStack() as stack:
         for name, histogram in histograms.items():
 
-            def observe(_module: nn.Module, inputs: tuple[object, ...], histogram: Histogram = histogram) -> None:
-                for tensor in tensors(inputs):
+            def observe(_module: nn.Module, args: object, keywords: object, histogram: Histogram = histogram) -> None:
+                for tensor in tensors((args, keywords)):
                     histogram.add(tensor)
 
-            stack.callback(get_layer(model, name).register_forward_pre_hook(observe).remove)
+            stack.callback(get_layer(model, name).register_forward_pre_hook(observe, with_kwargs=True).remove)
         stack.enter_context(evaluating(model))
         for batch in batches:
             call(model, batch.inputs)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -66,3 +68,21 @@ def tie_parameters(model: nn.Module, ties: Mapping[str, str]) -> None:
         parameter = model.get_parameter(first)
         if getattr(model.get_submodule(owner), attribute) is not parameter:
             setattr(model.get_submodule(owner), attribute, parameter)
+
+
+@contextlib.contextmanager
+def given_by_position(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Have the named layers be given their input by position where the model gives it by keyword.
+
+    Brevitas' rounding methods, and hooks in general, see positional arguments only.
+    """
+
+    def positional(_layer: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return (*args, *keywords.values()), {}
+
+    handles = [get_layer(model, name).register_forward_pre_hook(positional, with_kwargs=True) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

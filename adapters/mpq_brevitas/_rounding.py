@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mpq_brevitas import _brevitas_internals as brevitas
-from mpq_brevitas._modules import get_layer
+from mpq_brevitas._modules import get_layer, given_by_position
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._errors import AdapterError
 from mpq_plugins._model import Batch, call
@@ -64,12 +64,15 @@ def round_weights(module: nn.Module, bits: BitConfig, batches: Sequence[Batch], 
 
     Needs calibrated ranges, which stay, and `originals_kept`.
     """
-    if ptq.rounding == "learned":
-        from mpq_brevitas._learned_round import learn_rounding
+    if ptq.rounding == "nearest":
+        return
+    with given_by_position(module, bits.layers):
+        if ptq.rounding == "learned":
+            from mpq_brevitas._learned_round import learn_rounding
 
-        learn_rounding(module, bits, batches, ptq.rounding_steps)
-    elif ptq.rounding != "nearest":
-        _round_greedily(module, batches, ptq.rounding)
+            learn_rounding(module, bits, batches, ptq.rounding_steps)
+        else:
+            _round_greedily(module, batches, ptq.rounding)
 
 
 def _round_greedily(module: nn.Module, batches: Sequence[Batch], method: str) -> None:

@@ -17,7 +17,8 @@ class _Chain(nn.Module):
             self.add_module(name, child)
         self.train(chain.training)
 
-    def forward(self, value: Any) -> Any:
+    def forward(self, input: Any) -> Any:  # the name by which a Sequential may be called
+        value = input
         for name in self._order:
             value = self._modules[name](value)  # type: ignore[misc]  # children of a Sequential are modules
         return value

@@ -71,9 +71,9 @@ class _ReaderWatch(AbstractWatch):
         self.n_norm_calls: dict[nn.Module, int] = {}
         self._inside = 0
 
-    def enter(self, _module: nn.Module, inputs: Any) -> None:
+    def enter(self, _module: nn.Module, args: Any, keywords: Any) -> None:
         self._inside += 1
-        self._close(inputs, "Hardswish")
+        self._close((args, keywords), "Hardswish")
 
     def leave(self, name: str, output: Tensor) -> None:
         self._inside -= 1
@@ -168,7 +168,7 @@ def _watched(model: nn.Module, example: Any) -> _ReaderWatch:
     handles = []
     for name in watch.swishes:
         swish = model.get_submodule(name)
-        handles.append(swish.register_forward_pre_hook(watch.enter))
+        handles.append(swish.register_forward_pre_hook(watch.enter, with_kwargs=True))
         handles.append(swish.register_forward_hook(lambda _module, _inputs, output, name=name: watch.leave(name, output)))
     try:
         with evaluating(model), watch:

@@ -16,7 +16,7 @@ from mpq_nncf import _nncf_quantizers as nncf_quantizers
 from mpq_nncf._codes import quantized_weight, stored_codes
 from mpq_nncf._declaration import ACTIVATION, CALL, KEY, WEIGHT, Declaration
 from mpq_nncf._ir_graph import Weight, feeding_quantizers, weights
-from mpq_nncf._ir_matrices import part_from_scaling
+from mpq_nncf._ir_scaling import part_from_scaling
 from mpq_nncf._ir_storage import Storage, compact, pack, widest
 from mpq_nncf._positional import positional
 from mpq_nncf._quiet import quiet

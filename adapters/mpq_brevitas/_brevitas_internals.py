@@ -28,6 +28,8 @@ with warnings.catch_warnings():
         from brevitas.core.stats import stats_op
         from brevitas.fx import GraphModule as GraphModule
         from brevitas.fx.brevitas_tracer import Tracer, _symbolic_trace
+        from brevitas.graph import quantize as graph_quantize
+        from brevitas.graph import quantize_impl
         from brevitas.graph.base import FnToModule as FnToModule
         from brevitas.graph.base import MethodToModule as MethodToModule
         from brevitas.graph.calibrate import quantization_status_manager
@@ -38,7 +40,6 @@ with warnings.catch_warnings():
         from brevitas.graph.quantize import QUANT_ACT_MAP as QUANT_ACT_MAP
         from brevitas.graph.quantize import layerwise_quantize as layerwise_quantize
         from brevitas.graph.quantize import preprocess_for_quantize as preprocess_for_quantize
-        from brevitas.graph.quantize import quantize as quantize
         from brevitas.inject.enum import (
             BitWidthImplType,
             FloatToIntImplType,
@@ -198,9 +199,71 @@ class _LayerTracer(Tracer):
         return isinstance(m, tuple(QUANTIZED)) or bool(super().is_leaf_module(m, module_qualified_name))
 
 
+_PASSING_FUNCTIONS = frozenset(
+    (
+        *(torch.cat, torch.reshape, torch.flatten, torch.transpose, torch.squeeze, torch.unsqueeze, torch.mean),
+        *(nn.functional.avg_pool2d, nn.functional.max_pool2d, nn.functional.adaptive_avg_pool2d),
+        *quantize_impl.ADD_FNS,
+    )
+)
+_PASSING_METHODS = frozenset(
+    "view reshape flatten t permute transpose squeeze unsqueeze contiguous mean".split() + list(quantize_impl.ADD_METHODS)
+)
+_NEVER_NEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, qnn.QuantReLU, qnn.QuantSigmoid)
+
+
+def inputs_are_unsigned(model: Any, node: Any, *_: Any) -> bool:
+    """Whether nothing that a node of a traced graph reads is ever negative, as far as the graph shows.
+
+    Brevitas' own answer takes every quantizer without a sign for an unsigned one, the sum of signed values included.
+    """
+    sources = node.all_input_nodes
+    return bool(sources) and all(_is_never_negative(model, source) for source in sources)
+
+
+def _is_never_negative(model: Any, node: Any) -> bool:
+    if node.op == "call_module":
+        called = model.get_submodule(node.target)
+        if isinstance(called, _NEVER_NEGATIVE):
+            return True
+        passes = isinstance(called, (qnn.QuantIdentity, nn.Flatten, *quantize_impl.SIGN_PRESERVING_MODULES))
+    else:
+        passes = (node.op == "call_function" and node.target in _PASSING_FUNCTIONS) or (
+            node.op == "call_method" and node.target in _PASSING_METHODS
+        )
+    return passes and inputs_are_unsigned(model, node)
+
+
+_align = graph_quantize.align_input_quant
+
+
+def _aligned(module: Any, shared: Any, name: str, identity_map: Any, align_sign: bool) -> Any:
+    """Brevitas' choice of how an operand comes to the shared scale; a ReLU never becomes signed, which FINN cannot have.
+
+    Where operands must agree in sign, such as those of a concatenation, the shared quantizer follows the ReLU's own.
+    """
+    if align_sign and isinstance(module, qnn.QuantReLU) and shared.act_quant.is_signed:
+        return name
+    return _align(module, shared, name, identity_map, align_sign)
+
+
+def quantize_graph(traced: Any, **maps: Any) -> Any:
+    """Brevitas' graph quantization, with signs as the graph shows them."""
+    before, most = quantize_impl.are_inputs_unsigned, quantize_impl.MAX_RESIDUAL_ITERS
+    quantize_impl.are_inputs_unsigned, graph_quantize.align_input_quant = inputs_are_unsigned, _aligned
+    # Operands that cannot be aligned make the graph grow at every one of Brevitas' 9,999 attempts.
+    quantize_impl.MAX_RESIDUAL_ITERS = 2 * len(traced.graph.nodes)
+    try:
+        return graph_quantize.quantize(traced, requantize_layer_handler_output=False, **maps)
+    finally:
+        quantize_impl.are_inputs_unsigned, graph_quantize.align_input_quant = before, _align
+        quantize_impl.MAX_RESIDUAL_ITERS = most
+
+
 def is_traced_whole(module: nn.Module) -> bool:
     """Whether tracing takes the module for one operation, so that layers inside it cannot be replaced."""
-    return bool(_LayerTracer().is_leaf_module(module, ""))
+    is_called = type(module).forward is not nn.Module.forward  # lists of modules only hold them
+    return is_called and bool(_LayerTracer().is_leaf_module(module, ""))
 
 
 def symbolic_trace(module: nn.Module) -> Any:

@@ -21,6 +21,9 @@ from mpq_plugins._bits import BitConfig
 from mpq_plugins._errors import AdapterError
 
 UNFED_BITS = 8  # of quantizers that no layer of the bit configuration reads
+_NOT_IN_HARDWARE = frozenset(
+    "sigmoid hardsigmoid logsigmoid tanh silu gelu hardswish mish softplus elu selu celu softmax logsoftmax softmin".split()
+)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -72,12 +75,11 @@ def build_graph(model: nn.Module, bits: BitConfig | None, recipe: Recipe, equali
             if equalizer is not None:
                 equalizer(traced, {layer: norm for layer, (_, norm) in merged.items()})
             reference = copy.deepcopy(traced)
-            module = brevitas.quantize(
+            module = brevitas.quantize_graph(
                 traced,
                 quant_identity_map=_identity_map(recipe),
                 quant_act_map=_activation_map(recipe),
                 compute_layer_map={**_float_subclasses(copied), **_layer_map(bits, recipe)},
-                requantize_layer_handler_output=False,
             )
         except AdapterError:
             raise
@@ -127,18 +129,66 @@ def _mergeable_norms(traced: Any) -> dict[str, tuple[str, nn.Module]]:
 
 
 def _identity_map(recipe: Recipe) -> dict[str, Any]:
-    # FINN takes unsigned quantizers only right behind a ReLU. Brevitas would also mark the sum of two signed,
-    # quantized values unsigned and clip its negative half; signed ones everywhere else avoid both.
-    quantizer = activation_quantizer(UNFED_BITS, recipe, signed=True)
-    signed = (brevitas.qnn.QuantIdentity, {"act_quant": quantizer, "return_quant_tensor": True})
-    return {"signed": signed, "unsigned": signed}
+    # FINN takes unsigned quantizers only right behind a ReLU, which changes nothing where values are never negative.
+    kinds = {"signed": (brevitas.qnn.QuantIdentity, True), "unsigned": (brevitas.qnn.QuantReLU, False)}
+    return {
+        name: (kind, {"act_quant": activation_quantizer(UNFED_BITS, recipe, signed=signed), "return_quant_tensor": True})
+        for name, (kind, signed) in kinds.items()
+    }
+
+
+def check_functions(model: nn.Module) -> None:
+    """Raise `AdapterError` where a layer reads a function of which FINN makes neither thresholds nor hardware.
+
+    At the model's end such a function stays in float, for the host to compute.
+    """
+    copied = rooted(copy.deepcopy(model).eval())
+    with brevitas.guarded():
+        try:
+            traced = _traced(copied)
+        except Exception:  # told with its cause by `build_graph`, which allocation and preparation both come to
+            return
+    found = []
+    for node in traced.graph.nodes:
+        name = _function_name(traced, node)
+        reader = _layer_behind(traced, node) if name in _NOT_IN_HARDWARE else None
+        if reader is not None:
+            found.append(f"{node.target if node.op == 'call_module' else node.name} ({name}) in front of {reader}")
+    if found:
+        listed = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        raise AdapterError(
+            f"FINN has no hardware for {listed}: it builds activations as thresholds behind ReLU. "
+            'Replace them with ReLU and train again, or use profile="layerwise".'
+        )
+
+
+def _function_name(traced: Any, node: Any) -> str:
+    if node.op == "call_module":
+        return type(traced.get_submodule(node.target)).__name__.lower()
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return str(name).replace("_", "")
+
+
+def _layer_behind(traced: Any, node: Any) -> str | None:
+    """The first layer that a value of the graph reaches."""
+    waiting, seen = list(node.users), set()
+    while waiting:
+        reader = waiting.pop(0)
+        if reader in seen:
+            continue
+        seen.add(reader)
+        if reader.op == "call_module" and isinstance(traced.get_submodule(reader.target), tuple(brevitas.QUANTIZED)):
+            return str(reader.target)
+        waiting += reader.users
+    return None
 
 
 def _activation_map(recipe: Recipe) -> dict[type[nn.Module], Any]:
     chosen = {}
     for float_class, (quantized, options) in brevitas.QUANT_ACT_MAP.items():
-        if float_class is nn.Hardtanh:
-            continue  # Brevitas' entry holds lambdas that it never evaluates; the layer behind quantizes its input.
+        if float_class in (nn.Hardtanh, nn.Sigmoid):
+            # Brevitas' entry of the first holds lambdas that it never evaluates; the layer behind quantizes its input.
+            continue  # The second has no layer behind it, or was refused.
         if float_class is nn.ReLU6:
             quantized = brevitas.QuantReLU6
         quantizer = activation_quantizer(UNFED_BITS, recipe, signed=brevitas.is_signed(options["act_quant"]))

@@ -48,7 +48,14 @@ def advice(layer: Layer, precision: Precision, profile: Profile) -> str | None:
 
 
 def unconvertible(model: nn.Module, inventory: Inventory, profile: Profile, example: Any = None) -> dict[str, str]:
-    """Layer name -> reason, for layers of this model that Brevitas would leave in float or fail on."""
+    """Layer name -> reason, for layers of this model that Brevitas would leave in float or fail on.
+
+    Raises `AdapterError` where the whole model cannot be built by FINN, profile "finn".
+    """
+    if profile == "finn":
+        from mpq_brevitas._finn import check_functions
+
+        check_functions(model)
     modules = dict(model.named_modules())
     reasons: dict[str, str] = {}
     own_forward: dict[str, nn.Module] = {}

@@ -69,9 +69,9 @@ def allocate(
     solver: AbstractSolver | str | None = None,
     pin: Mapping[str, Precision | str | int] | None = None,
     pin_first_last: bool = False,
-    tie: Iterable[Sequence[str]] = (),
-    include: Sequence[str] = ("*",),
-    exclude: Sequence[str] = (),
+    tie: Iterable[str | Sequence[str]] = (),
+    include: str | Sequence[str] = ("*",),
+    exclude: str | Sequence[str] = (),
     strict: bool = False,
     output: Output = None,
     top_k: int = 1,
@@ -126,9 +126,9 @@ def build_space(
     adapter: AbstractAdapter | str | None = None,
     pin: Mapping[str, Precision | str | int] | None = None,
     pin_first_last: bool = False,
-    tie: Iterable[Sequence[str]] = (),
-    include: Sequence[str] = ("*",),
-    exclude: Sequence[str] = (),
+    tie: Iterable[str | Sequence[str]] = (),
+    include: str | Sequence[str] = ("*",),
+    exclude: str | Sequence[str] = (),
     strict: bool = False,
 ) -> Space:
     """The decision space of a model for a target.
@@ -164,9 +164,9 @@ def decision_space(
     adapter: AbstractAdapter | str | None,
     pin: Mapping[str, Precision | str | int] | None,
     pin_first_last: bool,
-    tie: Iterable[Sequence[str]],
-    include: Sequence[str],
-    exclude: Sequence[str],
+    tie: Iterable[str | Sequence[str]],
+    include: str | Sequence[str],
+    exclude: str | Sequence[str],
 ) -> Space:
     """`build_space` that does not tell what stays in float."""
     target: AbstractAdapter | None = None if adapter is None else resolve("adapters", adapter)

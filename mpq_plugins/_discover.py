@@ -18,7 +18,7 @@ from mpq_plugins._flow import (
     parameter_names,
     weight_argument,
 )
-from mpq_plugins._layers import EXCLUDED, Inventory, Layer, Skipped, fingerprint, matching, skipped_layers
+from mpq_plugins._layers import EXCLUDED, Inventory, Layer, Skipped, fingerprint, matching, patterns_of, skipped_layers
 from mpq_plugins._model import batch_size, call, evaluating
 from mpq_plugins._model_check import plain_model
 from mpq_plugins._readers import Readers
@@ -146,11 +146,13 @@ def _groups(kind: str, weight: Tensor, activation: Tensor) -> int:
     return 1 if kind.startswith("ConvTranspose") else channels // weight.shape[1]
 
 
-def find_layers(model: nn.Module, example: Any, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Inventory:
+def find_layers(
+    model: nn.Module, example: Any, *, include: str | Sequence[str] = ("*",), exclude: str | Sequence[str] = ()
+) -> Inventory:
     """The convolution, transposed convolution and linear layers that a forward pass of `example` calls.
 
     `example` is a tensor, a tuple of positional arguments or a dict of keyword arguments, its first axis the batch.
-    `include` and `exclude` are glob patterns over layer names. The model is left as it was found.
+    `include` and `exclude` are glob patterns over layer names, one or several. The model is left as it was found.
     Raises `ModelError` when the forward pass fails or calls no such layer, `UnknownLayerError` for a pattern
     that matches nothing.
     """
@@ -161,8 +163,8 @@ def find_layers(model: nn.Module, example: Any, *, include: Sequence[str] = ("*"
             f"{type(model).__name__} calls no Conv, ConvTranspose or Linear layer on this example, so there is nothing "
             "to allocate bits to. Give an example that reaches them."
         )
-    kept = {name for pattern in include for name in matching(pattern, names)}
-    dropped = {name for pattern in exclude for name in matching(pattern, names)}
+    kept = {name for pattern in patterns_of(include) for name in matching(pattern, names)}
+    dropped = {name for pattern in patterns_of(exclude) for name in matching(pattern, names)}
     excluded = skipped_layers(layers, {name: EXCLUDED for name in names if name not in kept - dropped})
     return Inventory(
         layers=tuple(layer for layer in layers if layer.name in kept - dropped),

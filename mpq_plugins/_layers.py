@@ -128,6 +128,11 @@ def unknown_layer(name: str, known: Sequence[str]) -> UnknownLayerError:
     )
 
 
+def patterns_of(patterns: str | Iterable[str]) -> tuple[str, ...]:
+    """Patterns as a tuple; one string is one pattern, not its characters."""
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
 def matching(pattern: str, names: Sequence[str]) -> tuple[str, ...]:
     """Names equal to `pattern` or matched by it as a glob; raises `UnknownLayerError` when there are none."""
     found = tuple(name for name in names if name == pattern or fnmatch.fnmatchcase(name, pattern))

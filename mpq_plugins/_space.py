@@ -9,7 +9,7 @@ from typing import Any
 
 from mpq_plugins._errors import FormatError, SpaceError
 from mpq_plugins._files import check_keys, of_kinds, read_fields
-from mpq_plugins._layers import Inventory, Layer, Skipped, matching, skipped_layers
+from mpq_plugins._layers import Inventory, Layer, Skipped, matching, patterns_of, skipped_layers
 from mpq_plugins._precision import Precision, as_menu, menu
 
 Refuse = Callable[[Layer, Precision], str | None]
@@ -79,7 +79,7 @@ class Space:
         choices: Menus | None = None,
         *,
         pin: Mapping[str, Precision | str | int] | None = None,
-        tie: Iterable[Sequence[str]] = (),
+        tie: Iterable[str | Sequence[str]] = (),
         share_activations: Iterable[Sequence[str]] = (),
         refuse: Refuse = lambda layer, precision: None,
     ) -> Space:
@@ -87,8 +87,9 @@ class Space:
 
         `choices` is one menu for all layers or glob -> menu, the last match counts (default: weights 2..8, activations 8);
         a menu holds `Precision`s, texts such as `"w4a8"` or weight bits.
-        `pin` fixes layers (glob -> precision). `tie` lists layers that take one precision; layers that hold the same
-        weight are tied without asking. `share_activations` lists layers that must agree on activation bits only.
+        `pin` fixes layers (glob -> precision). `tie` lists groups of layers that take one precision: patterns each,
+        or one pattern. Layers that hold the same weight are tied without asking. `share_activations` lists layers that
+        must agree on activation bits only.
         `refuse` says why a target cannot do a precision; a layer refused at all of its choices is skipped.
         Raises `UnknownLayerError`, `PrecisionError` and `SpaceError`.
         """
@@ -102,6 +103,7 @@ class Space:
             reasons = "; ".join(sorted({item.reason for item in skipped})[:3])
             raise SpaceError(f"every layer was refused, so there is nothing to decide. Reasons: {reasons}.")
         same_weight = [(layer.shares_weight_with, layer.name) for layer in inventory if layer.shares_weight_with]
+        _check_ties(tie := _groups(tie), names)
         clusters = _components(kept, _known((*tie, *same_weight), names, kept))
         shared = _components(kept, [*clusters, *_known(share_activations, names, kept)])
         group_of = {name: index for index, members in enumerate(shared) for name in members}
@@ -298,6 +300,25 @@ def _menus(
         else:
             refused[layer.name] = str(next(iter(reasons.values())))
     return menus, skipped_layers(inventory, refused)
+
+
+def _groups(tie: Iterable[str | Sequence[str]]) -> tuple[tuple[str, ...], ...]:
+    if isinstance(tie, str):
+        raise SpaceError(
+            f"tie={tie!r} is one pattern, but ties are groups of layers. Write tie=[[{tie!r}, ...]], or [{tie!r}]."
+        )
+    return tuple(patterns_of(group) for group in tie)
+
+
+def _check_ties(tie: Iterable[Sequence[str]], names: Sequence[str]) -> None:
+    """Raise `SpaceError` for a tie of one layer, which would tie nothing."""
+    for group in tie:
+        found = {name for pattern in group for name in matching(pattern, names)}
+        if len(found) < 2:
+            raise SpaceError(
+                f"the tie of {', '.join(map(repr, group))} holds {len(found)} layers ({', '.join(found)}), and a tie "
+                "needs two. Write one group for each tie, such as tie=[('conv1', 'conv2')]."
+            )
 
 
 def _known(groups: Iterable[Sequence[str]], names: Sequence[str], kept: Sequence[str]) -> list[tuple[str, ...]]:

@@ -123,3 +123,20 @@ def test_shared_weights_count_once_in_the_average():
     net[1].weight = net[0].weight
     space = build_space(net, torch.ones(1, 4), pin={"2": "w8a8"})
     assert space.average_bits_of_size((16 * 2 + 16 * 8) / 8).to_json() == {"all": 5.0, "free": 2.0}
+
+
+def test_one_string_is_one_pattern(mlp):
+    """A string is never taken apart: not as a pattern to exclude or include, and not as a group of ties."""
+    model, example = nn.Sequential(*(nn.Linear(4, 4) for _ in range(12))), torch.ones(1, 4)
+    names = [layer.name for layer in find_layers(model, example, exclude="1*")]
+    assert names == [str(index) for index in range(12) if not str(index).startswith("1")]
+    assert [layer.name for layer in find_layers(model, example, include="1?")] == ["10", "11"]
+    space = Space.build(find_layers(model, example), tie=["1?"])
+    assert ("10", "11") in [unit.layers for unit in space.units]
+
+
+@pytest.mark.parametrize("tie", [["2", "3"], [("2",)], [("2", "2")], "23"])
+def test_a_tie_of_one_layer_is_told(mlp, tie):
+    """A tie that ties nothing is an error, be it a forgotten pair of brackets or one name twice."""
+    with pytest.raises(SpaceError, match=r"ties are groups|and a tie needs two"):
+        Space.build(mlp, tie=tie)

@@ -23,6 +23,8 @@ from mpq_plugins._tensor_files import read_torch
 from mpq_plugins._text import literal
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_MARGIN = 256 / 224  # of the resized image around the crop, in ImageNet's evaluation
+Size = tuple[int, int]  # height, width
 
 
 def load_model(spec: str, weights: str | Path | None = None) -> nn.Module:
@@ -136,7 +138,7 @@ def load_data(spec: str, *, input_shape: tuple[int, ...] | None = None, batch_si
         return glyphs(train=False, batch_size=batch_size)
     if spec.startswith("imagefolder:"):
         root = Path(spec.partition(":")[2])
-        return ImageFolder(root, size=input_shape[-1] if input_shape else 224, batch_size=batch_size)
+        return ImageFolder(root, size=image_size(input_shape), batch_size=batch_size)
     return UserLoader(user_object(spec), spec)
 
 
@@ -187,13 +189,39 @@ class UserLoader:
         return DataError(f"loading the data {self._spec} failed: {_told(error)}. Check that code.")
 
 
+def image_size(input_shape: tuple[int, ...] | None) -> Size:
+    """Height and width of the images that an input [batch, 3, height, width] takes; raises `DataError` for other inputs."""
+    if input_shape is None:
+        return 224, 224
+    if len(input_shape) != 4 or input_shape[1] != 3:
+        shape = "x".join(map(str, input_shape))
+        raise DataError(
+            f"an image folder gives images of 3 channels [batch, 3, height, width], the input is {shape}. Give --input such as "
+            "1x3x224x224, or a loader of your own (--data file.py:LOADER)."
+        )
+    return input_shape[2], input_shape[3]
+
+
+class _Covering:
+    """Resizes an image, its proportions kept, so that it covers height and width with ImageNet's margin."""
+
+    def __init__(self, height: int, width: int) -> None:
+        self._height, self._width = round(height * _MARGIN), round(width * _MARGIN)
+
+    def __call__(self, image: Any) -> Any:
+        factor = max(self._height / image.height, self._width / image.width)
+        size = [max(self._height, round(image.height * factor)), max(self._width, round(image.width * factor))]
+        return require("torchvision.transforms.functional", "vision").resize(image, size)
+
+
 class ImageFolder:
     """Batches of an image folder with ImageNet's evaluation preprocessing, images of all classes mixed by a fixed seed."""
 
-    def __init__(self, root: Path, *, size: int, batch_size: int) -> None:
+    def __init__(self, root: Path, *, size: Size, batch_size: int) -> None:
         datasets, transforms = require("torchvision.datasets", "vision"), require("torchvision.transforms", "vision")
+        height, width = size
         steps = [
-            transforms.Resize(round(size * 256 / 224)),
+            transforms.Resize(round(height * _MARGIN)) if height == width else _Covering(height, width),
             transforms.CenterCrop(size),
             transforms.ToTensor(),
             transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),

@@ -13,7 +13,7 @@ import torch
 from mpq_plugins._errors import DataError
 from mpq_plugins._model import Batch, batches_of
 from mpq_plugins._plugins import require
-from mpq_plugins._sources import IMAGENET_MEAN, IMAGENET_STD, ImageFolder, user_object
+from mpq_plugins._sources import IMAGENET_MEAN, IMAGENET_STD, ImageFolder, Size, user_object
 from mpq_plugins.training._epochs import seed_loader
 
 if TYPE_CHECKING:
@@ -24,12 +24,13 @@ _FIRST_UNSEEN_ROUND = 7
 _GLYPHS_PER_EPOCH = 12_800
 
 
-def training_data(spec: str, *, size: int = 224, batch_size: int = 128, workers: int = 4) -> TrainingData:
+def training_data(spec: str, *, size: Size = (224, 224), batch_size: int = 128, workers: int = 4) -> TrainingData:
     """What `train` reads for `spec`.
 
-    `digits` (shifted by up to a pixel), `glyphs` (new images in every epoch), `imagefolder:DIR` (random crops of `size` and
-    flips, ImageNet's normalisation, loaded by `workers` processes), or `file.py:LOADER` / `module:LOADER`: an iterable with a
-    length, a function without parameters that returns one, or one that takes the epoch's number.
+    `digits` (shifted by up to a pixel), `glyphs` (new images in every epoch), `imagefolder:DIR` (random crops of `size`,
+    height and width, and flips, ImageNet's normalisation, loaded by `workers` processes), or `file.py:LOADER` /
+    `module:LOADER`: an iterable with a length, a function without parameters that returns one, or one that takes the
+    epoch's number.
     Raises `DataError` and `MissingExtraError`.
     """
     if spec == "digits":
@@ -49,7 +50,7 @@ def training_data(spec: str, *, size: int = 224, batch_size: int = 128, workers:
     return data
 
 
-def calibration_data(spec: str, n_images: int, *, size: int = 224, batch_size: int = 128) -> list[Batch]:
+def calibration_data(spec: str, n_images: int, *, size: Size = (224, 224), batch_size: int = 128) -> list[Batch]:
     """Batches of the training data, without random crops, for ranges and statistics: at least `n_images` or all there are."""
     if spec.startswith("imagefolder:"):
         items: Iterable[Any] = ImageFolder(Path(spec.partition(":")[2]), size=size, batch_size=batch_size)
@@ -77,7 +78,7 @@ def shifted_digits(epoch: int, *, batch_size: int = 64) -> Sequence[Batch]:
     ]
 
 
-def _image_loader(root: Path, *, size: int, batch_size: int, workers: int) -> Any:
+def _image_loader(root: Path, *, size: Size, batch_size: int, workers: int) -> Any:
     datasets, transforms = require("torchvision.datasets", "vision"), require("torchvision.transforms", "vision")
     steps = [
         transforms.RandomResizedCrop(size),

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def train(options: Namespace) -> int:
     """`mpq train`."""
     from mpq_plugins._evaluate import accuracy
-    from mpq_plugins._sources import load_data, parse_shape
+    from mpq_plugins._sources import image_size, load_data, parse_shape
     from mpq_plugins._training_sources import calibration_data, training_data
     from mpq_plugins.reports import plot_training
     from mpq_plugins.training import train as run
@@ -33,7 +33,9 @@ def train(options: Namespace) -> int:
         raise DataError("training needs data. Add --data: digits, glyphs, imagefolder:DIR, file.py:LOADER or module:LOADER.")
     bits, adapter, recipe = BitConfig.load(options.bits_file), adapter_of(options), _recipe(options)
     shape = parse_shape(options.input) if options.input else None
-    source: dict[str, Any] = {"size": shape[-1] if shape else 224, "batch_size": options.batch_size}
+    source: dict[str, Any] = {"batch_size": options.batch_size}
+    if options.data.startswith("imagefolder:"):
+        source["size"] = image_size(shape)
     calibration = calibration_data(options.data, options.images, **source)
     model, example = model_of(options, calibration[0].inputs)
     evaluation = None

@@ -130,16 +130,16 @@ def test_an_image_folder_is_shuffled_and_augmented(tmp_path):
             image = torch.randint(0, 255, (3, 40, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(index))
             torchvision.io.write_png(image, str(tmp_path / name / f"{index}.png"))
     spec = f"imagefolder:{tmp_path}"
-    loader = training_data(spec, size=32, batch_size=4, workers=0)
+    loader = training_data(spec, size=(32, 32), batch_size=4, workers=0)
     assert len(loader) == 2
     passes = [torch.cat([images for images, _ in loader]) for _ in range(2)]
     assert passes[0].shape == (8, 3, 32, 32)
     assert not torch.equal(*passes)
-    calibration = [calibration_data(spec, 6, size=32, batch_size=4) for _ in range(2)]
+    calibration = [calibration_data(spec, 6, size=(32, 32), batch_size=4) for _ in range(2)]
     assert [len(batch) for batch in calibration[0]] == [4, 4]
     assert torch.equal(calibration[0][0].inputs, calibration[1][0].inputs)
     with pytest.raises(DataError, match="fewer than one batch of 128"):
-        training_data(spec, size=32, workers=0)
+        training_data(spec, size=(32, 32), workers=0)
     with pytest.raises(DataError, match="no image folder"):
         training_data("imagefolder:nowhere")
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
@@ -72,9 +71,23 @@ class PublishedCSMPQ(AbstractProxy):
 
         documents, n_seen = _documents(model, space, batches, n_images=self.n_images, with_labels=False)
         separability = [published_tf_idf(unit, balance=self.balance) for unit in documents]
-        theta = separability if self.mode == "qat" else [math.exp(-self.beta * value) for value in separability]
+        theta = separability if self.mode == "qat" else _exponential(separability, space, self.beta)
         facts = {"theta": theta, "tf_idf": separability, "n_images": n_seen, "n_documents": n_seen}
         return Scores(space, losses(model, space, theta, "linear"), self.recipe(), facts)
+
+
+def _exponential(values: Sequence[float], space: Space, beta: float) -> list[float]:
+    """exp(-beta x) of every unit; raises `DataError` where that leaves what numbers can hold."""
+    import numpy as np
+
+    from mpq_plugins.proxies._ompq import check_underflow, free_units
+
+    exponents = -beta * np.asarray(values)
+    with np.errstate(over="ignore"):
+        theta = np.exp(exponents)
+    check_underflow(theta, free_units(space), exponents, beta=beta)
+    found: list[float] = theta.tolist()
+    return found
 
 
 def _documents(

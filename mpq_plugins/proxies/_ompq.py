@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 import numpy as np
 
+from mpq_plugins._errors import DataError
 from mpq_plugins._proxy import AbstractProxy
 from mpq_plugins._scores import Scores
 from mpq_plugins._space import Space
@@ -55,6 +56,7 @@ class OMPQ(AbstractProxy):
         free = free_units(space)
         gamma = orm @ free - free
         theta = importance(gamma, free, beta=self.beta, exponent=self.exponent)
+        check_underflow(theta, free, -self.beta * gamma, beta=self.beta)
         weights = suffix_means(theta, free) if self.suffix_mean else theta
         facts = {"theta": theta.tolist(), "gamma": gamma.tolist(), "orm": orm.tolist(), "n_images": dependence.n_used}
         return Scores(space, losses(model, space, weights.tolist(), self.utility), self.recipe(), facts)
@@ -85,6 +87,20 @@ class PublishedOMPQ(AbstractProxy):
         return replace(published.score(model, space, batches), proxy=self.recipe())
 
 
+def check_underflow(theta: Sequence[float] | np.ndarray, free: np.ndarray, exponents: np.ndarray, *, beta: float) -> None:
+    """Raise `DataError` where exp of all free units' exponents is 0 in double precision, or of one infinite."""
+    values = np.asarray(theta)[free > 0]
+    if values.any() and np.isfinite(values).all():
+        return
+    least, most = float(exponents[free > 0].min()), float(exponents[free > 0].max())
+    what = "underflows to 0 for every free layer" if not values.any() else "overflows"
+    raise DataError(
+        f"theta = exp(-beta x) {what}: beta is {beta:g}, -beta x lies between {least:.3g} and {most:.3g}, and exp has values "
+        f"between -745 and 709 only. Take a beta of at most {abs(beta) * 700 / max(abs(least), abs(most)):.2g} in "
+        "magnitude, or the proxies ompq and csmpq, whose importance cannot leave that range."
+    )
+
+
 def free_units(space: Space) -> np.ndarray:  # [unit]
     """1.0 for units with a decision to make, 0.0 for pinned ones, which the published program leaves out."""
     free = np.array([space.is_free(unit) for unit in space.units], dtype=float)
@@ -96,7 +112,8 @@ def importance(
 ) -> np.ndarray:  # [unit]
     """theta of every unit, standardised over the free ones; 1 for all where gamma does not vary."""
     if exponent == "raw":
-        return np.asarray(np.exp(-beta * gamma))
+        with np.errstate(over="ignore"):
+            return np.asarray(np.exp(-beta * gamma))
     counted = gamma[free > 0]
     spread = counted.std()
     # Rounding alone makes equal gammas differ by some 1e-16.

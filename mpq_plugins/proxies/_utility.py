@@ -18,7 +18,7 @@ Table = tuple[tuple[float, ...], ...]  # [unit][choice]
 
 
 def losses(model: nn.Module, space: Space, importance: Sequence[float], utility: Utility) -> Table:
-    """Losses of every choice, for units of the given importance; none grows with more bits.
+    """Losses of every choice, for units of the given importance; none grows with more bits unless its importance is negative.
 
     `linear`: minus importance times bits, the objective of OMPQ and CSMPQ. The gain of a bit is the same at 2 bits and at 8,
     so solutions take the ends of the menu. Weight and activation bits add up where activation bits are searched.
@@ -26,7 +26,8 @@ def losses(model: nn.Module, space: Space, importance: Sequence[float], utility:
     variance s^2. A uniform quantizer of w bits has a step proportional to 2^-w, hence noise proportional to s^2 4^-w on each
     weight: the first bits matter most, and large layers that hold much of the weight energy matter more. Nothing is known of
     the activations here, so their relative noise 4^-a counts like that of the weights they meet.
-    Both are scaled so that the largest importance (and noise) of a free unit is 1: the best allocations stay the same.
+    Both are scaled so that the largest magnitude of a free unit's importance (and noise) is 1: the best allocations
+    stay the same.
     """
     shares = _scaled(space, importance)
     if utility == "linear":
@@ -56,7 +57,8 @@ def noise_shares(model: nn.Module, space: Space) -> list[float]:  # [unit]
 
 
 def _scaled(space: Space, values: Sequence[float]) -> list[float]:  # [unit]
-    largest = max((value for unit, value in zip(space.units, values, strict=True) if space.is_free(unit)), default=0.0)
+    # By magnitude: importances may be negative, all of them too, and must keep their signs.
+    largest = max((abs(value) for unit, value in zip(space.units, values, strict=True) if space.is_free(unit)), default=0.0)
     return [value / (largest or 1.0) for value in values]
 
 

@@ -9,9 +9,11 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 from mpq_plugins import Space, find_layers, menu
+from mpq_plugins._allocate import as_budgets, solve_scores
 from mpq_plugins._errors import DataError
 from mpq_plugins.proxies import CSMPQ, PublishedCSMPQ
 from mpq_plugins.proxies._separability import pooled, published_tf_idf, tf_idf
+from mpq_plugins.proxies._utility import losses
 
 
 def loops(documents, *, corrected, kappa=1.0):
@@ -179,3 +181,36 @@ def test_published_modes_order_units_in_opposite_ways(setting):
     assert qat.facts["theta"] == qat.facts["tf_idf"] == ptq.facts["tf_idf"]
     np.testing.assert_allclose(ptq.facts["theta"], np.exp(-2.0 * np.array(qat.facts["tf_idf"])))
     assert qat.proxy["name"] == "csmpq-published"
+
+
+def test_negative_importances_keep_their_signs():
+    """The published score of balance 200 is negative for all layers, so more bits lose more: all take the fewest."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+    inputs = torch.randn(16, 8)
+    space = Space.build(find_layers(model, inputs), menu((2, 4, 8), (8,)))
+    scores = PublishedCSMPQ(balance=200).score(model, space, [inputs])
+    assert max(scores.facts["theta"]) < 0
+    assert all(list(row) == sorted(row) for row in scores.loss)
+    allocation = solve_scores(scores, as_budgets({"size": "w8"}))
+    assert {str(precision) for precision in allocation.bits.layers.values()} == {"w2a8"}
+
+
+@pytest.mark.parametrize("utility", ["linear", "concave"])
+def test_importances_of_both_signs_stay_in_proportion(utility):
+    """Importances 1 and -2 are scaled by 2, the larger magnitude: one loss falls with the bits, the other rises."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    nn.init.ones_(model[0].weight).data[0] = -1
+    model[1].weight.data.copy_(model[0].weight.data)
+    space = Space.build(find_layers(model, torch.ones(1, 4)), menu((2, 4), (8,)))
+    up, down = losses(model, space, [1.0, -2.0], utility)
+    assert up[0] > up[1]
+    assert [-2 * value for value in up] == pytest.approx(down)
+
+
+@pytest.mark.parametrize("beta", [1e6, -1e6])
+def test_a_score_beyond_what_numbers_hold_is_told(setting, beta):
+    """exp(-beta x) of all layers is 0, or infinite for a negative beta: no plan may be called optimal on that."""
+    model, space = setting
+    with pytest.raises(DataError, match=r"theta = exp\(-beta x\) (under|over)flows.*Take a beta of at most"):
+        PublishedCSMPQ(mode="ptq", beta=beta).score(model, space, [images(8)])

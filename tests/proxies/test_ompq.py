@@ -1,6 +1,7 @@
 """OMPQ against independent forms: explicit feature matrices, double loops, the published procedure."""
 
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -295,3 +296,14 @@ def test_the_published_loss_is_minus_coefficient_times_bits(resnet):
     expected = -np.outer(coefficient / coefficient.max(), [2, 3, 4])
     np.testing.assert_allclose(scores.loss, expected, rtol=1e-12)
     assert scores.proxy == {"name": "ompq-published", "beta": 1.0, "n_images": 8}
+
+
+def test_underflow_of_the_published_importance_is_told(resnet):
+    """exp(-beta gamma) of every layer is 0 at beta 1e5: an error with a beta that works, which then does."""
+    model, space = resnet
+    batches = [images(8)]
+    with pytest.raises(DataError, match=r"underflows to 0 for every free layer: beta is 100000.* of at most (\S+) in") as error:
+        PublishedOMPQ(beta=1e5).score(model, space, batches)
+    works = float(re.search(r"of at most (\S+) in", str(error.value)).group(1))
+    assert max(PublishedOMPQ(beta=works).score(model, space, batches).facts["theta"]) > 0
+    assert min(OMPQ(beta=1e5).score(model, space, batches).facts["theta"]) >= 0

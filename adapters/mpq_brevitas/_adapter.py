@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
-from mpq_brevitas._recipe import Profile, QuantizerKind, Recipe, Scales
+from mpq_brevitas._recipe import Profile, QuantizerKind, Recipe, Scales, recipe_of
 from mpq_plugins._adapter import AbstractAdapter
 from mpq_plugins._allocator import keeping_memory
 from mpq_plugins._bits import BitConfig
@@ -147,6 +147,19 @@ class BrevitasAdapter(AbstractAdapter):
         return save(module, path)
 
     def load(self, model: nn.Module, path: str | Path, example: Any) -> nn.Module:
+        """See `AbstractAdapter.load`; raises `AdapterError` for options other than those that the module was prepared with."""
         from mpq_brevitas._checkpoint import load
 
-        return load(model, path, example)
+        module = load(model, path, example)
+        self._check_recipe(recipe_of(module), path)
+        return module
+
+    def _check_recipe(self, recipe: Recipe, path: str | Path) -> None:
+        """An option that differs from its default was asked for on purpose, and a checkpoint cannot follow it."""
+        for name in ("profile", "quantizer", "scales"):
+            asked, found, default = getattr(self, name), getattr(recipe, name), getattr(type(self), name)
+            if asked not in (found, default):
+                raise AdapterError(
+                    f'{name}="{asked}" was asked for, but {path} was prepared with {name}="{found}", which is part of the '
+                    f"module. Leave the option out, or prepare the model anew with it (`mpq apply`)."
+                )

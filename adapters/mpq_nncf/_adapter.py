@@ -29,6 +29,7 @@ class NNCFAdapter(AbstractAdapter):
 
     `merge_branches`: layers that read one tensor share its quantizer, as NNCF places them; False gives each its own.
     `asymmetric`: activations with a zero point, for models with GELU, SiLU and the like.
+    `overflow_fix`: no w8a8, whose sums saturate in OpenVINO's integer kernels on CPUs without VNNI; 7-bit weights cannot.
     """
 
     name: ClassVar[str] = "nncf"
@@ -38,12 +39,17 @@ class NNCFAdapter(AbstractAdapter):
 
     merge_branches: bool = True
     asymmetric: bool = False
+    overflow_fix: bool = False
+
+    def __post_init__(self) -> None:
+        if self.overflow_fix:  # the default menu of this adapter then ends at 7 bits
+            object.__setattr__(self, "weight_bits", (*self.weight_bits[:-1], 7))
 
     def refuse(self, layer: Layer, precision: Precision) -> str | None:
-        """See `AbstractAdapter.refuse`: NNCF has no binary weights."""
-        from mpq_nncf._advice import refuse
+        """See `AbstractAdapter.refuse`: NNCF has no binary weights, and `overflow_fix` no w8a8."""
+        from mpq_nncf._advice import refusal
 
-        return refuse(layer, precision)
+        return refusal(precision, overflow_fix=self.overflow_fix)
 
     def advice(self, layer: Layer, precision: Precision) -> str | None:
         """See `AbstractAdapter.advice`: what OpenVINO's CPU plugin makes of the precision."""
@@ -78,8 +84,10 @@ class NNCFAdapter(AbstractAdapter):
 
         Also raises `AdapterError` for the equalization and rounding that NNCF lacks on torch models.
         """
+        from mpq_nncf._advice import check_precisions
         from mpq_nncf._prepare import Recipe, prepare
 
+        check_precisions(bits.layers, overflow_fix=self.overflow_fix)
         recipe = Recipe(self.merge_branches, self.asymmetric, PTQ.of(options), subset)
         return prepare(model, bits, example, calibration, recipe)
 
@@ -93,8 +101,10 @@ class NNCFAdapter(AbstractAdapter):
         batch_norm: Literal["corrected", "kept"] = "corrected",
     ) -> nn.Module:
         """See `AbstractAdapter.set_bits`; quantizers that keep their width keep their range."""
+        from mpq_nncf._advice import check_precisions
         from mpq_nncf._set_bits import set_bits
 
+        check_precisions(bits.layers, overflow_fix=self.overflow_fix)
         return set_bits(module, bits, calibration, batch_norm)
 
     def use_float_weights(self, module: nn.Module, on: bool = True) -> nn.Module:
@@ -140,10 +150,16 @@ class NNCFAdapter(AbstractAdapter):
         return save(module, path)
 
     def load(self, model: nn.Module, path: str | Path, example: Any) -> nn.Module:
-        """See `AbstractAdapter.load`."""
-        from mpq_nncf._checkpoint import load
+        """See `AbstractAdapter.load`; raises `AdapterError` where the checkpoint was prepared with other options."""
+        from mpq_nncf._advice import check_precisions
+        from mpq_nncf._checkpoint import check_asymmetry, load
+        from mpq_plugins._adapter import bits_of
 
-        return load(model, path, example)
+        module = load(model, path, example)
+        if self.asymmetric:
+            check_asymmetry(module, path)
+        check_precisions(bits_of(module).layers, overflow_fix=self.overflow_fix)
+        return module
 
     def write_legacy_config(self, model: nn.Module, bits: BitConfig, example: Any, path: str | Path) -> Path:
         """Write the bits as a JSON configuration of NNCF 2.x; see docs/nncf.md."""

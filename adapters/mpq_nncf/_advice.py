@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from mpq_plugins._errors import AdapterError
 from mpq_plugins._layers import Layer
 from mpq_plugins._precision import Precision
@@ -9,20 +11,26 @@ from mpq_plugins._precision import Precision
 INTEGER_ACTIVATIONS = (4, 8)
 
 
-def refuse(layer: Layer, precision: Precision) -> str | None:
-    """Why NNCF cannot have `layer` at `precision`, or None."""
-    return _refusal(precision)
+def check_precisions(layers: Mapping[str, Precision], *, overflow_fix: bool = False) -> None:
+    """Raise `AdapterError` when NNCF cannot have a layer (name -> precision) as asked."""
+    for name, precision in layers.items():
+        reason = refusal(precision, overflow_fix=overflow_fix)
+        if reason is not None:
+            raise AdapterError(f"{name} cannot be {precision}: {reason}. Choose another precision, or exclude the layer.")
 
 
-def check_precision(name: str, precision: Precision) -> None:
-    """Raise `AdapterError` when NNCF cannot have the layer `name` at `precision`."""
-    reason = _refusal(precision)
-    if reason is not None:
-        raise AdapterError(f"{name} cannot be {precision}: {reason}. Choose another precision, or exclude the layer.")
+def refusal(precision: Precision, *, overflow_fix: bool = False) -> str | None:
+    """Why NNCF cannot have a precision, or None."""
+    if precision.weight < 2:
+        return "NNCF has no binary weights; the least is 2 bits"
+    if overflow_fix and _may_saturate(precision):
+        return "overflow_fix=True keeps 8-bit weights away from 8-bit activations; w7a8 is stored in as many bytes"
+    return None
 
 
-def _refusal(precision: Precision) -> str | None:
-    return "NNCF has no binary weights; the least is 2 bits" if precision.weight < 2 else None
+def _may_saturate(precision: Precision) -> bool:
+    # Two products of an unsigned and a signed byte are added in 16 bits: 2 x 255 x 127 exceeds 32,767, 2 x 255 x 64 does not.
+    return precision.weight == 8 and precision.activation == 8
 
 
 def advice(layer: Layer, precision: Precision) -> str | None:
@@ -34,6 +42,8 @@ def advice(layer: Layer, precision: Precision) -> str | None:
         told.append("its kernel runs in f32 with compressed weights, not in integers")
     if precision.weight in (5, 7):
         told.append(f"stored as {precision.weight + 1} bits, since OpenVINO has no {precision.weight}-bit type")
+    if _may_saturate(precision):
+        told.append("8-bit sums saturate in integer kernels of CPUs without VNNI: there use overflow_fix=True, or w7a8")
     if precision.weight <= 4:
         told.append("weights of 4 bits or less save space, not time: use the fast format where time counts")
     return "; ".join(told) or None

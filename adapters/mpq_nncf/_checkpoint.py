@@ -19,7 +19,7 @@ from mpq_nncf._wiring import attach_wiring, from_json, to_json, wiring_of
 from mpq_plugins._adapter import attach_bits, bits_of
 from mpq_plugins._checkpoint import check_same_model, read_checkpoint, write_checkpoint
 from mpq_plugins._discover import find_layers
-from mpq_plugins._errors import FormatError
+from mpq_plugins._errors import AdapterError, FormatError
 
 _ADAPTER = "nncf"
 
@@ -35,6 +35,17 @@ def save(module: nn.Module, path: str | Path) -> Path:
         "state": dict(module.state_dict()),
     }
     return write_checkpoint(path, bits_of(module), contents, adapter=_ADAPTER)
+
+
+def check_asymmetry(module: nn.Module, path: str | Path) -> None:
+    """Raise `AdapterError` for a module without activations that have a zero point."""
+    places = {place for layer in wiring_of(module).values() for place in layer.activation}
+    quantizers = [nncf_quantizers.quantizer_at(module, place) for place in places]
+    if not any(nncf_quantizers.activation_kind(quantizer).asymmetric for quantizer in quantizers):
+        raise AdapterError(
+            f"asymmetric=True was asked for, but {path} was prepared with asymmetric=False. Leave the option out, or prepare "
+            "the model anew with it."
+        )
 
 
 def load(model: nn.Module, path: str | Path, example: Any) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import nn
 from mpq_nncf import _nncf_quantizers as nncf_quantizers
 from mpq_nncf import _nncf_setup as nncf_setup
 from mpq_nncf._activation_range import check_usable, fit, histogram_of, measure, unquantized
-from mpq_nncf._advice import check_precision
+from mpq_nncf._advice import check_precisions
 from mpq_nncf._groups import check_groups, check_tied_weights, others, planned, shared_inputs, traced_copy
 from mpq_nncf._hookable import as_hookable
 from mpq_nncf._ptq import attach_ptq, check_supported
@@ -53,8 +53,7 @@ def prepare(model: nn.Module, bits: BitConfig, example: Any, calibration: Iterab
     """A calibrated quantized copy of `model`; see `AbstractAdapter.prepare`."""
     inventory = find_layers(model, example)
     bits.check(inventory)
-    for name, precision in bits.layers.items():
-        check_precision(name, precision)
+    check_precisions(bits.layers)
     layers = [layer for layer in inventory if layer.name in bits.layers]
     check_supported(recipe.ptq, layers)
     _check_read(model, layers, example)

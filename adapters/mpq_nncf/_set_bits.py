@@ -9,7 +9,7 @@ from torch import nn
 
 from mpq_nncf import _nncf_quantizers as nncf_quantizers
 from mpq_nncf._activation_range import fit, measured
-from mpq_nncf._advice import check_precision
+from mpq_nncf._advice import check_precisions
 from mpq_nncf._groups import check_groups
 from mpq_nncf._ptq import ptq_of
 from mpq_nncf._weight_range import fit_weight_ranges
@@ -64,8 +64,7 @@ def first_places(module: nn.Module, hooks: Iterable[str]) -> list[str]:
 
 def _check(wiring: Wiring, bits: BitConfig, old: BitConfig) -> None:
     check_switch(old, bits)
-    for name, precision in bits.layers.items():
-        check_precision(name, precision)
+    check_precisions(bits.layers)
     check_groups(_sharing(wiring), bits.layers)
     _check_weights(wiring, bits)
 

@@ -9,6 +9,7 @@ from brevitas_nets import images, mixed_bits, network
 from mpq_brevitas import BrevitasAdapter
 from mpq_brevitas._onnx_graph import OnnxGraph
 from mpq_brevitas._recipe import recipe_of
+from torch import nn
 
 from mpq_plugins import BitConfig, Precision, find_layers, verify
 from mpq_plugins._errors import AdapterError
@@ -117,12 +118,11 @@ class TestPowersOfTwo:
 
 
 class TestHardSwish:
-    @pytest.mark.parametrize("profile", ["layerwise", "finn"])
-    def test_mobilenet_v3(self, profile, tmp_path):
+    def test_mobilenet_v3(self, tmp_path):
         """Prepared, trained for a step, exported and verified: every layer's bits and codes, and the outputs."""
         torch.manual_seed(0)
         model, example = mobilenet_v3(10).eval(), torch.randn(8, 1, 16, 16, generator=torch.Generator().manual_seed(2))
-        adapter, inventory = BrevitasAdapter(profile), find_layers(model, example)
+        adapter, inventory = BrevitasAdapter(), find_layers(model, example)
         bits = BitConfig({layer.name: Precision(4, 8) for layer in inventory}, inventory.fingerprint)
         module = adapter.prepare(model, bits, example, [example]).train()
         optimizer = torch.optim.SGD(module.parameters(), 1e-3)
@@ -130,3 +130,29 @@ class TestHardSwish:
         optimizer.step()
         path = adapter.export(module.eval(), tmp_path / "m.onnx", example)
         verify(adapter, path, bits, module=module, inputs=example).check()
+        with pytest.raises(AdapterError, match=r"FINN has no hardware for stem.act \(hardswish\)"):
+            BrevitasAdapter("finn").prepare(model, bits, example, [example])
+
+
+@pytest.mark.parametrize(
+    ("prepared_with", "asked", "texts"),
+    [
+        ({}, {"profile": "finn"}, ['profile="finn"', 'profile="layerwise"']),
+        ({"profile": "finn"}, {"profile": "finn", "scales": "power-of-two"}, ['scales="power-of-two"', 'scales="float"']),
+        ({}, {"quantizer": "duq"}, ['quantizer="duq"', 'quantizer="uniform"']),
+        ({"profile": "finn"}, {}, []),
+    ],
+)
+def test_options_that_a_checkpoint_was_not_prepared_with_are_refused(tmp_path, prepared_with, asked, texts):
+    """What was asked for and what the file holds are both told; without options the file's own count."""
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)).eval(), torch.randn(2, 3, 8, 8)
+    inventory = find_layers(model, x)
+    bits = BitConfig({layer.name: Precision(4, 4) for layer in inventory}, inventory.fingerprint)
+    maker = BrevitasAdapter(**prepared_with)
+    path = maker.save(maker.prepare(model, bits, x, [x]), tmp_path / "module.pt")
+    if not texts:
+        assert torch.equal(BrevitasAdapter(**asked).load(model, path, x)(x), maker.load(model, path, x)(x))
+        return
+    with pytest.raises(AdapterError) as error:
+        BrevitasAdapter(**asked).load(model, path, x)
+    assert all(text in str(error.value) for text in texts)

@@ -19,14 +19,17 @@ def with_pairs(problem: Problem) -> Problem:
     return problem if problem.pairwise is not None else replace(problem, pairwise=np.zeros((n, n)))
 
 
-def answer(pool: Pool, name: str, *, bound: float, proven: bool, prices: np.ndarray, nodes: int) -> Solution:
-    """The best plan of `pool` and those around it; `proven` says that no plan below `bound` is left to find."""
+def answer(pool: Pool, name: str, *, bound: float, proven: bool, prices: np.ndarray, nodes: int, deadline: float) -> Solution:
+    """The best plan of `pool` and, while there is time, those around it.
+
+    `proven` says that no plan below `bound` is left to find.
+    """
     shadow_prices = tuple(prices.tolist())
     best = pool.best
     if best is None:
         status = Status.infeasible if proven else Status.no_answer
         return Solution(status, (), np.inf, np.inf if proven else bound, solver=name, nodes=nodes)
-    plans = [_solution.Plan(pool.quadratic.choice(plan.taken), plan.loss) for plan in plans_around(pool)]
+    plans = [_solution.Plan(pool.quadratic.choice(plan.taken), plan.loss) for plan in plans_around(pool, deadline)]
     return Solution(
         Status.optimal if proven else Status.feasible,
         plans[0].choice,

@@ -6,19 +6,27 @@ import numpy as np
 
 from mpq_plugins.solvers._iterated_search import Pool
 from mpq_plugins.solvers._neighbourhood import Plan, group_moves, two_moves
+from mpq_plugins.solvers._time import is_over
 
 MOST = 64  # plans listed
 _CENTRES = 4  # best plans whose neighbours are listed
 
 
-def plans_around(pool: Pool) -> list[Plan]:
-    """The best of the plans that the search met and of those one or two moves from the best of them; best first."""
+def plans_around(pool: Pool, deadline: float = np.inf) -> list[Plan]:
+    """The best of the plans that the search met and of those one or two moves from the best of them; best first.
+
+    After `deadline` only the best one, which there must be.
+    """
+    if is_over(deadline) and pool.best is not None:
+        return [pool.best]
     wide = Pool(pool.quadratic)
     met = pool.plans()
     for plan in met:
         wide.add(plan)
     for centre in met[:_CENTRES]:
-        for new in _neighbours(centre):
+        for new in [] if is_over(deadline) else _neighbours(centre):
+            if is_over(deadline):
+                break
             wide.add(centre.moved(new))
     return wide.plans()[:MOST]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
@@ -18,6 +19,7 @@ from mpq_plugins.solvers._knapsack import Knapsack
 from mpq_plugins.solvers._linearized import Linearized, n_products
 from mpq_plugins.solvers._milp import MILP
 from mpq_plugins.solvers._quadratic import Quadratic, has_pairs, without_pairs
+from mpq_plugins.solvers._time import check_time_limit
 
 _FEW_PLANS = 20_000
 _FEW_PRODUCTS = 1_500  # up to there a linearized program that is not convex takes seconds
@@ -39,6 +41,9 @@ class Auto(AbstractSolver):
     gap: float = 1e-9
     pair_gap: float = 1e-6
 
+    def __post_init__(self) -> None:
+        check_time_limit(self.time_limit_s)
+
     def solve(self, problem: Problem) -> Solution:
         """The best plan, by the solver that fits."""
         if has_pairs(problem):
@@ -47,13 +52,15 @@ class Auto(AbstractSolver):
         return self._linear(without_pairs(problem), note)
 
     def _linear(self, problem: Problem, note: str) -> Solution:
+        started = time.perf_counter()
         program = MILP(time_limit_s=self.time_limit_s, gap=self.gap)
         if len(problem.limits) > 1:
             return _because(program.solve(problem), f"milp ({len(problem.limits)} limits{note})")
         quick = Knapsack(gap=self.gap).solve(problem)
         if quick.status is not Status.feasible:
             return _because(quick, f"knapsack ({'one limit' if problem.limits else 'no limit'}{note})")
-        exact = program.solve(problem)
+        left = max(0.01, self.time_limit_s - (time.perf_counter() - started))
+        exact = replace(program, time_limit_s=left).solve(problem)
         if exact.choice and exact.objective <= quick.objective:
             return _because(replace(exact, bound=max(exact.bound, quick.bound)), f"milp (knapsack left a gap{note})")
         return _because(replace(quick, bound=max(exact.bound, quick.bound)), f"knapsack (milp found nothing better{note})")

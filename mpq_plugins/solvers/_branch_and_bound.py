@@ -12,6 +12,7 @@ from mpq_plugins._solver import AbstractSolver
 from mpq_plugins.solvers._answer import answer, infeasible, with_pairs
 from mpq_plugins.solvers._iterated_search import search
 from mpq_plugins.solvers._quadratic import Quadratic
+from mpq_plugins.solvers._time import check_time_limit
 from mpq_plugins.solvers._tree import Tree
 
 
@@ -32,13 +33,18 @@ class BranchAndBound(AbstractSolver):
     kicks: int = 20
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_time_limit(self.time_limit_s)
+
     def solve(self, problem: Problem) -> Solution:
         """The best plan, its bound, the prices of the limits at the root, and plans around the best one."""
-        deadline = time.perf_counter() + self.time_limit_s
+        started = time.perf_counter()
+        deadline = started + self.time_limit_s
         quadratic = Quadratic.of(with_pairs(problem))
-        pool, status = search(quadratic, kicks=self.kicks, seed=self.seed, time_limit_s=self.time_limit_s / 3)
+        pool, status = search(quadratic, kicks=self.kicks, seed=self.seed, deadline=started + self.time_limit_s / 3)
         if status is Status.infeasible:
             return infeasible(self.name)
         tree = Tree(quadratic, pool, self.gap, deadline)
         tree.run()
-        return answer(pool, self.name, bound=tree.bound, proven=tree.is_closed, prices=tree.prices, nodes=tree.nodes)
+        proven, prices = tree.is_closed, tree.prices
+        return answer(pool, self.name, bound=tree.bound, proven=proven, prices=prices, nodes=tree.nodes, deadline=deadline)

@@ -11,6 +11,7 @@ from mpq_plugins._solution import Status
 from mpq_plugins.solvers._milp import MILP
 from mpq_plugins.solvers._neighbourhood import Plan, best_group_move, best_move, best_of_option, best_two_moves
 from mpq_plugins.solvers._quadratic import Quadratic, without_pairs
+from mpq_plugins.solvers._time import is_over
 
 _MOST_MOVES = 10_000
 _SWEEPS = 30
@@ -58,31 +59,35 @@ class Pool:
         return Plan.of(self.quadratic, np.frombuffer(key, dtype=np.int64))
 
 
-def search(quadratic: Quadratic, *, kicks: int, seed: int, time_limit_s: float) -> tuple[Pool, Status]:
-    """The best plans that starts, descents and kicks meet; the status is infeasible when it is proven that there is none."""
-    deadline = time.perf_counter() + time_limit_s
+def search(quadratic: Quadratic, *, kicks: int, seed: int, deadline: float) -> tuple[Pool, Status]:
+    """The best plans that starts, descents and kicks meet; the status is infeasible when it is proven that there is none.
+
+    Ends soon after `deadline`, a value of `time.perf_counter`.
+    """
     pool = Pool(quadratic)
-    starts, status = _starts(quadratic, time_limit_s)
+    starts, status = _starts(quadratic, deadline)
     for start in starts:
-        pool.add(descend(start))
+        pool.add(descend(start, deadline))
     best = pool.best
     if best is None:
         return pool, status
     rng = np.random.default_rng(seed)
     for _ in range(kicks):
-        if time.perf_counter() > deadline:
+        if is_over(deadline):
             break
         kicked = repair(_kicked(best, rng))
         if kicked is not None:
-            plan = descend(kicked)
+            plan = descend(kicked, deadline)
             pool.add(plan)
             best = min(best, plan, key=lambda plan: plan.loss)
     return pool, Status.feasible
 
 
-def descend(plan: Plan) -> Plan:
-    """Take the best single, group or double move until none lowers the loss."""
+def descend(plan: Plan, deadline: float = np.inf) -> Plan:
+    """Take the best single, group or double move until none lowers the loss, or until `deadline`."""
     for _ in range(_MOST_MOVES):
+        if is_over(deadline):
+            break
         move = best_move(plan) or best_group_move(plan) or best_two_moves(plan)
         if move is None:
             break
@@ -109,25 +114,29 @@ def repair(plan: Plan) -> Plan | None:
     return None
 
 
-def _starts(quadratic: Quadratic, time_limit_s: float) -> tuple[list[Plan], Status]:
+def _starts(quadratic: Quadratic, deadline: float) -> tuple[list[Plan], Status]:
     """The best plan without the pairs, and that of a coordinate descent on the priced loss."""
-    linear = MILP(time_limit_s=max(1.0, time_limit_s / 4), gap=1e-3).solve(without_pairs(quadratic.problem))
+    left = deadline - time.perf_counter()
+    linear = MILP(time_limit_s=max(0.1, left / 4), gap=1e-3).solve(without_pairs(quadratic.problem))
     if linear.status is Status.infeasible:
         return [], Status.infeasible
-    starts = _priced_descents(quadratic)
+    starts = [] if linear.choice and is_over(deadline) else _priced_descents(quadratic, deadline)
     if linear.choice:
         starts.append(Plan.of(quadratic, quadratic.positions(linear.choice)))
     return starts, Status.no_answer
 
 
-def _priced_descents(quadratic: Quadratic) -> list[Plan]:
+def _priced_descents(quadratic: Quadratic, deadline: float) -> list[Plan]:
     """Plans of least loss plus price times cost, at the least prices, found by halving, where the limits are met."""
     span = np.ptp(quadratic.cost, axis=1)
     price = np.where(span > 0, np.ptp(quadratic.loss) / np.where(span > 0, span, 1.0), 0.0)
     plan = _least_alone(quadratic)
-    low, high, found = 0.0, None, []
+    low, high = 0.0, None
+    found: list[Plan] = []
     factor = 0.0
     for _ in range(_HALVINGS):
+        if found and is_over(deadline):
+            break
         plan = _coordinate_descent(plan, factor * price @ quadratic.cost)
         if plan.is_feasible:
             found.append(plan)

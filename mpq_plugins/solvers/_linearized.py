@@ -16,12 +16,14 @@ from mpq_plugins.solvers._answer import answer, infeasible, with_pairs
 from mpq_plugins.solvers._iterated_search import Pool, search
 from mpq_plugins.solvers._program import Backend, run_program, terms
 from mpq_plugins.solvers._quadratic import Quadratic
+from mpq_plugins.solvers._time import check_time_limit, has_time_for
 from mpq_plugins.solvers._tree import Tree
 
 _STAKE = 1e4
 _LARGEST = 1e9
 _ROW = 1e5
 _MOST_OVERSHOOTS = 20
+_SECONDS_PER_PRODUCT = 3e-5  # to set the program up
 
 
 @final
@@ -42,25 +44,38 @@ class Linearized(AbstractSolver):
     kicks: int = 20
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_time_limit(self.time_limit_s)
+
     def solve(self, problem: Problem) -> Solution:
         """The best plan and its bound, the prices of the convex relaxation, and plans around the best one."""
-        deadline = time.perf_counter() + self.time_limit_s
+        started = time.perf_counter()
+        deadline = started + self.time_limit_s
         quadratic = Quadratic.of(with_pairs(problem))
-        pool, status = search(quadratic, kicks=self.kicks, seed=self.seed, time_limit_s=self.time_limit_s / 3)
+        pool, status = search(quadratic, kicks=self.kicks, seed=self.seed, deadline=started + self.time_limit_s / 3)
         if status is Status.infeasible:
             return infeasible(self.name)
         tree = Tree(quadratic, pool, self.gap, deadline)
+        if not tree.may_begin:
+            return answer(pool, self.name, bound=tree.bound, proven=False, prices=tree.prices, nodes=0, deadline=deadline)
         left = tree.open_choices(tree.root())
         if tree.is_closed:
-            return answer(pool, self.name, bound=tree.bound, proven=True, prices=tree.prices, nodes=tree.nodes)
+            return answer(
+                pool, self.name, bound=tree.bound, proven=True, prices=tree.prices, nodes=tree.nodes, deadline=deadline
+            )
         bound, proven, nodes = self._search(left, pool, tree.bound, deadline)
-        return answer(pool, self.name, bound=max(bound, tree.bound), proven=proven, prices=tree.prices, nodes=nodes)
+        return answer(
+            pool, self.name, bound=max(bound, tree.bound), proven=proven, prices=tree.prices, nodes=nodes, deadline=deadline
+        )
 
     def _search(self, quadratic: Quadratic, pool: Pool, known: float, deadline: float) -> tuple[float, bool, int]:
         """Bound of the plans among the columns of `quadratic`, whether it is proven, and nodes; better plans go to `pool`."""
         overshoots: list[np.ndarray] = []
         bound, nodes = known, 0
         for _ in range(_MOST_OVERSHOOTS):
+            n_products = len(quadratic.columns) ** 2 / 2  # at most
+            if not has_time_for(deadline, _SECONDS_PER_PRODUCT * n_products):
+                return min(bound, pool.best_loss), False, nodes
             program = _Program.of(quadratic, pool.best_loss - known)
             for taken in overshoots:
                 program.forbid(taken)

@@ -12,6 +12,7 @@ from mpq_plugins._solver import AbstractSolver
 from mpq_plugins.solvers._answer import answer, infeasible, with_pairs
 from mpq_plugins.solvers._iterated_search import search
 from mpq_plugins.solvers._quadratic import Quadratic
+from mpq_plugins.solvers._time import check_time_limit
 from mpq_plugins.solvers._tree import Tree
 
 
@@ -30,13 +31,17 @@ class LocalSearch(AbstractSolver):
     seed: int = 0
     time_limit_s: float = 60.0
 
+    def __post_init__(self) -> None:
+        check_time_limit(self.time_limit_s)
+
     def solve(self, problem: Problem) -> Solution:
         """The best plan met, and plans around it."""
         deadline = time.perf_counter() + self.time_limit_s
         quadratic = Quadratic.of(with_pairs(problem))
-        pool, status = search(quadratic, kicks=self.kicks, seed=self.seed, time_limit_s=self.time_limit_s)
+        pool, status = search(quadratic, kicks=self.kicks, seed=self.seed, deadline=deadline)
         if status is Status.infeasible:
             return infeasible(self.name)
         tree = Tree(quadratic, pool, 0.0, deadline)
-        tree.root()
-        return answer(pool, self.name, bound=tree.bound, proven=False, prices=tree.prices, nodes=tree.nodes)
+        if tree.may_begin:
+            tree.root()
+        return answer(pool, self.name, bound=tree.bound, proven=False, prices=tree.prices, nodes=tree.nodes, deadline=deadline)

@@ -17,6 +17,7 @@ from mpq_plugins.solvers._dual import relax
 from mpq_plugins.solvers._improve import good_plan
 from mpq_plugins.solvers._program import Backend, Outcome, Program
 from mpq_plugins.solvers._secants import Relaxation
+from mpq_plugins.solvers._time import check_time_limit
 
 _MOST_OVERSHOOTS = 20
 
@@ -35,6 +36,9 @@ class MILP(AbstractSolver):
     time_limit_s: float = 60.0
     gap: float = 1e-9
     backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
+        check_time_limit(self.time_limit_s)
 
     def solve(self, problem: Problem) -> Solution:
         """The best plan, its bound, and the prices of the limits. Raises `SolverError` for pairwise losses."""

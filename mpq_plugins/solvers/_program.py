@@ -172,10 +172,11 @@ def run_program(program: Any, backend: Backend, *, time_limit_s: float, gap: flo
     import pulp
 
     uses_highs = backend == "highs" or (backend == "auto" and importlib.util.find_spec("highspy") is not None)
+    limit = time_limit_s if np.isfinite(time_limit_s) else None
     if uses_highs:
-        solver = pulp.HiGHS(msg=False, timeLimit=time_limit_s, gapRel=gap, gapAbs=1e-6, parallel="off")
+        solver = pulp.HiGHS(msg=False, timeLimit=limit, gapRel=gap, gapAbs=1e-6, parallel="off")
     else:
-        solver = pulp.PULP_CBC_CMD(msg=False, timeLimit=time_limit_s, gapRel=gap)
+        solver = pulp.PULP_CBC_CMD(msg=False, timeLimit=limit, gapRel=gap)
     try:
         program.solve(solver)
     except pulp.PulpSolverError as error:

@@ -62,10 +62,8 @@ def _by_cuts(
     """One after the other, each by a program that the plans before are cut from."""
     plans = [choice]
     deadline = time.perf_counter() + _TIME_LIMIT_S
-    while len(plans) <= count and time.perf_counter() < deadline:
-        outcome = best_within(
-            blocks, relaxation, enough, without=tuple(plans), backend=backend, time_limit_s=_TIME_LIMIT_S, gap=1e-9
-        )
+    while len(plans) <= count and (left := deadline - time.perf_counter()) > 0:
+        outcome = best_within(blocks, relaxation, enough, without=tuple(plans), backend=backend, time_limit_s=left, gap=1e-9)
         if outcome.choice is None or outcome.status is not Status.optimal:
             break
         plans.append(tuple(int(index) for index in outcome.choice))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +14,7 @@ from mpq_plugins.solvers._curvature import best_blocks
 from mpq_plugins.solvers._iterated_search import Pool, descend, repair
 from mpq_plugins.solvers._quadratic import Quadratic
 from mpq_plugins.solvers._relaxation import Nodes, Relaxed
+from mpq_plugins.solvers._time import half_way, has_time_for_algebra, is_over
 
 _STEP = 4.0  # of the method of multipliers, in units of the mean curvature; 3 to 6 measured best
 _ITERATIONS = 15  # between two looks at the bounds
@@ -44,6 +44,7 @@ class Tree:
     nodes: int = 0
     prices: np.ndarray = field(default_factory=lambda: np.zeros(0))
     _floor: float = -np.inf
+    _is_bounded: bool = False
     _heap: list[tuple[float, int, Nodes]] = field(default_factory=list)
     _count: itertools.count[int] = field(default_factory=itertools.count)
 
@@ -56,6 +57,8 @@ class Tree:
     @property
     def bound(self) -> float:
         """No plan has a lower loss."""
+        if not self._is_bounded:
+            return _least_apart(self.quadratic)
         return min(self.cut_off, max(self._floor, min((bound for bound, _, _ in self._heap), default=np.inf)))
 
     @property
@@ -63,12 +66,19 @@ class Tree:
         """Whether no open node can hold a plan below the cut-off."""
         return self.bound >= self.cut_off
 
+    @property
+    def may_begin(self) -> bool:
+        """Whether there is time to bound the whole problem."""
+        return self._has_time(self.quadratic)
+
     def run(self) -> None:
         """Search until closed or out of time."""
+        if not self.may_begin:
+            return
         relaxed = self.root()
         tightened = relaxed.form.was_lacking
         for batch in itertools.count():
-            if self.is_closed or time.perf_counter() > self.deadline:
+            if self.is_closed or is_over(self.deadline):
                 break
             if not tightened and self.nodes > _nodes_to_tighten(relaxed.quadratic):
                 relaxed, tightened = self._tightened(relaxed), True
@@ -82,7 +92,8 @@ class Tree:
         simplices = Simplices.of(self.quadratic)
         form = convex(self.quadratic, simplices)
         relaxed = self._closed_in(Relaxed.of(self.quadratic, form, simplices, _STEP))
-        return self._tightened(relaxed) if form.was_lacking and not self.is_closed else relaxed
+        lacks = form.was_lacking and not self.is_closed
+        return self._tightened(relaxed) if lacks and self._has_time(relaxed.quadratic) else relaxed
 
     def open_choices(self, relaxed: Relaxed) -> Quadratic:
         """The choices that a better plan can have, after `root`."""
@@ -93,23 +104,27 @@ class Tree:
         while True:
             self._heap.clear()
             self._explore(relaxed, relaxed.start(), np.array([self._floor]), looks=_ROOT_LOOKS)
+            self._is_bounded = True
             if not self._heap:
                 return relaxed
             self._floor, _, nodes = self._heap[0]
             self.prices = relaxed.bounds(nodes).prices[:, 0]
             self._round(relaxed, nodes)
             left = relaxed.quadratic.restricted(nodes.open[:, 0])
-            if len(left.columns) > _SHRUNK * len(relaxed.quadratic.columns) or time.perf_counter() > self.deadline:
+            if len(left.columns) > _SHRUNK * len(relaxed.quadratic.columns) or not self._has_time(left):
                 return relaxed
             form = relaxed.form.restricted(np.isin(relaxed.quadratic.columns, left.columns))
             relaxed = Relaxed.of(left, form, Simplices.of(left), _STEP)
+
+    def _has_time(self, quadratic: Quadratic) -> bool:
+        return has_time_for_algebra(self.deadline, len(quadratic.columns))
 
     def _tightened(self, relaxed: Relaxed) -> Relaxed:
         """Start again with the curvature spread so that the bound is higher, if it is."""
         quadratic, before = relaxed.quadratic, (self._heap, self._floor, self.bound)
         simplices = Simplices.of(quadratic)
         linear = quadratic.problem.loss[quadratic.columns] + self.prices @ quadratic.cost
-        half = (time.perf_counter() + self.deadline) / 2
+        half = half_way(self.deadline)
         blocks = best_blocks(quadratic, linear, iterations=_TIGHTENINGS, deadline=half)
         tighter = Relaxed.of(quadratic, convex(quadratic, simplices, blocks), simplices, _STEP)
         self._heap, self._floor = [], -np.inf
@@ -151,6 +166,8 @@ class Tree:
             self._keep(nodes, known, np.flatnonzero(alive & ~single & ~gained))
             index = np.flatnonzero(alive & ~single & gained)
             nodes, known = nodes.take(index), known[index]
+            if is_over(self.deadline):
+                break
         self._keep(nodes, known, np.arange(nodes.count))
 
     def _keep(self, nodes: Nodes, known: np.ndarray, index: np.ndarray) -> None:
@@ -167,7 +184,15 @@ class Tree:
         taken = relaxed.quadratic.attaining(relaxed.bounds(node).values[:, 0])
         repaired = repair(self.pool.moved_to(relaxed.quadratic, taken))
         if repaired is not None:
-            self.pool.add(descend(repaired))
+            self.pool.add(descend(repaired, self.deadline))
+
+
+def _least_apart(quadratic: Quadratic) -> float:
+    """The least losses of units and of their pairs, each chosen apart: a bound that costs next to nothing."""
+    starts = np.flatnonzero(np.diff(quadratic.unit_of, prepend=-1))
+    pairs = np.minimum.reduceat(np.minimum.reduceat(quadratic.pairs, starts, axis=0), starts, axis=1)
+    parts = (np.minimum.reduceat(quadratic.loss, starts).sum(), pairs.sum() / 2)
+    return float(sum(parts) - 1e-9 * sum(map(abs, parts)))
 
 
 def _nodes_to_tighten(quadratic: Quadratic) -> float:

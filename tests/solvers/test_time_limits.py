@@ -1,0 +1,59 @@
+"""Time limits: what is refused, and that an answer cut short is a plan with a bound that holds."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mpq_plugins._errors import SolverError
+from mpq_plugins._problem import Problem
+from mpq_plugins._solution import Status
+from mpq_plugins._solve import solve
+from mpq_plugins.solvers import MILP, Auto, BranchAndBound, Exhaustive, Linearized, LocalSearch
+
+LIMITED = (Auto, BranchAndBound, Linearized, LocalSearch, MILP)
+
+
+def _problem(n_units, n_choices, *, paired=True):
+    """Random losses that fall and costs that grow with the choice, two limits at the middle; pairs of rank 4."""
+    rng = np.random.default_rng(0)
+    loss = np.sort(rng.random((n_units, n_choices)))[:, ::-1]
+    costs = [np.sort(rng.random((n_units, n_choices))) for _ in range(2)]
+    problem = Problem.of(loss, [(cost, (cost[:, 0] + cost[:, -1]).sum() / 2) for cost in costs])
+    factors = rng.normal(size=(n_units * n_choices, 4)) * 0.1
+    pairs = factors @ factors.T
+    for start in range(0, len(pairs), n_choices):
+        pairs[start : start + n_choices, start : start + n_choices] = 0
+    return replace(problem, pairwise=pairs) if paired else problem
+
+
+@pytest.mark.parametrize("solver", LIMITED)
+@pytest.mark.parametrize("seconds", [0, 0.0, -1, float("nan"), "60"])
+def test_limits_that_are_no_time_are_refused(solver, seconds):
+    """0, negative and NaN are told when the solver is made, before anything is scored."""
+    with pytest.raises(SolverError, match=r"time_limit_s is .*, but must be above 0 seconds"):
+        solver(time_limit_s=seconds)
+    assert solver(time_limit_s=float("inf")).time_limit_s > 1e9
+
+
+@pytest.mark.parametrize("solver", LIMITED)
+def test_a_plan_that_was_cut_short_is_a_plan(solver):
+    """With next to no time the plan keeps the limits, and no plan of the small problem is below the bound."""
+    problem = _problem(6, 3, paired=solver is not MILP)
+    solution = solve(problem, solver(time_limit_s=1e-6))
+    best = solve(problem, Exhaustive()).objective
+    assert problem.is_feasible(np.array(solution.choice))
+    assert solution.bound <= best + 1e-9
+    assert solution.objective >= best - 1e-9
+
+
+@pytest.mark.parametrize("solver", [BranchAndBound, Linearized, LocalSearch])
+def test_what_would_take_too_long_is_not_begun(solver, monkeypatch):
+    """On 1,200 columns the dense algebra of a bound takes seconds: with no time left nothing of it is called."""
+    monkeypatch.setattr("mpq_plugins.solvers._tree.convex", lambda *_: pytest.fail("a bound was begun"))
+    monkeypatch.setattr("mpq_plugins.solvers._around._neighbours", lambda *_: pytest.fail("neighbours were listed"))
+    problem = _problem(200, 6)
+    solution = solve(problem, solver(time_limit_s=0.001))
+    assert solution.status is Status.feasible
+    assert np.isfinite(solution.bound)
+    assert solution.bound <= solution.objective

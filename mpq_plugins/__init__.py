@@ -18,9 +18,25 @@ if TYPE_CHECKING:
     from mpq_plugins._cost import AbstractCost as AbstractCost
     from mpq_plugins._cost import Budget as Budget
     from mpq_plugins._discover import find_layers as find_layers
+    from mpq_plugins._errors import AdapterError as AdapterError
+    from mpq_plugins._errors import BudgetError as BudgetError
+    from mpq_plugins._errors import DataError as DataError
     from mpq_plugins._errors import FewImagesWarning as FewImagesWarning
+    from mpq_plugins._errors import FingerprintError as FingerprintError
     from mpq_plugins._errors import FloatLayersWarning as FloatLayersWarning
+    from mpq_plugins._errors import FormatError as FormatError
+    from mpq_plugins._errors import InfeasibleBudgetError as InfeasibleBudgetError
+    from mpq_plugins._errors import MissingExtraError as MissingExtraError
+    from mpq_plugins._errors import ModelError as ModelError
     from mpq_plugins._errors import MPQError as MPQError
+    from mpq_plugins._errors import PluginError as PluginError
+    from mpq_plugins._errors import PrecisionError as PrecisionError
+    from mpq_plugins._errors import SolverError as SolverError
+    from mpq_plugins._errors import SpaceError as SpaceError
+    from mpq_plugins._errors import TrainingError as TrainingError
+    from mpq_plugins._errors import UnknownLayerError as UnknownLayerError
+    from mpq_plugins._errors import VerificationError as VerificationError
+    from mpq_plugins._errors import WriteError as WriteError
     from mpq_plugins._layers import Inventory as Inventory
     from mpq_plugins._layers import Layer as Layer
     from mpq_plugins._model import Batch as Batch
@@ -50,26 +66,42 @@ _HOME = {
     "AbstractCost": "_cost",
     "AbstractProxy": "_proxy",
     "AbstractSolver": "_solver",
+    "AdapterError": "_errors",
     "Allocation": "_allocate",
     "Batch": "_model",
     "BitConfig": "_bits",
     "Budget": "_cost",
+    "BudgetError": "_errors",
+    "DataError": "_errors",
     "FewImagesWarning": "_errors",
+    "FingerprintError": "_errors",
     "FloatLayersWarning": "_errors",
+    "FormatError": "_errors",
+    "InfeasibleBudgetError": "_errors",
     "Inventory": "_layers",
     "Layer": "_layers",
     "Limit": "_problem",
     "MPQError": "_errors",
+    "MissingExtraError": "_errors",
+    "ModelError": "_errors",
     "PTQ": "_ptq",
     "Plan": "_solution",
+    "PluginError": "_errors",
     "Precision": "_precision",
+    "PrecisionError": "_errors",
     "Problem": "_problem",
     "Repair": "_repairs",
     "Scores": "_scores",
     "Solution": "_solution",
+    "SolverError": "_errors",
     "Space": "_space",
+    "SpaceError": "_errors",
     "Status": "_solution",
+    "TrainingError": "_errors",
+    "UnknownLayerError": "_errors",
     "Verification": "_verify",
+    "VerificationError": "_errors",
+    "WriteError": "_errors",
     "allocate": "_allocate",
     "build_problem": "_problem",
     "build_space": "_allocate",

@@ -309,7 +309,7 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="COST=LIMIT",
-        help="size=6.7MiB, bops=75G, or a uniform width: size=w4, bops=w4a8; repeat for several at once",
+        help="size=6.7MiB, bops=75G, or a uniform width: size=w4, bops=w4a8; repeat: all must hold together",
     )
     group.add_argument("--solver", default="auto", metavar="NAME", help="see `mpq plugins` (default auto)")
     group.add_argument("--solver-option", action="append", default=[], metavar="KEY=VALUE", help="option of the solver")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import mpq_plugins
+from mpq_plugins import _errors
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("nncf", "brevitas", "openvino", "onnx", "matplotlib")
@@ -94,3 +95,12 @@ def test_public_names_are_sorted_and_exist():
     assert all(getattr(mpq_plugins, name) is not None for name in mpq_plugins.__all__)
     with pytest.raises(AttributeError, match="nonsense"):
         _ = mpq_plugins.nonsense
+
+
+def test_every_documented_error_can_be_imported():
+    """Every class of the tree in `_errors` is a public name, and all but the warning derive from `MPQError`."""
+    classes = {name: value for name, value in vars(_errors).items() if isinstance(value, type)}
+    assert classes.keys() <= set(mpq_plugins.__all__)
+    assert all(name in (_errors.__doc__ or "") and getattr(mpq_plugins, name) is value for name, value in classes.items())
+    others = [value for value in classes.values() if not issubclass(value, mpq_plugins.MPQError)]
+    assert all(issubclass(value, UserWarning) for value in others)

@@ -87,7 +87,7 @@ def train(
     """
     recipe = recipe or TrainingRecipe()
     if tensorboard and folder is None:
-        raise TrainingError("TensorBoard's files need a folder to lie in, and none was given. Give folder= (--folder).")
+        raise TrainingError("TensorBoard's files need a folder to lie in, and none was given. Give folder= (--out).")
     kept = None if folder is None else TrainingFolder(folder)
     with engine(recipe.mixed_precision) as accelerator:
         check_evaluation(evaluation)

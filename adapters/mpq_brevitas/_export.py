@@ -32,7 +32,7 @@ _WRAPPED = "model"
 
 
 def export(module: nn.Module, path: str | Path, example: Any, *, format: str) -> Path:
-    """Write one-image inference of `module`; the nodes of layers get the layers' names."""
+    """Write `module`, of one image in the finn profile and any number in the other; nodes of layers get the layers' names."""
     bits, recipe = bits_of(check_quantized_weights(module)), recipe_of(module)
     binary = [name for name, precision in bits.layers.items() if precision.weight == 1]
     if format == "qcdq" and binary:
@@ -54,7 +54,9 @@ def export(module: nn.Module, path: str | Path, example: Any, *, format: str) ->
     }
 
     def write(temporary: Path) -> None:
-        _write_raw(_Positional(_deployable(module, recipe), keys).eval(), temporary, args, format, _OPSETS[recipe.profile])
+        wrapped = _Positional(_deployable(module, recipe), keys).eval()
+        # FINN's passes need every size; everything else takes any number of images.
+        _write_raw(wrapped, temporary, args, format, _OPSETS[recipe.profile], free_batch=recipe.profile != "finn")
         _finish(temporary, calls, metadata)
 
     return write_whole(path, write)
@@ -111,16 +113,18 @@ class _Positional(nn.Module):
         return tuple(brevitas.plain(tensor) for tensor in tensors(brevitas.plain(result)))
 
 
-def _write_raw(module: _Positional, path: Path, args: tuple[Tensor, ...], format: str, opset: int) -> None:
+def _write_raw(module: _Positional, path: Path, args: tuple[Tensor, ...], format: str, opset: int, *, free_batch: bool) -> None:
     """Brevitas' own export. It leaves handlers and caches in the module, which must be a copy."""
     from brevitas.export import export_onnx_qcdq, export_qonnx
 
     names = list(module.keys or [f"input_{index}" if len(args) > 1 else "input" for index in range(len(args))])
+    images = {name for name, value in zip(names, args, strict=True) if value.dim() and value.shape[0] == 1}
+    free = {"dynamic_axes": {name: {0: "batch"} for name in images}} if free_batch else {}
     write = {"qonnx": export_qonnx, "qcdq": export_onnx_qcdq}[format]
     with brevitas.guarded(), _plain_attention():
         try:
             # dynamo=False: the newer exporter renames and merges initializers, and fails on attention.
-            write(module, args=args, export_path=str(path), dynamo=False, opset_version=opset, input_names=names)
+            write(module, args=args, export_path=str(path), dynamo=False, opset_version=opset, input_names=names, **free)
         except Exception as error:
             if disk_refusal(error) is not None:
                 raise  # `write_whole` tells it

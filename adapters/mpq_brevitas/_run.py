@@ -16,7 +16,7 @@ from mpq_plugins._plugins import require
 
 
 def run(path: str | Path, inputs: Any, *, exact: bool = True) -> list[np.ndarray]:
-    """Outputs of the file on `inputs`, one image after the other.
+    """Outputs of the file on `inputs`, one image after the other where the file takes one only.
 
     QONNX quantizers become Div, Round, Clip, Mul (the formula of the QONNX standard, in float32), so that one session runs
     the whole graph. `exact` switches onnxruntime's graph optimisations off: they fuse Q/DQ pairs into kernels that round

@@ -8,6 +8,7 @@ import pytest
 import torch
 from brevitas_nets import ALL_PROFILES, CASES, network
 from mpq_brevitas import BrevitasAdapter
+from mpq_brevitas._inference_cost import of_one_image
 
 from mpq_plugins import BitConfig, Precision, find_layers
 from mpq_plugins._errors import AdapterError, FormatError
@@ -69,7 +70,7 @@ def test_binary_scale_is_the_mean_magnitude(prepared):
 
 
 @pytest.mark.parametrize(("name", "profile"), [("cnn", "layerwise"), ("residual", "finn"), ("binary", "layerwise")])
-def test_fast_run_equals_qonnx(prepared, exported, name, profile):
+def test_fast_run_equals_qonnx(prepared, exported, tmp_path, name, profile):
     """One onnxruntime session gives what qonnx's own node-by-node execution gives."""
     from qonnx.core.modelwrapper import ModelWrapper
     from qonnx.core.onnx_exec import execute_onnx
@@ -77,7 +78,7 @@ def test_fast_run_equals_qonnx(prepared, exported, name, profile):
 
     case = prepared(name, profile)
     path = exported(name, profile)
-    model = cleanup_model(ModelWrapper(str(path)))
+    model = cleanup_model(ModelWrapper(str(of_one_image(path, tmp_path))))
     expected = execute_onnx(model, {model.graph.input[0].name: case.example[:1].numpy()})[model.graph.output[0].name]
     np.testing.assert_allclose(
         case.adapter.run(path, case.example[:1])[0], expected, rtol=0, atol=1e-5 * np.abs(expected).max()

@@ -33,7 +33,7 @@ class NNCFAdapter(AbstractAdapter):
     """
 
     name: ClassVar[str] = "nncf"
-    formats: ClassVar[tuple[str, ...]] = ("openvino-compact", "openvino-fast", "onnx")
+    formats: ClassVar[tuple[str, ...]] = ("openvino-compact", "openvino-fast", "onnx", "onnx-compact")
     weight_bits: ClassVar[tuple[int, ...]] = (2, 3, 4, 6, 8)
     activation_bits: ClassVar[tuple[int, ...]] = (8,)
 
@@ -114,7 +114,10 @@ class NNCFAdapter(AbstractAdapter):
         return use_float_weights(module, on=on)
 
     def export(self, module: nn.Module, path: str | Path, example: Any, *, format: str | None = None) -> Path:
-        """See `AbstractAdapter.export`; OpenVINO's two files are `path` and its neighbour ending in .bin."""
+        """See `AbstractAdapter.export`; OpenVINO's two files are `path` and its neighbour ending in .bin.
+
+        A name without the format's suffix gets it; raises `AdapterError` for one with the suffix of another.
+        """
         from mpq_nncf._export import export
 
         return export(module, path, example, format=format or self.formats[0])

@@ -14,7 +14,7 @@ from mpq_nncf._wiring import wiring_of
 from mpq_plugins._adapter import bits_of
 from mpq_plugins._errors import AdapterError
 
-SUFFIXES = {"openvino-compact": ".xml", "openvino-fast": ".xml", "onnx": ".onnx"}
+SUFFIXES = {"openvino-compact": ".xml", "openvino-fast": ".xml", "onnx": ".onnx", "onnx-compact": ".onnx"}
 
 
 def export(module: nn.Module, path: str | Path, example: Any, *, format: str) -> Path:
@@ -22,13 +22,18 @@ def export(module: nn.Module, path: str | Path, example: Any, *, format: str) ->
     if format not in SUFFIXES:
         raise AdapterError(f"format {format!r} is unknown; there are {', '.join(SUFFIXES)}.")
     path = Path(path)
+    if path.suffix.lower() in {".xml", ".bin", ".onnx"} - {SUFFIXES[format]}:
+        raise AdapterError(
+            f"{path.name} is no name for a file of format {format}, which ends in {SUFFIXES[format]}. Name it "
+            f"{path.with_suffix(SUFFIXES[format]).name}, or choose another of the formats {', '.join(SUFFIXES)} (--format)."
+        )
     if path.suffix != SUFFIXES[format]:
         path = path.with_name(path.name + SUFFIXES[format])
     frozen = use_float_weights(copy.deepcopy(module).eval(), on=False)
-    if format == "onnx":
+    if SUFFIXES[format] == ".onnx":
         from mpq_nncf._onnx_export import export_onnx
 
-        return export_onnx(frozen, path, example, declaration(frozen))
+        return export_onnx(frozen, path, example, declaration(frozen), packed=format == "onnx-compact")
     from mpq_nncf._ir_export import export_ir
 
     return export_ir(frozen, path, example, declaration(frozen), widen=format == "openvino-fast")

@@ -81,8 +81,8 @@ class _Placeholder(nn.Module):
         return result
 
 
-def export_onnx(module: nn.Module, path: Path, example: Any, declaration: Declaration) -> Path:
-    """Write `path`; `module` is a copy that may be changed."""
+def export_onnx(module: nn.Module, path: Path, example: Any, declaration: Declaration, *, packed: bool) -> Path:
+    """Write `path`; `module` is a copy that may be changed. `packed` stores weights of 2 to 4 bits in ONNX's types for them."""
     onnx = require("onnx", "onnx")
     _put_placeholders(module)
     wrapped, values, names = positional(module, example)
@@ -104,6 +104,10 @@ def export_onnx(module: nn.Module, path: Path, example: Any, declaration: Declar
         )
     model = onnx.load_from_string(buffer.getvalue())
     _expand(model, declaration)
+    if packed:
+        from mpq_nncf._onnx_packing import pack_weights
+
+        model = pack_weights(model, declaration)
     model.metadata_props.add(key=KEY, value=declaration.dumps())
     onnx.checker.check_model(model)
     return write_whole(path, lambda temporary: onnx.save(model, temporary))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mpq_nncf._declaration import CALL, KEY, WEIGHT, Declaration, Found, Levels, json_or_none
+from mpq_nncf._onnx_packing import storage_bits
 from mpq_plugins._errors import FormatError
 from mpq_plugins._plugins import require
 
@@ -23,6 +24,7 @@ _PASSING = frozenset(
 @dataclass(frozen=True)
 class _Graph:
     arrays: Mapping[str, np.ndarray]
+    codes: Mapping[str, int]  # constant of signed codes -> bits of its storage
     maker: Mapping[str, Any]
     readers: Mapping[str, list[tuple[Any, int]]]
 
@@ -44,6 +46,7 @@ def read_onnx(path: Path) -> tuple[Declaration | None, dict[str, Found]]:
 
 def _graph(onnx: Any, model: Any) -> _Graph:
     arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    codes = {tensor.name: bits for tensor in model.graph.initializer if (bits := storage_bits(onnx, tensor)) is not None}
     maker, readers = {}, {}
     for node in model.graph.node:
         maker.update(dict.fromkeys(node.output, node))
@@ -51,14 +54,13 @@ def _graph(onnx: Any, model: Any) -> _Graph:
             readers.setdefault(name, []).append((node, index))
         if node.op_type == "Constant":
             arrays[node.output[0]] = onnx.numpy_helper.to_array(node.attribute[0].t)
-    return _Graph(arrays, maker, readers)
+    return _Graph(arrays, codes, maker, readers)
 
 
 def _found(graph: _Graph) -> dict[str, Found]:
     found: dict[str, Found] = {}
-    for name, array in graph.arrays.items():
-        if array.dtype != np.int8:
-            continue
+    for name, storage in graph.codes.items():
+        array = graph.arrays[name].astype(np.int8)
         calls = [call for node, index in graph.readers.get(name, ()) if index == 0 for call in _calls(graph, node)]
         if not calls:
             continue
@@ -68,7 +70,7 @@ def _found(graph: _Graph) -> dict[str, Found]:
             user, marked, _ = call.name.rpartition(CALL)
             user = user if marked else holder
             levels[user] = (*levels.get(user, ()), *_levels(graph, call.input[0]))
-        found[holder] = Found(array, 8, levels)
+        found[holder] = Found(array, storage, levels)
     return found
 
 

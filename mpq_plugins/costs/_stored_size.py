@@ -13,6 +13,7 @@ from mpq_plugins._precision import Precision
 STORAGE: dict[str, tuple[int, ...]] = {
     "openvino-compact": (0, 0, 2, 3, 4, 6, 6, 8, 8),
     "openvino-fast": (0, 0, 8, 8, 8, 8, 8, 8, 8),
+    "onnx-compact": (0, 0, 2, 4, 4, 8, 8, 8, 8),
     "qcdq": (0, 0, 8, 8, 8, 8, 8, 8, 8),
     "qonnx": (0, 32, 32, 32, 32, 32, 32, 32, 32),
 }

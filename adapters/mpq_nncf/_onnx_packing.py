@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpq_nncf._declaration import WEIGHT, Declaration
+from mpq_nncf._ir_storage import Storage, pack
 from mpq_plugins._errors import AdapterError
 from mpq_plugins._plugins import require
 
@@ -60,8 +61,10 @@ def _loadable(onnx: Any, model: Any, chosen: dict[str, _Type]) -> Any:
     for tensor in packed.graph.initializer:
         if tensor.name in chosen:
             codes = onnx.numpy_helper.to_array(tensor)
-            kind = getattr(onnx.TensorProto, chosen[tensor.name].name)
-            tensor.CopyFrom(onnx.helper.make_tensor(tensor.name, kind, codes.shape, codes.reshape(-1).tolist()))
+            kind = chosen[tensor.name]
+            packed_codes = pack(codes, Storage(kind.name, kind.bits, zero_point=0)).tobytes()  # the layouts are OpenVINO's
+            element = getattr(onnx.TensorProto, kind.name)
+            tensor.CopyFrom(onnx.helper.make_tensor(tensor.name, element, codes.shape, packed_codes, raw=True))
     options = runtime.SessionOptions()
     options.log_severity_level = 4
     runtime.InferenceSession(packed.SerializeToString(), options, providers=["CPUExecutionProvider"])

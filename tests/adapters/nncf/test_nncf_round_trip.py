@@ -17,7 +17,8 @@ from mpq_plugins import BitConfig, Budget, Precision, allocate, find_layers, ver
 from mpq_plugins.costs import StoredSize
 from mpq_plugins.costs._stored_size import STORAGE, packed_bytes
 
-FORMATS = NNCFAdapter.formats
+# onnxruntime 1.31 cannot move a signed quantizer through the reshape of "chain" at opset 21; see test_nncf_formats.
+FORMATS = tuple(format for format in NNCFAdapter.formats if format != "onnx-compact")
 NETS = ("residual", "zoo", "attention", "chain")
 
 

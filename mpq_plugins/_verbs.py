@@ -314,12 +314,9 @@ def _report_verification(options: Namespace, report: Verification, accuracies: M
         )
         if report.outputs.deployed is not None:
             sizes = " and ".join(map(str, report.outputs.batch_sizes))
-            console.print(
-                f"executed by default: mean difference {report.outputs.deployed:.1e}; compared at batch {sizes}",
-                highlight=False,
-            )
+            terminal.print(f"executed by default: mean difference {report.outputs.deployed:.1e}; compared at batch {sizes}")
         if report.outputs.refused_batch is not None:
-            console.print(f"note: not compared at batch {report.outputs.refused_batch}", highlight=False, markup=False)
+            terminal.print(f"note: not compared at batch {report.outputs.refused_batch}")
         if report.outputs.own_difference:
             terminal.print(
                 "note: that is above the tolerance, and so is what the module differs from itself when its sums are rounded "

@@ -49,8 +49,8 @@ def pack_weights(model: Any, declaration: Declaration) -> Any:
             failure = error
     reason = "onnx has no INT4" if failure is None else f"{type(failure).__name__}: {str(failure).splitlines()[0][:200]}"
     raise AdapterError(
-        f"the installed onnxruntime does not load this model with weights in 4 bits: {reason}. Export to onnx (8-bit codes), or "
-        "install other versions of onnx and onnxruntime (opset 21 at least)."
+        f"the installed onnxruntime does not load this model with weights in 4 bits: {reason}. Export to onnx (8-bit codes) "
+        "or install other versions of onnx and onnxruntime (opset 21 at least)."
     )
 
 

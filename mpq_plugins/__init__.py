@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from mpq_plugins._errors import SpaceError as SpaceError
     from mpq_plugins._errors import TrainingError as TrainingError
     from mpq_plugins._errors import UnknownLayerError as UnknownLayerError
+    from mpq_plugins._errors import UsageError as UsageError
     from mpq_plugins._errors import VerificationError as VerificationError
     from mpq_plugins._errors import WriteError as WriteError
     from mpq_plugins._layers import Inventory as Inventory
@@ -99,6 +100,7 @@ _HOME = {
     "Status": "_solution",
     "TrainingError": "_errors",
     "UnknownLayerError": "_errors",
+    "UsageError": "_errors",
     "Verification": "_verify",
     "VerificationError": "_errors",
     "WriteError": "_errors",

@@ -19,7 +19,7 @@ from mpq_plugins._batch_norm import (
 from mpq_plugins._model import Batch
 from mpq_plugins._plugins import make
 from mpq_plugins._ptq import PTQ
-from mpq_plugins._repairs import Judge, hold_out, repair, repairs_of
+from mpq_plugins._repairs import Judge, hold_out, repair, repairs_of, to_correct_with
 from mpq_plugins.digits import digits, trained_digits_net
 
 
@@ -340,3 +340,10 @@ def test_corrections_are_judged_together_and_apart_where_that_hurts(of_norm, of_
     )
     assert [(made.option, made.kept) for made in found] == told
     assert [float(layer.bias) for layer in module] == pytest.approx(left)
+
+
+@pytest.mark.parametrize(("narrowest", "n_batches"), [(8, 3), (7, 5)])
+def test_few_images_tell_what_8_bit_weights_move(narrowest, n_batches):
+    """Batches of 30 images: the first three hold 64; a single narrower weight asks for all five."""
+    bits = BitConfig({"a": Precision(8, 4), "b": Precision(narrowest, 8)}, "fingerprint")
+    assert len(to_correct_with([Batch(torch.zeros(30, 1))] * 5, bits)) == n_batches

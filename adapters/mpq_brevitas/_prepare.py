@@ -30,7 +30,7 @@ from mpq_plugins._layers import Inventory
 from mpq_plugins._model import Batch, calibration_batches
 from mpq_plugins._ptq import PTQ
 from mpq_plugins._quick import quick
-from mpq_plugins._repairs import Judge, Repair, attach_repairs, better, hold_out, repair
+from mpq_plugins._repairs import Judge, Repair, attach_repairs, better, hold_out, repair, to_correct_with
 
 if TYPE_CHECKING:
     from mpq_brevitas._adapter import BrevitasAdapter
@@ -169,7 +169,7 @@ def _repairs(
     return repair(
         module,
         ptq,
-        images.quick_used,
+        to_correct_with(images.quick_used, bits),
         judge,
         reference=graph.reference,
         norms=norms,

@@ -122,9 +122,10 @@ def _of_least_error(histogram: Histogram, kind: nncf_quantizers.ActivationKind) 
 
 
 @contextlib.contextmanager
-def unquantized(module: nn.Module) -> Iterator[None]:
-    """All quantizers of a freshly placed module let everything through meanwhile."""
-    quantizers = [nncf_quantizers.quantizer_at(module, hook.name) for hook in nncf_quantizers.hooks(module)]
+def unquantized(module: nn.Module, places: Iterable[str] | None = None) -> Iterator[None]:
+    """The quantizers at `places`, or all, let everything through meanwhile."""
+    names = [hook.name for hook in nncf_quantizers.hooks(module)] if places is None else places
+    quantizers = [nncf_quantizers.quantizer_at(module, name) for name in names]
     passing = [nncf_quantizers.passes_through(quantizer) for quantizer in quantizers]
     try:
         for quantizer in quantizers:

@@ -30,9 +30,10 @@ from mpq_plugins._model import Batch, batch_size, calibration_batches, device_of
 from mpq_plugins._precision import Precision
 from mpq_plugins._ptq import PTQ
 from mpq_plugins._quick import quick
-from mpq_plugins._repairs import Judge, Repair, attach_repairs, better, hold_out, repair
+from mpq_plugins._repairs import Judge, Repair, are_fine, attach_repairs, better, hold_out, repair, to_correct_with
 from mpq_plugins._unread import REASON, unread_layers
 
+_FINE = 8  # bits of activations that corrections beside narrow weights take as float
 _LOG = logging.getLogger("mpq_plugins.nncf")
 # On the small networks of docs/nncf.md 8 images gave statistics as good as 192; fewer were not tried.
 LEAST_IMAGES_FOR_STATISTICS = 8
@@ -110,18 +111,24 @@ def _repaired(
         return {**norms, **(bias_sites(module, unnormed) if recipe.ptq.bias_correction else {})}
 
     module, expected = _quantized(model, bits, layers, example, images, recipe, sites)
-    weights = {name for layer in wiring_of(module).values() for name in layer.weight}
+    wiring = wiring_of(module)
+    weights = {name for layer in wiring.values() for name in layer.weight}
+    # Beside narrow weights, rounding to 8 bits moves no mean that counts, and takes a sixth of the pass.
+    places = first_places(module, [hook for layer in wiring.values() for hook in layer.activation])
+    widths = {place: nncf_quantizers.bits_of(nncf_quantizers.quantizer_at(module, place)) for place in places}
+    fine = [] if are_fine(bits) else [place for place, width in widths.items() if width >= _FINE]
     with nncf_quantizers.remembering(nncf_quantizers.quantizer_at(module, name) for name in sorted(weights)):
         repairs = repair(
             module,
             recipe.ptq,
-            images.quick_used,
+            to_correct_with(images.quick_used, bits),
             judge,
             reference=model,
             norms=lambda: norm_sites(module),
             biases=lambda: bias_sites(module, unnormed),
             reestimate=lambda: _reestimate(module, images.used),
             expected=expected,
+            correcting=lambda: unquantized(module, fine),
         )
     return module, repairs
 

@@ -1,6 +1,7 @@
 """NVIDIA ModelOpt's gradient score on EfficientNet-Lite0, with our images and menus, judged as our own scores are.
 
     python benchmarks/real/against_modelopt.py             # makes its environment, scores, judges, prints
+    python benchmarks/real/against_modelopt.py --ours      # also the CPU seconds of our scores for each menu, in the same run
 
 The environment has ModelOpt and what it needs; torch and the rest come from the environment that runs this script. ModelOpt is
 asked for weights per output channel, activations in float, one menu at a time, nothing pinned, and no layer left in
@@ -10,6 +11,7 @@ float. Its loss is cross-entropy with labels drawn from the network's own predic
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import site
@@ -18,11 +20,13 @@ import sys
 import time
 import venv
 from pathlib import Path
+from typing import Any
 
 from fetch import cache_folder
 
 VERSION = "0.47.0"
 MENUS = {"2,4,8": (2, 4, 8), "2-6,8": (2, 3, 4, 5, 6, 8)}
+OURS = ("kl-divergence", "clado fisher", "clado gram")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -112,6 +116,7 @@ def main() -> None:
         "--ranges", choices=["max", "mse"], default="max", help="of weights while ModelOpt scores; max is its default"
     )
     parser.add_argument("--averages", nargs="+", type=float, default=[5, 4])
+    parser.add_argument("--ours", action="store_true", help="time our scores too")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside is not None:
@@ -122,6 +127,24 @@ def main() -> None:
     own = [str(environment()), __file__, "--inside", str(part), *sys.argv[1:]]
     subprocess.run(own, check=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)})
     judge(json.loads(part.read_text()), options)
+
+
+def time_ours(case: Any, weights: Any, cells: Any, seed: int) -> None:
+    """CPU seconds of our scores when they are asked for one menu alone."""
+    import scores
+
+    from mpq_plugins._allocator import keeping_memory
+
+    images = [(inputs, None) for inputs in case.calibration]
+    for (menu, widths), name in itertools.product(MENUS.items(), OURS):
+        proxy = scores.proxy_of(name, case)
+        key = f"{case.name}/{seed}/{menu}/free/{name}/score"
+        start = time.process_time()
+        with keeping_memory():
+            proxy.score(case.net, scores.space_of(weights, widths, "free"), images)
+        seconds = round(time.process_time() - start, 1)
+        cells.found.pop(key, None)
+        cells.get(key, lambda s=seconds, n=proxy.n_images: {"score_cpu_seconds": s, "n_images": n})
 
 
 def judge(found: dict, options: argparse.Namespace) -> None:
@@ -151,6 +174,8 @@ def judge(found: dict, options: argparse.Namespace) -> None:
         key = f"{case.name}/{options.seed}/{menu}/free/{name}/score"
         cells.found.pop(key, None)
         cells.get(key, lambda f=first: {"score_cpu_seconds": f["cpu_seconds"], "n_images": options.images})
+    if options.ours:
+        time_ours(case, weights, cells, options.seed)
     for table in scores.tables(cells, case.name, case.judge.main):
         print(f"\n{table}")
 

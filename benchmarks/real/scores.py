@@ -117,13 +117,7 @@ def space_of(weights: Weights, widths: Iterable[int], held: str) -> Space:
 
 def scores_of(case: Case, weights: Weights, space: Space, name: str, cells: Cells, folder: Path, key: str) -> Scores:
     """The scores over `space`, from `folder` where they were measured before."""
-    score = SCORES[name]
-    options = dict(score.options)
-    proxy = make("proxies", score.proxy, options)
-    if hasattr(proxy, "n_images") and score.n_images is not None:
-        proxy = replace(proxy, n_images=score.n_images)
-    if "loss" in {own.name for own in fields(proxy)}:
-        proxy = replace(proxy, loss=case.loss)
+    score, proxy = SCORES[name], proxy_of(name, case)
     measured = isinstance(proxy, AbstractSensitivity) and not isinstance(proxy, _ranked())
     whole = space_of(weights, MENUS["2-6,8"], "free") if measured else space
     if measured:
@@ -143,6 +137,15 @@ def scores_of(case: Case, weights: Weights, space: Space, name: str, cells: Cell
         cells.found.pop(f"{key}/score", None)
         cells.get(f"{key}/score", lambda: {"score_cpu_seconds": seconds, "n_images": score.n_images or 0})
     return restricted(Scores.load(path), space)
+
+
+def proxy_of(name: str, case: Case) -> Any:
+    """The proxy of a row, on its number of images and with the loss of the network."""
+    score = SCORES[name]
+    proxy = make("proxies", score.proxy, dict(score.options))
+    if hasattr(proxy, "n_images") and score.n_images is not None:
+        proxy = replace(proxy, n_images=score.n_images)
+    return replace(proxy, loss=case.loss) if "loss" in {own.name for own in fields(proxy)} else proxy
 
 
 def _ranked() -> type:

@@ -142,7 +142,8 @@ def _shown(hint: Any) -> str:
         return "a function"
     if arguments:
         return " or ".join(map(_shown, arguments))
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}
+    return words.get(hint, str(hint))
 
 
 def require(package: str, extra: str) -> Any:

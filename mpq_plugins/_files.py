@@ -7,13 +7,13 @@ import errno
 import json
 import math
 import os
-import tempfile
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mpq_plugins._errors import FormatError, WriteError
+from mpq_plugins._partial import partial_folder
 
 _DEEPEST = 64  # nested lists and objects; ours have at most a dozen
 _MOST_DIGITS = 20  # of a whole number; 64 bits need no more
@@ -23,9 +23,10 @@ _REFUSALS = ("no space left", "file too large", "read-only file system", "disk q
 
 
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """Let `write` fill a temporary neighbour of `path`, then move it into place; missing folders are made.
+    """Let `write` fill a temporary file near `path`, then move it into place; missing folders are made.
 
-    A failure or an interruption leaves whatever stood at `path` before, and no debris beside it.
+    A failure or an interruption leaves whatever stood at `path` before, and no debris beside it. What a killed process
+    leaves is hidden, and the next write into the same folder removes it.
     Raises `WriteError` when the folder or the disk refuses, whichever library meets that.
     """
     path = Path(path)
@@ -57,22 +58,20 @@ def disk_refusal(error: BaseException) -> str | None:
 
 
 def _write_whole(path: Path, write: Callable[[Path], object]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_replaceable(path)
+    with partial_folder(path.parent) as folder:
+        temporary = folder / path.name  # its own name, since archives of torch hold it: the same content, the same bytes
+        write(temporary)
+        temporary.replace(path)
+    return path
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise `OSError` for what a file must not take the place of: folders, devices, pipes. Links are replaced, not followed."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "it is a folder")
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        # mkstemp makes files private; what we leave behind should have the permissions of any new file.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is a device or a pipe, not a file")
 
 
 def cache_folder() -> Path:

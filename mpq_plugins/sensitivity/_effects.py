@@ -203,7 +203,9 @@ class Lab:
         Raises `DataError` when a loss is not finite.
         """
         keys = [f"at-{hashlib.sha256(repr(list(map(int, choice))).encode()).hexdigest()[:20]}" for choice in choices]
-        missing = [at for at, key in enumerate(keys) if self.journal.get(key) is None]
+        held = [self.journal.get(key) for key in keys]
+        losses = [0.0 if found is None else float(found["loss"]) for found in held]
+        missing = [at for at, found in enumerate(held) if found is None]
         if missing:
             totals = np.zeros(len(missing))
             for index, batch in track(list(enumerate(self.pieces())), "plans through the model"):
@@ -217,8 +219,9 @@ class Lab:
                     "model in float32, or do without measuring plans (top_k=1)."
                 )
             for row, at in enumerate(missing):
-                self.journal.put(keys[at], {"loss": np.asarray(totals[row] / self.n_images)})
-        return [float(held["loss"]) for held in map(self.journal.get, keys) if held is not None]
+                losses[at] = float(totals[row] / self.n_images)
+                self.journal.put(keys[at], {"loss": np.asarray(losses[at])})
+        return losses
 
     @cached_property
     def journal(self) -> Journal:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any, final
 
 from mpq_plugins._errors import FormatError, MPQError, TrainingError, WriteError
 from mpq_plugins._files import check_keys, disk_refusal, read_json, write_json
+from mpq_plugins._partial import partial_folder
 from mpq_plugins._tensor_files import read_torch, write_torch
 from mpq_plugins.training._metrics import EpochRecord
 
@@ -57,15 +56,17 @@ class TrainingFolder:
     def save(self, number: int, save_module: Callable[[Path], object], state: Mapping[str, Any]) -> Path:
         """Keep the module and the state after epoch `number`; older checkpoints than the last two go."""
         target = self.path / f"epoch-{number:04d}"
-        partial = self.path / f".epoch-{number:04d}-{os.getpid()}"
         try:
-            self._sweep()
-            partial.mkdir(parents=True)
-            save_module(partial / _MODULE)
-            document = {"format": FORMAT, **{key: state[key] for key in _KEYS}}
-            write_torch(partial / _STATE, document)
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
+            with partial_folder(self.path) as partial:
+                written = partial / target.name
+                written.mkdir()
+                save_module(written / _MODULE)
+                write_torch(written / _STATE, {"format": FORMAT, **{key: state[key] for key in _KEYS}})
+                if target.exists():
+                    target.rename(partial / "replaced")
+                written.rename(target)
+                for old in self._checkpoints()[:-_KEPT]:
+                    old.rename(partial / old.name)  # moved away whole, since deleting takes a while
         except Exception as error:
             reason = str(error) if isinstance(error, WriteError) else disk_refusal(error)
             if reason is None:
@@ -74,16 +75,7 @@ class TrainingFolder:
                 f"cannot write the checkpoint {target}: {reason}. Free some space, or choose another folder; "
                 "the checkpoints before it are whole."
             ) from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        for old in self._checkpoints()[:-_KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
         return target
-
-    def _sweep(self) -> None:
-        """Remove what killed runs left half written."""
-        for partial in self.path.glob(".epoch-*"):
-            shutil.rmtree(partial, ignore_errors=True)
 
     @staticmethod
     def read(checkpoint: Path) -> tuple[Path, dict[str, Any]]:

@@ -21,6 +21,8 @@ _LARGEST_BYTES = 2**31
 # How libraries that write by themselves tell of a disk that refuses: torch, safetensors, OpenVINO, protobuf.
 _REFUSALS = ("no space left", "file too large", "read-only file system", "disk quota", "permission denied", "os error")
 
+NO_ROOM = "the disk is full, or took only a part of the file"
+
 
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Let `write` fill a temporary file near `path`, then move it into place; missing folders are made.
@@ -42,6 +44,11 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
 def write_error(path: str | Path, reason: str) -> WriteError:
     """The error for a file that cannot be written."""
     return WriteError(f"cannot write {path}: {reason}. Choose a file name in a folder that you may write to, with space left.")
+
+
+def reason_of(error: WriteError) -> str:
+    """Why a file could not be written, without its name and the advice."""
+    return str(error) if error.__cause__ is None else disk_refusal(error.__cause__) or NO_ROOM
 
 
 def disk_refusal(error: BaseException) -> str | None:
@@ -68,10 +75,26 @@ def _write_whole(path: Path, write: Callable[[Path], object]) -> Path:
 
 def check_replaceable(path: Path) -> None:
     """Raise `OSError` for what a file must not take the place of: folders, devices, pipes. Links are replaced, not followed."""
+    if "\0" in str(path):
+        raise OSError(errno.EINVAL, "its name holds a character that no name can have")
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "it is a folder")
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is a device or a pipe, not a file")
+
+
+def check_place(path: str | Path) -> None:
+    """Raise `WriteError` where it is plain beforehand that no file can be written at `path`; nothing is touched."""
+    path = Path(path)
+    try:
+        check_replaceable(path)
+        folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{folder} is no folder")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, f"no permission to write in {folder}, or a read-only file system")
+    except OSError as error:
+        raise write_error(path, error.strerror or str(error)) from error
 
 
 def cache_folder() -> Path:

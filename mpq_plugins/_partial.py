@@ -9,10 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows: nothing is cleared there
-    fcntl = None  # type: ignore[assignment]  # asked before each use
+from mpq_plugins._locks import lock_folder, unlock_folder
 
 _PREFIX = ".mpq-partial-"
 
@@ -30,7 +27,7 @@ def partial_folder(parent: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        _close(lock)
+        unlock_folder(lock)
 
 
 def _clear(parent: Path) -> None:
@@ -38,37 +35,17 @@ def _clear(parent: Path) -> None:
         found = [Path(entry.path) for entry in entries if entry.name.startswith(_PREFIX)]
     for folder in found:
         with contextlib.suppress(OSError):  # in use, or gone meanwhile
-            lock = _locked(folder)
+            lock = lock_folder(folder)
             if lock is not None:
                 shutil.rmtree(folder, ignore_errors=True)
-                _close(lock)
+                unlock_folder(lock)
 
 
 def _begin(parent: Path) -> tuple[Path, int | None]:
     while True:
         folder = Path(tempfile.mkdtemp(dir=parent, prefix=_PREFIX))
         with contextlib.suppress(BlockingIOError, FileNotFoundError):  # another process clears it before it is locked
-            lock = _locked(folder)
+            lock = lock_folder(folder)
             if folder.exists():
                 return folder, lock
-            _close(lock)
-
-
-def _locked(folder: Path) -> int | None:
-    """The lock of a folder, None where there are no locks; raises `BlockingIOError` when another process holds it."""
-    if fcntl is None:
-        return None
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock)
-        if isinstance(error, BlockingIOError):
-            raise
-        return None  # a file system without locks
-    return lock
-
-
-def _close(lock: int | None) -> None:
-    if lock is not None:
-        os.close(lock)
+            unlock_folder(lock)

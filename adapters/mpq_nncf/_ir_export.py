@@ -21,7 +21,7 @@ from mpq_nncf._positional import positional
 from mpq_nncf._quiet import quiet
 from mpq_nncf._wiring import wiring_of
 from mpq_plugins._errors import AdapterError, WriteError
-from mpq_plugins._files import check_replaceable
+from mpq_plugins._files import NO_ROOM, check_replaceable, disk_refusal
 from mpq_plugins._partial import partial_folder
 from mpq_plugins._plugins import require
 
@@ -184,7 +184,8 @@ def _save(model: Any, path: Path) -> Path:
     try:
         return _save_pair(model, path)
     except (OSError, RuntimeError) as error:  # OpenVINO raises its own RuntimeError on a full disk
-        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[-1][:200]
+        last = str(error).strip().splitlines()[-1][:200]
+        reason = disk_refusal(error) or (NO_ROOM if "iostream" in last else last)
         raise WriteError(
             f"cannot write {path} and its .bin: {reason}. "
             "Choose a file name in a folder that you may write to, with space left."

@@ -193,6 +193,8 @@ class Lab:
                     continue
                 done = run.finish()
             if unit is None:
+                keys = [what.key(piece, unit) for unit in self.free]  # a killed run may have left some
+                self.journal.drop([*keys, *(key + "-pairs" for key in keys)])
                 sums = {name: sums.get(name, 0) + array for name, array in done.items()}
         return {**sums, "replayed": np.asarray(int(self.engine.player is not None))}
 
@@ -259,6 +261,10 @@ class _What:
     def __str__(self) -> str:
         return ("pairs" if self.pairs else "sums") + ("-and-squares" if self.curvature else "-of-losses")
 
+    def key(self, piece: int, unit: int) -> str:
+        """The name of a unit's own measurements on a piece."""
+        return f"piece{piece:05d}-unit{unit:04d}{'' if self.curvature else '-losses'}"
+
 
 @final
 class _PieceRun:
@@ -302,8 +308,6 @@ class _PieceRun:
             sums["pairs"] = self._omega(joint, sums["losses"], base)
             sums["evaluations"] = sums["evaluations"] + sum(int(arrays["evaluations"]) for arrays in joint.values())
         lab.journal.put(f"piece{self.piece:05d}-{self._what}", sums)
-        keys = [self._key(unit) for unit in lab.free]
-        lab.journal.drop([*keys, *(key + "-pairs" for key in keys)])
         return sums
 
     def _second_order(self, found: Mapping[int, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -387,7 +391,7 @@ class _PieceRun:
         return self._run, self._measure
 
     def _key(self, unit: int) -> str:
-        return f"piece{self.piece:05d}-unit{unit:04d}{'' if self._what.curvature else '-losses'}"
+        return self._what.key(self.piece, unit)
 
 
 def noise_of(mean: Mapping[str, np.ndarray], n_images: int) -> np.ndarray | None:

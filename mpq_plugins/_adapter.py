@@ -132,9 +132,13 @@ def check_prepared_with(found: Mapping[str, Any], asked: Mapping[str, Any], path
     for name, value in asked.items():
         if name in found and found[name] != value:
             raise AdapterError(
-                f"{name}={value!r} was asked for, but {path} was prepared with {name}={found[name]!r}, which is part of the "
-                "module. Leave the option out, or prepare the model anew with it (`mpq apply`)."
+                f"{name}={_shown(value)} was asked for, but {path} was prepared with {name}={_shown(found[name])}, which is "
+                "part of the module. Leave the option out, or prepare the model anew with it (`mpq apply`)."
             )
+
+
+def _shown(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
 def not_defaults(adapter: AbstractAdapter) -> dict[str, Any]:

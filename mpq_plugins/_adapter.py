@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -120,6 +121,31 @@ class AbstractAdapter(abc.ABC):
     @abc.abstractmethod
     def load(self, model: nn.Module, path: str | Path, example: Any) -> nn.Module:
         """The quantized module of a checkpoint, rebuilt on the float `model`; raises `FormatError`."""
+
+    def prepared_with(self, module: nn.Module) -> Mapping[str, Any]:
+        """The options of the adapter that are part of a prepared module, by name; its checkpoint keeps them."""
+        return {}
+
+
+def check_prepared_with(found: Mapping[str, Any], asked: Mapping[str, Any], path: str | Path) -> None:
+    """Raise `AdapterError` for options asked for that differ from those `found` in the module of a checkpoint."""
+    for name, value in asked.items():
+        if name in found and found[name] != value:
+            raise AdapterError(
+                f"{name}={_shown(value)} was asked for, but {path} was prepared with {name}={_shown(found[name])}, which is "
+                "part of the module. Leave the option out, or prepare the model anew with it (`mpq apply`)."
+            )
+
+
+def _shown(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+def not_defaults(adapter: AbstractAdapter) -> dict[str, Any]:
+    """The options of an adapter that differ from their defaults: what was asked for on purpose."""
+    fields = dataclasses.fields(adapter)  # type: ignore[arg-type]  # a dataclass, which types cannot say
+    values = {field.name: getattr(adapter, field.name) for field in fields}
+    return {field.name: values[field.name] for field in fields if values[field.name] != field.default}
 
 
 def is_prepared(module: nn.Module) -> bool:

@@ -407,6 +407,7 @@ def _add_train(verbs: Any) -> None:
     group.add_argument("--tensorboard", action="store_true", help="also write metrics for TensorBoard")
     group.add_argument("--out", default="mpq-train", metavar="DIR", help="checkpoints, metrics, module.pt; resumed if begun")
     group.add_argument("--plot", metavar="FILE", help="also draw loss, accuracy and AIWQ (.png, .svg, .pdf)")
+    _add_dry_run(parser)
 
 
 def _add_export(verbs: Any) -> None:
@@ -419,6 +420,7 @@ def _add_export(verbs: Any) -> None:
     parser.add_argument("--report", metavar="FILE", help="verification report to write")
     parser.add_argument("--evaluate", action="store_true", help="accuracy on all of --data: of the module, and of the file")
     parser.add_argument("--tolerance", type=float, default=1e-3, help="mean output difference allowed, in standard deviations")
+    _add_dry_run(parser)
 
 
 def _add_verify(verbs: Any) -> None:

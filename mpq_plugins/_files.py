@@ -7,13 +7,13 @@ import errno
 import json
 import math
 import os
-import tempfile
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mpq_plugins._errors import FormatError, WriteError
+from mpq_plugins._partial import partial_folder
 
 _DEEPEST = 64  # nested lists and objects; ours have at most a dozen
 _MOST_DIGITS = 20  # of a whole number; 64 bits need no more
@@ -21,11 +21,14 @@ _LARGEST_BYTES = 2**31
 # How libraries that write by themselves tell of a disk that refuses: torch, safetensors, OpenVINO, protobuf.
 _REFUSALS = ("no space left", "file too large", "read-only file system", "disk quota", "permission denied", "os error")
 
+NO_ROOM = "the disk is full, or took only a part of the file"
+
 
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """Let `write` fill a temporary neighbour of `path`, then move it into place; missing folders are made.
+    """Let `write` fill a temporary file near `path`, then move it into place; missing folders are made.
 
-    A failure or an interruption leaves whatever stood at `path` before, and no debris beside it.
+    A failure or an interruption leaves whatever stood at `path` before, and no debris beside it. What a killed process
+    leaves is hidden, and the next write into the same folder removes it.
     Raises `WriteError` when the folder or the disk refuses, whichever library meets that.
     """
     path = Path(path)
@@ -43,6 +46,11 @@ def write_error(path: str | Path, reason: str) -> WriteError:
     return WriteError(f"cannot write {path}: {reason}. Choose a file name in a folder that you may write to, with space left.")
 
 
+def reason_of(error: WriteError) -> str:
+    """Why a file could not be written, without its name and the advice."""
+    return str(error) if error.__cause__ is None else disk_refusal(error.__cause__) or NO_ROOM
+
+
 def disk_refusal(error: BaseException) -> str | None:
     """Why the disk or the folder refused, if that is what an error of whatever library is about; else None."""
     if isinstance(error, WriteError):
@@ -57,22 +65,36 @@ def disk_refusal(error: BaseException) -> str | None:
 
 
 def _write_whole(path: Path, write: Callable[[Path], object]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_replaceable(path)
+    with partial_folder(path.parent) as folder:
+        temporary = folder / path.name  # its own name, since archives of torch hold it: the same content, the same bytes
+        write(temporary)
+        temporary.replace(path)
+    return path
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise `OSError` for what a file must not take the place of: folders, devices, pipes. Links are replaced, not followed."""
+    if "\0" in str(path):
+        raise OSError(errno.EINVAL, "its name holds a character that no name can have")
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "it is a folder")
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is a device or a pipe, not a file")
+
+
+def check_place(path: str | Path) -> None:
+    """Raise `WriteError` where it is plain beforehand that no file can be written at `path`; nothing is touched."""
+    path = Path(path)
     try:
-        write(temporary)
-        # mkstemp makes files private; what we leave behind should have the permissions of any new file.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+        check_replaceable(path)
+        folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{folder} is no folder")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, f"no permission to write in {folder}, or a read-only file system")
+    except OSError as error:
+        raise write_error(path, error.strerror or str(error)) from error
 
 
 def cache_folder() -> Path:

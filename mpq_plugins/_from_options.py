@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mpq_plugins._adapter import AbstractAdapter
 from mpq_plugins._allocate import decision_space
 from mpq_plugins._errors import DataError, ModelError, WriteError
+from mpq_plugins._files import check_place
 from mpq_plugins._left_in_float import LeftInFloat
 from mpq_plugins._plugins import make
 from mpq_plugins._precision import menu
@@ -76,23 +77,38 @@ def on_device(model: nn.Module, name: str) -> nn.Module:
 
 
 def check_outputs(options: Namespace) -> None:
-    """Refuse to write over what the same command reads, or two outputs into one file; tell which files are replaced."""
+    """Refuse places that cannot be written, to write over what the command reads, or two outputs into one file.
+
+    Done before the long work. Tells which files are replaced.
+    """
     read: dict[Path, str] = {}
     written: dict[Path, str] = {}
     for name in ("weights", "teacher_weights", "bits_file", "module_file", "artifact", "saved", "recipe"):
         if isinstance(getattr(options, name, None), str):
-            read[Path(getattr(options, name)).resolve()] = name.replace("_", " ")
+            read[_place(getattr(options, name))] = name.replace("_", " ")
     for name in ("out", "scores", "plot", "report"):
         value = getattr(options, name, None)
-        if not isinstance(value, str) or (options.verb in ("train", "demo") and name == "out"):
+        if not isinstance(value, str):
             continue
-        path = Path(value).resolve()
+        if options.verb in ("train", "demo") and name == "out":
+            check_place(Path(value) / "file")
+            continue
+        check_place(Path(value))
+        path = _place(value)
         if path in read or path in written:
             other = read[path] if path in read else f"--{written[path]}"
             raise WriteError(f"--{name} {value} is the file of {other} too. Give it another name.")
         written[path] = name
         if path.is_file() and not getattr(options, "dry_run", False):
             print(f"note: {value} is there already and is replaced", file=sys.stderr)
+
+
+def _place(name: str) -> Path:
+    """Where a name leads, all links followed as far as they go."""
+    try:
+        return Path(os.path.realpath(name))
+    except ValueError:  # a NUL character, which reading or writing tells
+        return Path(name)
 
 
 def _example_of(options: Namespace) -> Any:

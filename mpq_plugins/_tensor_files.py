@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mpq_plugins._errors import FormatError
-from mpq_plugins._files import disk_refusal, write_error, write_whole
+from mpq_plugins._files import NO_ROOM, disk_refusal, write_error, write_whole
 
 
 def read_torch(path: str | Path, what: str = "file of tensors", advice: str = "Write it again") -> Any:
@@ -80,7 +80,7 @@ def _written(path: str | Path, save: Callable[[], object]) -> None:
     try:
         save()
     except (OSError, RuntimeError, SafetensorError) as error:
-        reason = disk_refusal(error) or "the disk is full, or took only a part of the file"
+        reason = disk_refusal(error) or NO_ROOM
         raise write_error(path, reason) from error
 
 

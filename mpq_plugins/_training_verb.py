@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 def train(options: Namespace) -> int:
     """`mpq train`."""
+    from mpq_plugins._discover import find_layers
     from mpq_plugins._evaluate import accuracy
     from mpq_plugins._sources import image_size, load_data, parse_shape
     from mpq_plugins._training_sources import calibration_data, training_data
@@ -41,11 +42,18 @@ def train(options: Namespace) -> int:
     evaluation = None
     if options.eval_data:
         evaluation = load_data(options.eval_data, input_shape=shape, batch_size=options.batch_size)
+    data = training_data(options.data, workers=options.workers, **source)
     console = make_console(stderr=options.json)
+    if options.dry_run:
+        inventory = find_layers(model, example)
+        bits.check(inventory)
+        console.print(f"{len(bits.layers)} of {len(inventory)} layers, {recipe.epochs} epochs of {recipe.method}")
+        console.print(f"dry run: {options.out} is not written")
+        return 0
     trained = run(
         model,
         bits,
-        training_data(options.data, workers=options.workers, **source),
+        data,
         adapter=adapter,
         recipe=recipe,
         example=example,

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from mpq_plugins._adapter import AbstractAdapter
+from mpq_plugins._adapter import AbstractAdapter, bits_of, check_prepared_with
 from mpq_plugins._allocate import checked_scores, proxy_of, solve_scores, true_loss, with_output
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._budgets import as_budgets
 from mpq_plugins._console import console
 from mpq_plugins._cost import Budget, format_amount
-from mpq_plugins._errors import DataError, PluginError
+from mpq_plugins._errors import AdapterError, DataError, PluginError
 from mpq_plugins._from_options import adapter_of, cache_of, data_of, model_of, space_of, take, words
 from mpq_plugins._layers import skipped_layers
 from mpq_plugins._left_in_float import LeftInFloat
@@ -138,16 +138,19 @@ def apply(options: Namespace) -> int:
 
 def export(options: Namespace) -> int:
     """`mpq export`."""
-    from mpq_plugins._adapter import bits_of
     from mpq_plugins._evaluate import accuracy, exported_accuracy, output_index
     from mpq_plugins._verify import verify as verify_artifact
 
     adapter = adapter_of(options)
     model, example = model_of(options)
     module = adapter.load(model, options.module_file, example)
+    # An option that is given is meant, be it the default.
+    check_prepared_with(adapter.prepared_with(module), values_of(options.adapter_option), options.module_file)
+    inputs = example if options.data is None else next(iter(take(data_of(options), options.batch_size))).inputs
+    if options.dry_run:
+        return _tell_dry_export(options, adapter, module)
     index = output_index(module, example, options.output) if options.evaluate else None
     path = adapter.export(module, options.out, example, format=options.format)
-    inputs = example if options.data is None else next(iter(take(data_of(options), options.batch_size))).inputs
     report = verify_artifact(
         adapter, path, bits_of(module), module=module, inputs=inputs, model=model, tolerance=options.tolerance
     )
@@ -272,6 +275,18 @@ def _tell_dry_run(
         terminal.print(f"budget {budget.cost.name}: {limit} ({asked})")
     terminal.print(f"proxy {plugins[0]}, solver {plugins[1]}")
     terminal.print(f"dry run: {options.out} is not written")
+    return _OK
+
+
+def _tell_dry_export(options: Namespace, adapter: AbstractAdapter, module: nn.Module) -> int:
+    """What `mpq export` would do."""
+    chosen = options.format or adapter.formats[0]
+    if chosen not in adapter.formats:
+        raise AdapterError(
+            f"{adapter.name} writes {', '.join(adapter.formats)}, not {chosen!r}. Choose one of them (--format)."
+        )
+    console().print(f"{len(bits_of(module).layers)} layers of {options.module_file}, format {chosen}")
+    console().print(f"dry run: {options.out} is not written")
     return _OK
 
 

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 
+import killed
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from mpq_plugins._cli import main
 from mpq_plugins._console import console
 
 MODEL = "mpq_plugins.digits:DigitsNet"
+TINY = ["--model", f"{killed.__file__}:net", "--data", f"{killed.__file__}:batches"]
 COMMON = ["--model", MODEL, "--input", "1x1x8x8", "--proxy", "constant", "--budget", "size=w4"]
 
 
@@ -126,6 +129,80 @@ def test_a_dry_run_checks_and_writes_nothing(folder, capsys, monkeypatch):
     assert code == 0
     assert "14 of 14 layers" in out
     assert [path.name for path in folder.iterdir()] == ["bits.json"]
+
+
+def test_a_dry_run_of_training_and_export(folder, capsys):
+    """What would be trained or written is told, wrong formats and options fail as they would, and nothing is written."""
+    run(capsys, "allocate", *TINY, "--budget", "size=w4")
+    code, out, _ = run(capsys, "train", "bits.json", *TINY, "--adapter", "brevitas", "--epochs", 3, "--dry-run")
+    assert code == 0
+    assert "2 of 2 layers, 3 epochs of qat" in out
+    assert [path.name for path in folder.iterdir()] == ["bits.json"]
+    run(capsys, "apply", "bits.json", *TINY, "--adapter", "brevitas")
+    module = ["export", "module.pt", *TINY, "--adapter", "brevitas", "--out", "m.onnx"]
+    code, out, _ = run(capsys, *module, "--dry-run")
+    assert code == 0
+    assert "2 layers of module.pt, format qonnx" in out
+    assert run(capsys, *module, "--dry-run", "--format", "onnx")[0] == 2
+    assert sorted(path.name for path in folder.iterdir()) == ["bits.json", "module.pt"]
+
+
+def test_a_default_given_as_an_option_is_meant(folder, capsys):
+    """Against a module of other options it is refused as any other value; what the module has is taken, and so is nothing."""
+    run(capsys, "allocate", *TINY, "--budget", "size=w4")
+    for adapter, made, other in (
+        ("brevitas", "profile=finn", "profile=layerwise"),
+        ("nncf", "merge_branches=false", "merge_branches=true"),
+        ("nncf", "asymmetric=true", "asymmetric=false"),
+    ):
+        assert run(capsys, "apply", "bits.json", *TINY, "--adapter", adapter, "--adapter-option", made)[0] == 0
+        words = ["export", "module.pt", *TINY, "--adapter", adapter, "--out", "file", "--dry-run"]
+        code, _, err = run(capsys, *words, "--adapter-option", other)
+        assert code == 2
+        assert f"was asked for, but module.pt was prepared with {made.partition('=')[0]}=" in err
+        assert run(capsys, *words, "--adapter-option", made)[0] == 0
+        assert run(capsys, *words)[0] == 0
+
+
+def test_places_that_cannot_be_written_are_told_before_the_long_work(folder, capsys, monkeypatch):
+    """Folders, pipes, loops of links, endless names, places below a file or read-only: no score is measured for them."""
+    from mpq_plugins.proxies import Constant
+
+    (folder / "folder").mkdir()
+    (folder / "file").write_text("")
+    os.mkfifo(folder / "pipe")
+    (folder / "loop").symlink_to("loop/x")
+    (folder / "link").symlink_to("folder")
+    monkeypatch.setattr(Constant, "score", lambda *_: pytest.fail("scored"))
+    for out, told in {
+        "folder": "it is a folder",
+        "link": "it is a folder",
+        "pipe": "it is a device or a pipe",
+        "/dev/null": "it is a device or a pipe",
+        "x" * 300: "File name too long",
+        "file/x.json": "is no folder",
+        "loop/x.json": "is no folder",
+        "a\0b": "a character that no name can have",
+    }.items():
+        for option in ("out", "scores", "plot"):
+            code, _, err = run(capsys, "allocate", *COMMON, f"--{option}", out)
+            assert code == 2
+            assert f"cannot write {out}: " in err
+            assert told in err
+    train = ["train", "bits.json", "--model", MODEL, "--data", "digits", "--adapter", "brevitas", "--out"]
+    assert "is no folder" in run(capsys, *train, "file")[2]
+    monkeypatch.setattr("mpq_plugins._files.os.access", lambda *_: False)
+    for words in (["allocate", *COMMON], [*train, "folder"]):
+        assert "a read-only file system" in run(capsys, *words)[2]
+
+
+def test_a_link_is_replaced_and_its_target_stays(folder, capsys):
+    """What a link leads to may belong to somebody else."""
+    (folder / "target").write_text("precious")
+    (folder / "bits.json").symlink_to("target")
+    assert run(capsys, "allocate", *COMMON)[0] == 0
+    assert (folder / "target").read_text() == "precious"
+    assert len(BitConfig.load("bits.json").layers) == 14
 
 
 def test_a_device_that_is_not_there_is_told(folder, capsys):

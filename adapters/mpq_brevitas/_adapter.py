@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 from mpq_brevitas._recipe import Profile, QuantizerKind, Recipe, Scales, recipe_of
-from mpq_plugins._adapter import AbstractAdapter
+from mpq_plugins._adapter import AbstractAdapter, check_prepared_with, not_defaults
 from mpq_plugins._allocator import keeping_memory
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._errors import AdapterError
@@ -151,15 +151,9 @@ class BrevitasAdapter(AbstractAdapter):
         from mpq_brevitas._checkpoint import load
 
         module = load(model, path, example)
-        self._check_recipe(recipe_of(module), path)
+        check_prepared_with(self.prepared_with(module), not_defaults(self), path)
         return module
 
-    def _check_recipe(self, recipe: Recipe, path: str | Path) -> None:
-        """An option that differs from its default was asked for on purpose, and a checkpoint cannot follow it."""
-        for name in ("profile", "quantizer", "scales"):
-            asked, found, default = getattr(self, name), getattr(recipe, name), getattr(type(self), name)
-            if asked not in (found, default):
-                raise AdapterError(
-                    f'{name}="{asked}" was asked for, but {path} was prepared with {name}="{found}", which is part of the '
-                    f"module. Leave the option out, or prepare the model anew with it (`mpq apply`)."
-                )
+    def prepared_with(self, module: nn.Module) -> Mapping[str, Any]:
+        recipe = recipe_of(module)
+        return {name: getattr(recipe, name) for name in ("profile", "quantizer", "scales")}

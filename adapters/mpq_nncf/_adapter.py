@@ -155,14 +155,20 @@ class NNCFAdapter(AbstractAdapter):
     def load(self, model: nn.Module, path: str | Path, example: Any) -> nn.Module:
         """See `AbstractAdapter.load`; raises `AdapterError` where the checkpoint was prepared with other options."""
         from mpq_nncf._advice import check_precisions
-        from mpq_nncf._checkpoint import check_asymmetry, load
-        from mpq_plugins._adapter import bits_of
+        from mpq_nncf._checkpoint import load
+        from mpq_plugins._adapter import bits_of, check_prepared_with, not_defaults
 
         module = load(model, path, example)
-        if self.asymmetric:
-            check_asymmetry(module, path)
+        check_prepared_with(self.prepared_with(module), not_defaults(self), path)
         check_precisions(bits_of(module).layers, overflow_fix=self.overflow_fix)
         return module
+
+    def prepared_with(self, module: nn.Module) -> Mapping[str, Any]:
+        """See `AbstractAdapter.prepared_with`; of checkpoints older than this record it is whether there are zero points."""
+        from mpq_nncf._checkpoint import has_zero_points
+        from mpq_nncf._options import options_of
+
+        return options_of(module) or {"asymmetric": has_zero_points(module)}
 
     def write_legacy_config(self, model: nn.Module, bits: BitConfig, example: Any, path: str | Path) -> Path:
         """Write the bits as a JSON configuration of NNCF 2.x; see docs/nncf.md."""

@@ -11,6 +11,9 @@ from torch import nn
 
 from mpq_nncf import _nncf_quantizers as nncf_quantizers
 from mpq_nncf._hookable import as_hookable
+from mpq_nncf._options import attach_options, options_of
+from mpq_nncf._options import from_json as options_from_json
+from mpq_nncf._options import to_json as options_to_json
 from mpq_nncf._ptq import attach_ptq, ptq_of
 from mpq_nncf._ptq import from_json as ptq_from_json
 from mpq_nncf._ptq import to_json as ptq_to_json
@@ -19,7 +22,7 @@ from mpq_nncf._wiring import attach_wiring, from_json, to_json, wiring_of
 from mpq_plugins._adapter import attach_bits, bits_of
 from mpq_plugins._checkpoint import check_same_model, read_checkpoint, write_checkpoint
 from mpq_plugins._discover import find_layers
-from mpq_plugins._errors import AdapterError, FormatError
+from mpq_plugins._errors import FormatError
 
 _ADAPTER = "nncf"
 
@@ -32,26 +35,23 @@ def save(module: nn.Module, path: str | Path) -> Path:
         "placement": json.dumps(placement),
         "wiring": json.dumps(to_json(wiring_of(module))),
         "ptq": ptq_to_json(ptq_of(module)),
+        "options": options_to_json(options_of(module)),
         "state": dict(module.state_dict()),
     }
     return write_checkpoint(path, bits_of(module), contents, adapter=_ADAPTER)
 
 
-def check_asymmetry(module: nn.Module, path: str | Path) -> None:
-    """Raise `AdapterError` for a module without activations that have a zero point."""
+def has_zero_points(module: nn.Module) -> bool:
+    """Whether any activation has a zero point."""
     places = {place for layer in wiring_of(module).values() for place in layer.activation}
     quantizers = [nncf_quantizers.quantizer_at(module, place) for place in places]
-    if not any(nncf_quantizers.activation_kind(quantizer).asymmetric for quantizer in quantizers):
-        raise AdapterError(
-            f"asymmetric=True was asked for, but {path} was prepared with asymmetric=False. Leave the option out, or prepare "
-            "the model anew with it."
-        )
+    return any(nncf_quantizers.activation_kind(quantizer).asymmetric for quantizer in quantizers)
 
 
 def load(model: nn.Module, path: str | Path, example: Any) -> nn.Module:
     """See `AbstractAdapter.load`; also raises `FingerprintError` for another model's checkpoint."""
     keys = {"placement", "wiring", "state"}
-    bits, document = read_checkpoint(path, keys, adapter=_ADAPTER, optional={"ptq"})  # older ones lack it
+    bits, document = read_checkpoint(path, keys, adapter=_ADAPTER, optional={"ptq", "options"})  # older ones lack them
     check_same_model(path, bits, find_layers(model, example))
     with quiet():
         module = nncf_quantizers.place(as_hookable(copy.deepcopy(model)), json.loads(document["placement"]))
@@ -65,4 +65,6 @@ def load(model: nn.Module, path: str | Path, example: Any) -> nn.Module:
         nncf_quantizers.refresh_levels(nncf_quantizers.quantizer_at(module, hook.name))
     attach_wiring(module, from_json(json.loads(document["wiring"])))
     attach_ptq(module, ptq_from_json(document.get("ptq", "{}")))
+    if "options" in document:
+        attach_options(module, options_from_json(document["options"], where=f"{path}: its options"))
     return attach_bits(module.eval(), bits)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
@@ -22,6 +21,8 @@ from mpq_nncf._positional import positional
 from mpq_nncf._quiet import quiet
 from mpq_nncf._wiring import wiring_of
 from mpq_plugins._errors import AdapterError, WriteError
+from mpq_plugins._files import NO_ROOM, check_replaceable, disk_refusal
+from mpq_plugins._partial import partial_folder
 from mpq_plugins._plugins import require
 
 _NOTHING = 1e-30  # beside any activation
@@ -183,7 +184,8 @@ def _save(model: Any, path: Path) -> Path:
     try:
         return _save_pair(model, path)
     except (OSError, RuntimeError) as error:  # OpenVINO raises its own RuntimeError on a full disk
-        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[-1][:200]
+        last = str(error).strip().splitlines()[-1][:200]
+        reason = disk_refusal(error) or (NO_ROOM if "iostream" in last else last)
         raise WriteError(
             f"cannot write {path} and its .bin: {reason}. "
             "Choose a file name in a folder that you may write to, with space left."
@@ -193,18 +195,19 @@ def _save(model: Any, path: Path) -> Path:
 def _save_pair(model: Any, path: Path) -> Path:
     """Write .xml and .bin beside their places, then move both in; whatever fails, the old pair stays whole."""
     openvino = require("openvino", "nncf")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as directory:
-        temporary = Path(directory) / path.name
+    for suffix in (".bin", ".xml"):
+        check_replaceable(path.with_suffix(suffix))
+    with partial_folder(path.parent) as directory:
+        temporary = directory / path.name
         openvino.save_model(model, temporary, compress_to_fp16=False)  # f16 scales would move every weight
         # The .xml does not name its .bin: both must share a stem.
         moves = [(temporary.with_suffix(suffix), path.with_suffix(suffix)) for suffix in (".bin", ".xml")]
         kept: list[tuple[Path, Path]] = []
         done: list[Path] = []
         try:
-            for _, target in moves:
+            for _, target in reversed(moves):  # the .xml goes first and comes last: where there is one, its .bin is there too
                 if target.exists():
-                    aside = Path(directory) / f"old{target.suffix}"
+                    aside = directory / f"old{target.suffix}"
                     target.replace(aside)
                     kept.append((aside, target))
             for source, target in moves:

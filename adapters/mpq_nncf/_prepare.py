@@ -15,6 +15,7 @@ from mpq_nncf._activation_range import check_usable, fit, histogram_of, measure,
 from mpq_nncf._advice import check_precisions
 from mpq_nncf._groups import check_groups, check_tied_weights, others, planned, shared_inputs, traced_copy
 from mpq_nncf._hookable import as_hookable
+from mpq_nncf._options import attach_options
 from mpq_nncf._ptq import attach_ptq, check_supported
 from mpq_nncf._quiet import quiet
 from mpq_nncf._set_bits import first_places
@@ -73,6 +74,7 @@ def prepare(model: nn.Module, bits: BitConfig, example: Any, calibration: Iterab
         repairs = [*(repairs if made.kept else of_plain), made]
         module = chosen
     attach_repairs(module, repairs)
+    attach_options(module, {"merge_branches": recipe.merge_branches, "asymmetric": recipe.asymmetric})
     return attach_bits(attach_ptq(module.eval(), recipe.ptq), bits)
 
 

@@ -193,6 +193,8 @@ class Lab:
                     continue
                 done = run.finish()
             if unit is None:
+                keys = [what.key(piece, unit) for unit in self.free]  # a killed run may have left some
+                self.journal.drop([*keys, *(key + "-pairs" for key in keys)])
                 sums = {name: sums.get(name, 0) + array for name, array in done.items()}
         return {**sums, "replayed": np.asarray(int(self.engine.player is not None))}
 
@@ -203,7 +205,9 @@ class Lab:
         Raises `DataError` when a loss is not finite.
         """
         keys = [f"at-{hashlib.sha256(repr(list(map(int, choice))).encode()).hexdigest()[:20]}" for choice in choices]
-        missing = [at for at, key in enumerate(keys) if self.journal.get(key) is None]
+        held = [self.journal.get(key) for key in keys]
+        losses = [0.0 if found is None else float(found["loss"]) for found in held]
+        missing = [at for at, found in enumerate(held) if found is None]
         if missing:
             totals = np.zeros(len(missing))
             for index, batch in track(list(enumerate(self.pieces())), "plans through the model"):
@@ -217,8 +221,9 @@ class Lab:
                     "model in float32, or do without measuring plans (top_k=1)."
                 )
             for row, at in enumerate(missing):
-                self.journal.put(keys[at], {"loss": np.asarray(totals[row] / self.n_images)})
-        return [float(held["loss"]) for held in map(self.journal.get, keys) if held is not None]
+                losses[at] = float(totals[row] / self.n_images)
+                self.journal.put(keys[at], {"loss": np.asarray(losses[at])})
+        return losses
 
     @cached_property
     def journal(self) -> Journal:
@@ -255,6 +260,10 @@ class _What:
 
     def __str__(self) -> str:
         return ("pairs" if self.pairs else "sums") + ("-and-squares" if self.curvature else "-of-losses")
+
+    def key(self, piece: int, unit: int) -> str:
+        """The name of a unit's own measurements on a piece."""
+        return f"piece{piece:05d}-unit{unit:04d}{'' if self.curvature else '-losses'}"
 
 
 @final
@@ -299,8 +308,6 @@ class _PieceRun:
             sums["pairs"] = self._omega(joint, sums["losses"], base)
             sums["evaluations"] = sums["evaluations"] + sum(int(arrays["evaluations"]) for arrays in joint.values())
         lab.journal.put(f"piece{self.piece:05d}-{self._what}", sums)
-        keys = [self._key(unit) for unit in lab.free]
-        lab.journal.drop([*keys, *(key + "-pairs" for key in keys)])
         return sums
 
     def _second_order(self, found: Mapping[int, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -384,7 +391,7 @@ class _PieceRun:
         return self._run, self._measure
 
     def _key(self, unit: int) -> str:
-        return f"piece{self.piece:05d}-unit{unit:04d}{'' if self._what.curvature else '-losses'}"
+        return self._what.key(self.piece, unit)
 
 
 def noise_of(mean: Mapping[str, np.ndarray], n_images: int) -> np.ndarray | None:

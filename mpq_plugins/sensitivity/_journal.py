@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq_plugins._errors import FormatError, WriteError
-from mpq_plugins._files import disk_refusal, write_json
+from mpq_plugins._files import reason_of, write_json
 from mpq_plugins._model import Batch, tensors
 from mpq_plugins._tensor_files import read_tensors, write_tensors
 
@@ -81,7 +81,8 @@ class Journal:
             if self._folder is None:
                 self._memory.pop(key, None)
             else:
-                self._file(key).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # a file too many does no harm
+                    self._file(key).unlink()
 
     def _checksum(self, key: str, arrays: Mapping[str, np.ndarray]) -> str:
         """A digest of arrays and of what they were measured for: a file of another run does not pass for this one's."""
@@ -156,9 +157,8 @@ def _begin(identity: Path, document: Any) -> None:
 
 
 def _cannot_keep(folder: Path, error: WriteError) -> WriteError:
-    reason = None if error.__cause__ is None else disk_refusal(error.__cause__)
     return WriteError(
-        f"measurements cannot be kept under {folder}: {reason or error}. Choose a folder that you may write to, with "
+        f"measurements cannot be kept under {folder}: {reason_of(error)}. Choose a folder that you may write to, with "
         "space left (--cache on the command line), or keep none (--no-cache)."
     )
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, final
+from typing import IO, Any, final
 
 from mpq_plugins._errors import FormatError, MPQError, TrainingError, WriteError
-from mpq_plugins._files import check_keys, disk_refusal, read_json, write_json
+from mpq_plugins._files import check_keys, disk_refusal, read_json, reason_of, write_json
+from mpq_plugins._locks import lock_file
+from mpq_plugins._partial import partial_folder
 from mpq_plugins._tensor_files import read_torch, write_torch
 from mpq_plugins.training._metrics import EpochRecord
 
@@ -28,14 +28,36 @@ class TrainingFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._lock: IO[bytes] | None = None
+
+    def __enter__(self) -> TrainingFolder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Let other processes train here."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def claim(self, job: Mapping[str, Any]) -> None:
-        """Say what is trained here; raises `TrainingError` when that is something else than what was begun here."""
+        """Say what is trained here, and keep other processes out until the folder is left as a context.
+
+        Raises `TrainingError` when something else was begun here, or another process trains here.
+        """
         path = self.path / "job.json"
         document = json.loads(json.dumps({**job, "format": JOB}, default=repr))
-        if not path.exists():
+        if path.exists():
+            self._check(path, document)
+        else:
             write_json(path, document)
-            return
+        try:
+            self._lock = lock_file(path)
+        except BlockingIOError as error:
+            raise TrainingError(
+                f"another process is training in {self.path}. Wait for its end, or give another folder."
+            ) from error
+
+    def _check(self, path: Path, document: Mapping[str, Any]) -> None:
         begun = read_json(path, format=JOB)
         different = _differences(begun, document)
         if different:
@@ -57,33 +79,26 @@ class TrainingFolder:
     def save(self, number: int, save_module: Callable[[Path], object], state: Mapping[str, Any]) -> Path:
         """Keep the module and the state after epoch `number`; older checkpoints than the last two go."""
         target = self.path / f"epoch-{number:04d}"
-        partial = self.path / f".epoch-{number:04d}-{os.getpid()}"
         try:
-            self._sweep()
-            partial.mkdir(parents=True)
-            save_module(partial / _MODULE)
-            document = {"format": FORMAT, **{key: state[key] for key in _KEYS}}
-            write_torch(partial / _STATE, document)
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
+            with partial_folder(self.path) as partial:
+                written = partial / target.name
+                written.mkdir()
+                save_module(written / _MODULE)
+                write_torch(written / _STATE, {"format": FORMAT, **{key: state[key] for key in _KEYS}})
+                if target.exists():
+                    target.rename(partial / "replaced")
+                written.rename(target)
+                for old in self._checkpoints()[:-_KEPT]:
+                    old.rename(partial / old.name)  # moved away whole, since deleting takes a while
         except Exception as error:
-            reason = str(error) if isinstance(error, WriteError) else disk_refusal(error)
+            reason = reason_of(error) if isinstance(error, WriteError) else disk_refusal(error)
             if reason is None:
                 raise
             raise WriteError(
                 f"cannot write the checkpoint {target}: {reason}. Free some space, or choose another folder; "
                 "the checkpoints before it are whole."
             ) from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        for old in self._checkpoints()[:-_KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
         return target
-
-    def _sweep(self) -> None:
-        """Remove what killed runs left half written."""
-        for partial in self.path.glob(".epoch-*"):
-            shutil.rmtree(partial, ignore_errors=True)
 
     @staticmethod
     def read(checkpoint: Path) -> tuple[Path, dict[str, Any]]:

@@ -59,7 +59,9 @@ class MetricFiles:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(_line(record))
         except OSError as error:
-            raise WriteError(f"cannot write {self._path}: {error.strerror or error}. Make room for it.") from error
+            raise WriteError(
+                f"cannot write {self._path}: {error.strerror or error}. Make room, and give the same command to go on."
+            ) from error
         if self._writer is None:
             return
         values = {"loss": record.loss, "learning rate": record.learning_rate, "accuracy": record.accuracy}

@@ -89,7 +89,7 @@ def train(
     if tensorboard and folder is None:
         raise TrainingError("TensorBoard's files need a folder to lie in, and none was given. Give folder= (--out).")
     kept = None if folder is None else TrainingFolder(folder)
-    with engine(recipe.mixed_precision) as accelerator:
+    with engine(recipe.mixed_precision) as accelerator, kept or contextlib.nullcontext():
         check_evaluation(evaluation)
         calibration = list(batches_of(calibration)) or _first_batches(data)
         example = calibration[0].inputs if example is None else example

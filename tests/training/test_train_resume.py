@@ -87,13 +87,12 @@ def test_a_killed_process_goes_on(tmp_path):
 def test_a_checkpoint_half_written_counts_for_nothing(tmp_path, monkeypatch):
     """Killed between the module and its state, the run goes on from the epoch before, and the debris goes."""
     monkeypatch.setattr("mpq_plugins.training._checkpoints._STATE", "missing/folder")  # no state can be written
-    monkeypatch.setattr("mpq_plugins.training._checkpoints.shutil.rmtree", lambda *_, **__: None)  # nor cleaned up
+    monkeypatch.setattr("mpq_plugins._partial.shutil.rmtree", lambda *_, **__: None)  # nor cleaned up
     monkeypatch.setattr("mpq_plugins.training._checkpoints.write_torch", lambda *_: stop())
     with pytest.raises(Stop):
         run("brevitas", QAT, folder=tmp_path)
     monkeypatch.undo()
-    (debris,) = tmp_path.glob(".epoch-*")
-    assert [path.name for path in debris.iterdir()] == ["module.pt"]
+    assert [path.name for path in tmp_path.glob(".mpq-partial-*/epoch-0001/*") if path.is_file()] == ["module.pt"]
     assert_same(run("brevitas", QAT, folder=tmp_path, evaluation=data()), whole("brevitas", "qat"))
     assert not list(tmp_path.glob(".*"))
 

@@ -1,5 +1,6 @@
 """8-bit weights times 8-bit activations on CPUs without VNNI: told, measured and avoidable."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from mpq_nncf import NNCFAdapter
 from torch import nn
 
 from mpq_plugins import BitConfig, Precision, build_space, find_layers
-from mpq_plugins._errors import AdapterError
+from mpq_plugins._errors import AdapterError, FormatError
 
 SCRIPT = """
     import json, sys
@@ -82,3 +83,36 @@ def test_a_checkpoint_keeps_its_options(tmp_path):
                 NNCFAdapter(asymmetric=True).load(model, path, x)
     with pytest.raises(AdapterError, match="overflow_fix"):
         NNCFAdapter(overflow_fix=True).load(model, path, x)
+
+
+def test_a_checkpoint_keeps_whether_branches_share_a_quantizer(tmp_path):
+    """merge_branches=False against a module that merges them is refused; the options survive loading and copying."""
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)).eval(), torch.rand(2, 3, 8, 8)
+    inventory = find_layers(model, x)
+    bits = BitConfig({layer.name: Precision(8, 8) for layer in inventory}, inventory.fingerprint)
+    for merge in (True, False):
+        adapter = NNCFAdapter(merge_branches=merge, asymmetric=True)  # no activation here needs a zero point
+        path = adapter.save(adapter.prepare(model, bits, x, [x]), tmp_path / "module.pt")
+        again = adapter.save(copy.deepcopy(adapter.load(model, path, x)), tmp_path / "again.pt")
+        assert NNCFAdapter().prepared_with(NNCFAdapter().load(model, again, x)) == {"merge_branches": merge, "asymmetric": True}
+    NNCFAdapter(merge_branches=False).load(model, path, x)
+    path = NNCFAdapter().save(NNCFAdapter().prepare(model, bits, x, [x]), path)
+    with pytest.raises(AdapterError, match=r"merge_branches=False was asked for, but .* with merge_branches=True"):
+        NNCFAdapter(merge_branches=False).load(model, path, x)
+
+
+def test_a_checkpoint_without_options_is_asked_for_its_zero_points(tmp_path):
+    """Files older than the record: only the kind of activations is known."""
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), torch.rand(2, 3, 8, 8)
+    inventory = find_layers(model, x)
+    bits = BitConfig({layer.name: Precision(8, 8) for layer in inventory}, inventory.fingerprint)
+    path = NNCFAdapter().save(NNCFAdapter().prepare(model, bits, x, [x]), tmp_path / "module.pt")
+    document = torch.load(path, weights_only=True)
+    del document["options"]
+    torch.save(document, path)
+    NNCFAdapter(merge_branches=False).load(model, path, x)
+    with pytest.raises(AdapterError, match="asymmetric=True was asked for"):
+        NNCFAdapter(asymmetric=True).load(model, path, x)
+    torch.save({**document, "options": '{"asymmetric": 1}'}, path)
+    with pytest.raises(FormatError, match="its options: 'asymmetric' must be true or false"):
+        NNCFAdapter().load(model, path, x)

@@ -6,6 +6,7 @@ they help or not (`held_out=0`). What takes longer than four CPU minutes is give
 
 from __future__ import annotations
 
+import itertools
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,15 +50,19 @@ CPU_SECONDS = 240.0
 def measure(case: Case, cells: Cells, folder: Path, *, seed: int, names: Sequence[str], methods: Sequence[str]) -> None:
     """Fill the cells of one network; `folder` keeps scores between runs."""
     weights = Weights(case.net, case.example)
-    for name in (own for own in ADAPTERS if own.split()[0] in names):
-        if name == "brevitas finn" and case.loss != "kl":
-            continue  # Brevitas takes a minute to find that it cannot align the scales of a transformer
-        for method in methods:
-            if name == "brevitas finn" and method != "default" and not method.startswith("equalization"):
-                continue  # the same as layer by layer, but for the corrections that are folded
-            for text in BITS:
-                plan = partial(plan_of, case, weights, text, cells, folder, seed)
-                cells.get(f"{case.name}/{seed}/{name}/{method}/{text}", partial(cell, case, weights, plan, name, method))
+    for text, (name, method) in itertools.product(BITS, rows(case)):
+        if name.split()[0] in names and method in methods:
+            plan = partial(plan_of, case, weights, text, cells, folder, seed)
+            cells.get(f"{case.name}/{seed}/{name}/{method}/{text}", partial(cell, case, weights, plan, name, method))
+
+
+def rows(case: Case) -> Iterator[tuple[str, str]]:
+    """Adapters with methods; of the finn profile only what it has alone."""
+    for name, method in itertools.product(ADAPTERS, METHODS):
+        if name != "brevitas finn":
+            yield name, method
+        elif case.loss == "kl" and (method == "default" or method.startswith("equalization")):
+            yield name, method  # for a transformer Brevitas takes a minute to find that it cannot align its scales
 
 
 def plan_of(case: Case, weights: Weights, text: str, cells: Cells, folder: Path, seed: int) -> dict[str, Precision]:

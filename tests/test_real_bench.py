@@ -27,7 +27,7 @@ def bench(monkeypatch):
 
 
 def test_the_whole_path_runs_without_a_download(tmp_path):
-    """Scores, batch norm and adapters are measured and printed for both stand-ins; nothing is written to the results."""
+    """Every part is measured and printed for both stand-ins; nothing is written to the results."""
     run = [sys.executable, str(REAL / "run.py"), "--tiny"]
     environment = {**os.environ, "CI": "true", "MPQ_REAL_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(run, env=environment, cwd=tmp_path, capture_output=True, text=True)
@@ -36,8 +36,11 @@ def test_the_whole_path_runs_without_a_download(tmp_path):
     assert sum("weights {" in line for line in tables) == 2 * 4  # two networks, two menus, pinned and free
     assert sum("batch normalisation" in line for line in tables) == 2
     assert sum("through the adapters" in line for line in tables) == 2
+    assert sum("bit operations of uniform" in line for line in tables) == 2
+    assert sum("by the options of prepare" in line for line in tables) == 2
+    assert sum("best measured of 16" in line for line in tables) == 2
     rows = [line for line in done.stdout.splitlines() if line.startswith("| clado gram |")]
-    assert len(rows) == 8
+    assert len(rows) == 8 + 2  # and the two of joint bits
     assert not any("-" in row.split("|", 3)[3] for row in rows)  # every average of every table
     assert not (tmp_path / "cache").exists()
 

@@ -4,6 +4,7 @@
     python benchmarks/real/run.py scores --networks efficientnet_lite0    # hours for everything; goes on where it stopped
     python benchmarks/real/run.py batch-norm
     python benchmarks/real/run.py adapters
+    python benchmarks/real/run.py joint methods top-k                     # both kinds of bits; options of `prepare`; top_k
     python benchmarks/real/run.py --print-only                            # the tables of what was measured
     python benchmarks/real/run.py --tiny                                  # the whole path on two tiny networks, no download
 
@@ -22,7 +23,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # for cells.py
 # isort: split
 
 import batch_norm
+import joint
+import methods
 import scores
+import top_k
 from cells import Cells
 from data import NETWORKS
 from fetch import FetchError, cache_folder
@@ -31,7 +35,7 @@ from standins import STANDINS
 import adapters
 from mpq_plugins._allocator import keeping_memory
 
-PARTS = ("scores", "batch-norm", "adapters")
+PARTS = ("scores", "batch-norm", "adapters", "joint", "methods", "top-k")
 RESULTS = Path(__file__).parent / "results"
 MAIN = {
     "efficientnet_lite0": "kl",
@@ -59,7 +63,8 @@ def main() -> None:
     parser.add_argument("--averages", nargs="+", type=float, default=list(scores.AVERAGES))
     parser.add_argument("--adapters", nargs="+", default=["nncf", "brevitas"])
     parser.add_argument("--bits", nargs="+", default=list(adapters.BITS))
-    parser.add_argument("--again", nargs="+", default=[], help="scores or adapters to measure anew")
+    parser.add_argument("--methods", nargs="+", default=list(methods.METHODS), choices=list(methods.METHODS))
+    parser.add_argument("--again", nargs="+", default=[], help="scores, adapters or methods to measure anew")
     options = parser.parse_args()
     unknown = sorted(set(options.parts) - set(PARTS))
     if unknown:
@@ -69,6 +74,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             options.results, options.calibration, options.test = Path(folder), 32, 64
             options.averages, options.bits = [4.0, 2.5], ["w4a8"]
+            options.methods = ["default", "batch_norm=kept", "equalization=cross-layer", "rounding=gptq"]
             with keeping_memory():
                 run(options, parts, STANDINS, Path(folder))
         return
@@ -103,8 +109,26 @@ def run(options: argparse.Namespace, parts: list[str], networks: dict, kept: Pat
                 batch_norm.measure(case, cells["batch-norm"], seed=seed)
             if "adapters" in parts:
                 adapters.measure(case, cells["adapters"], seed=seed, names=options.adapters, widths=options.bits)
+            if "joint" in parts:
+                names = joint.STANDIN_SCORES if options.tiny else options.scores
+                joint.measure(case, cells["joint"], kept / "measurements", seed=seed, names=names)
+            if "methods" in parts:
+                methods.measure(
+                    case, cells["methods"], kept / "scores", seed=seed, names=options.adapters, methods=options.methods
+                )
+            if "top-k" in parts:
+                known = scores.judged_plans(case, Cells(options.results / f"scores-{name}.json"), seed)
+                asked = {"names": options.scores, "averages": options.averages}
+                top_k.measure(case, cells["top-k"], kept / "scores", seed=seed, judged=known, **asked)
         options.again = options.again if name != list(networks)[-1] else []
-        tables = {"scores": scores.tables, "batch-norm": batch_norm.tables, "adapters": adapters.tables}
+        tables = {
+            "scores": scores.tables,
+            "batch-norm": batch_norm.tables,
+            "adapters": adapters.tables,
+            "joint": joint.tables,
+            "methods": methods.tables,
+            "top-k": top_k.tables,
+        }
         for part in parts:
             for table in tables[part](cells[part], name, MAIN[name]):
                 print(f"\n{table}")

@@ -94,7 +94,7 @@ def measure(
 ) -> None:
     """Fill the cells of one network; `folder` keeps scores between runs."""
     weights = Weights(case.net, case.example)
-    judged = {cell["plan"]: cell for key, cell in cells.found.items() if key.startswith(f"{case.name}/") and "plan" in cell}
+    judged = judged_plans(case, cells, seed)
     for name, chosen, held in itertools.product(names, menus, pins):
         keys = {average: f"{case.name}/{seed}/{chosen}/{held}/{name}/{average:g}" for average in averages}
         if refusal(name, case) or all(key in cells.found for key in keys.values()):
@@ -181,6 +181,13 @@ def cell(
     return {
         **{"solve_cpu_seconds": solve, "status": found.solution.status.name, "average": round(weights.average(bits), 3)},
         **judge_plan(case, weights, bits, judged),
+    }
+
+
+def judged_plans(case: Case, cells: Cells, seed: int) -> dict[str, Any]:
+    """The plans of one network that were judged after a correction with the calibration inputs of this seed."""
+    return {
+        cell["plan"]: cell for key, cell in cells.found.items() if key.startswith(f"{case.name}/{seed}/") and "plan" in cell
     }
 
 

@@ -6,7 +6,7 @@ from hard_nets import HARD, ROWS, made, output_of
 from naive_loops import NaiveLoop
 from torch import nn
 
-from mpq_plugins import Batch
+from mpq_plugins import Batch, Space, find_layers, menu
 from mpq_plugins.sensitivity import Engine
 
 hard = pytest.mark.parametrize(
@@ -63,3 +63,19 @@ def test_a_path_that_depends_on_the_number_of_images_is_run_plainly():
     naive = NaiveLoop(model, space, [(ROWS, None)])
     run = engine.run(Batch(ROWS))
     torch.testing.assert_close(torch.stack(list(run.single(0, (0, 1)))), torch.stack([naive.logits((0, c)) for c in (0, 1)]))
+
+
+def test_replays_are_checked_at_the_widest_activations(monkeypatch):
+    """One flipped code of a narrow activation is no fault of a replay: no choice that is compared has one."""
+    compared = []
+    changes = Engine.changes
+
+    def noted(engine, choices, **options):
+        compared.extend(engine.space.units[unit].choices[at] for unit, at in choices.items())
+        return changes(engine, choices, **options)
+
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double().eval()
+    space = Space.build(find_layers(model, ROWS), menu((2, 4, 8), (2, 4, 8)))
+    monkeypatch.setattr(Engine, "changes", noted)
+    assert Engine.start(model, space, Batch(ROWS)).player is not None
+    assert {choice.activation for choice in compared} == {8}

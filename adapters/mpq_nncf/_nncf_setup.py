@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from mpq_nncf._accessors import copyable_accessors
 from mpq_nncf._nncf_internals import private
 from mpq_plugins._plugins import require
 
@@ -134,6 +135,7 @@ def propagation_rule(*, merge_branches: bool) -> Any:
     return rule.MERGE_ALL_IN_ONE if merge_branches else rule.DO_NOT_MERGE_BRANCHES
 
 
+@copyable_accessors()
 def plan(graph: Graph, *, merge_branches: bool, ignored: tuple[str, ...], asymmetric: bool) -> Any:
     """The quantizer setup NNCF would use, without calibrating anything."""
     nncf, names = require("nncf", "nncf"), private()
@@ -184,6 +186,7 @@ def edited_quantization(
         algorithm.find_quantization_setup, algorithm.apply, track.__init__ = find, apply, show
 
 
+@copyable_accessors()
 def quantize(
     model: nn.Module,
     inputs: list[Any],

@@ -177,16 +177,16 @@ def document(cells: Mapping[str, Mapping], subjects: Iterable[Subject] = SUBJECT
     notes = _Notes()
     parts = [
         "# Coverage",
-        f"What `python benchmarks/coverage.py` found: {len(measured)} models, {len(rows)} pairs of a model and an adapter. Each went "
-        "through `find_layers`, `allocate` (weights of 2, 4 and 8 bits at the size of 4, activations of 8; in the small nets 4 and "
-        "8), `prepare` on 8 random inputs, `export` (NNCF: OpenVINO IR, Brevitas: QONNX) and `verify`. Weights are random and "
-        "batch normalisation fits the data, so accuracy means nothing here: bits, every weight code, and outputs are compared.",
+        f"What `python benchmarks/coverage.py` found: {len(measured)} models, {len(rows)} pairs of a model and an adapter. "
+        "Each went through `find_layers`, `allocate` (weights of 2, 4 and 8 bits at the size of 4, activations of 8; in the "
+        "small nets 4 and 8), `prepare` on 8 random inputs, `export` (NNCF: OpenVINO IR, Brevitas: QONNX), `verify`. Weights "
+        "are random and batch normalisation fits the data: what is compared are bits, every weight code, and outputs.",
         "- *verified*: bits and all codes as asked for, and outputs of the file those of the module at batches of 3 and of 1.\n"
         "- *one batch size*: the same, but the file takes only as many images as it was exported with.\n"
         "- *refused*: ended by one of our errors, whose text stands in the note.\n"
         "- *differs*: the file was written and `verify` says what is wrong with it.",
-        "`21 of 22, 99 %`: 21 of the 22 layers found get bits, with 99 % of all weights of two or more dimensions; the rest stands in "
-        "`skipped`, for the reasons in the notes. Every such weight is accounted for.",
+        "`21 of 22, 99 %`: 21 of the 22 layers found get bits, with 99 % of all weights of two or more dimensions; the rest "
+        "stands in `skipped`, for the reasons in the notes. Every such weight is accounted for.",
         _summary(rows),
     ]
     for group in dict.fromkeys(subject.group for subject in measured):

@@ -94,18 +94,25 @@ def _small_convnext() -> nn.Module:
     return ConvNeXt([CNBlockConfig(16, 32, 1), CNBlockConfig(32, 64, 2), CNBlockConfig(64, None, 1)], num_classes=10)
 
 
+def _small_video_resnet() -> nn.Module:
+    from torchvision.models.video.resnet import BasicBlock, BasicStem, Conv3DSimple, VideoResNet
+
+    return VideoResNet(BasicBlock, [Conv3DSimple] * 4, [1, 1, 1, 1], BasicStem, num_classes=10)
+
+
+def _segmentation(name: str) -> Callable[[], nn.Module]:
+    return partial(_of_torchvision, name, weights_backbone=None, num_classes=3)
+
+
 _TORCHVISION: Mapping[str, tuple[Callable[[], nn.Module], Inputs]] = {
-    "alexnet": (partial(_of_torchvision, "alexnet", num_classes=10), images(64)),
-    "resnet18": (partial(_of_torchvision, "resnet18"), images(64)),
-    "squeezenet1_1": (partial(_of_torchvision, "squeezenet1_1"), images(64)),
-    "googlenet": (partial(_of_torchvision, "googlenet", aux_logits=False, init_weights=False), images(64)),
-    "shufflenet_v2_x0_5": (partial(_of_torchvision, "shufflenet_v2_x0_5"), images(64)),
-    "mobilenet_v2": (partial(_of_torchvision, "mobilenet_v2", width_mult=0.35), images(64)),
-    "mobilenet_v3_small": (partial(_of_torchvision, "mobilenet_v3_small"), images(64)),
-    "mnasnet0_5": (partial(_of_torchvision, "mnasnet0_5"), images(64)),
-    "efficientnet_b0": (partial(_of_torchvision, "efficientnet_b0"), images(64)),
-    "regnet_y_400mf": (partial(_of_torchvision, "regnet_y_400mf"), images(64)),
-    "densenet": (partial(_torchvision_class, "DenseNet", growth_rate=8, block_config=(2, 3, 3), num_init_features=16), images(64)),
+    "resnet18": (partial(_of_torchvision, "resnet18", num_classes=10), images(64)),
+    "squeezenet1_1": (partial(_of_torchvision, "squeezenet1_1", num_classes=10), images(64)),
+    "shufflenet_v2_x0_5": (partial(_of_torchvision, "shufflenet_v2_x0_5", num_classes=10), images(64)),
+    "mobilenet_v2": (partial(_of_torchvision, "mobilenet_v2", width_mult=0.35, num_classes=10), images(64)),
+    "mobilenet_v3_small": (partial(_of_torchvision, "mobilenet_v3_small", num_classes=10), images(64)),
+    "mnasnet0_5": (partial(_of_torchvision, "mnasnet0_5", num_classes=10), images(64)),
+    "efficientnet_b0": (partial(_of_torchvision, "efficientnet_b0", num_classes=10), images(64)),
+    "densenet": (partial(_torchvision_class, "DenseNet", growth_rate=8, block_config=(2, 3, 3)), images(64)),
     "convnext": (_small_convnext, images(64)),
     "swin": (
         partial(
@@ -128,16 +135,13 @@ _TORCHVISION: Mapping[str, tuple[Callable[[], nn.Module], Inputs]] = {
         ),
         images(64),
     ),
-    "lraspp_mobilenet_v3_large": (partial(_of_torchvision, "lraspp_mobilenet_v3_large", weights_backbone=None), images(64)),
-    "deeplabv3_mobilenet_v3_large": (
-        partial(_of_torchvision, "deeplabv3_mobilenet_v3_large", weights_backbone=None),
-        images(64),
-    ),
+    "lraspp_mobilenet_v3_large": (_segmentation("lraspp_mobilenet_v3_large"), images(64)),
+    "deeplabv3_mobilenet_v3_large": (_segmentation("deeplabv3_mobilenet_v3_large"), images(64)),
     "ssdlite320_mobilenet_v3_large": (
         partial(_of_torchvision, "ssdlite320_mobilenet_v3_large", weights_backbone=None, num_classes=5),
         images(64),
     ),
-    "r3d_18": (partial(_of_torchvision, "r3d_18", num_classes=10), normal(3, 4, 32, 32)),
+    "video resnet": (_small_video_resnet, normal(3, 4, 32, 32)),
     "raft_small": (partial(_of_torchvision, "raft_small"), several(images(128), images(128))),
 }  # fmt: skip
 
@@ -148,7 +152,7 @@ _TORCHVISION: Mapping[str, tuple[Callable[[], nn.Module], Inputs]] = {
 def _of_timm(name: str, **options: Any) -> nn.Module:
     import timm
 
-    return timm.create_model(name, pretrained=False, **options)
+    return timm.create_model(name, pretrained=False, num_classes=10, **options)
 
 
 def timm_model(name: str, size: int = 64, *, sized: bool = False, **options: Any) -> tuple[Callable[[], nn.Module], Inputs]:
@@ -158,8 +162,6 @@ def timm_model(name: str, size: int = 64, *, sized: bool = False, **options: Any
 
 _TIMM: Mapping[str, tuple[Callable[[], nn.Module], Inputs]] = {
     "resnet10t": timm_model("resnet10t"),
-    "resnetv2_18": timm_model("resnetv2_18"),
-    "nf_regnet_b0": timm_model("nf_regnet_b0"),
     "test_nfnet": timm_model("test_nfnet"),
     "test_byobnet": timm_model("test_byobnet"),
     "test_efficientnet": timm_model("test_efficientnet"),
@@ -167,36 +169,29 @@ _TIMM: Mapping[str, tuple[Callable[[], nn.Module], Inputs]] = {
     "test_efficientnet_evos": timm_model("test_efficientnet_evos"),
     "tf_mobilenetv3_small_minimal_100": timm_model("tf_mobilenetv3_small_minimal_100"),
     "mobilenetv4_conv_small_035": timm_model("mobilenetv4_conv_small_035"),
-    "mixnet_s": timm_model("mixnet_s"),
     "lcnet_035": timm_model("lcnet_035"),
     "ghostnet_050": timm_model("ghostnet_050"),
-    "mobileone_s0": timm_model("mobileone_s0"),
-    "repvgg_a0": timm_model("repvgg_a0"),
     "fasternet_t0": timm_model("fasternet_t0"),
     "starnet_s050": timm_model("starnet_s050"),
     "ese_vovnet19b_slim_dw": timm_model("ese_vovnet19b_slim_dw"),
     "dla46_c": timm_model("dla46_c"),
-    "hgnetv2_b0": timm_model("hgnetv2_b0"),
     "test_convnext": timm_model("test_convnext"),
     "test_convnext2": timm_model("test_convnext2"),
     "inception_next_atto": timm_model("inception_next_atto"),
     "test_mambaout": timm_model("test_mambaout"),
-    "poolformer_s12": timm_model("poolformer_s12"),
     "edgenext_xx_small": timm_model("edgenext_xx_small"),
     "mobilevit_xxs": timm_model("mobilevit_xxs"),
     "efficientvit_b0": timm_model("efficientvit_b0"),
-    "efficientvit_m0": timm_model("efficientvit_m0", 128, sized=True),
     "levit_128s": timm_model("levit_128s", 64, sized=True),
     "pvt_v2_b0": timm_model("pvt_v2_b0"),
     "test_vit": timm_model("test_vit", 96, sized=True),
     "vit_relpos_small_patch16_224": timm_model("vit_relpos_small_patch16_224", 64, sized=True, depth=2),
     "test_maxvit": timm_model("test_maxvit", 64, sized=True),
-    "swinv2_tiny_window8_256": timm_model("swinv2_tiny_window8_256", 64, sized=True, depths=(1, 1), num_heads=(2, 4), embed_dim=32),
+    "swinv2_tiny_window8_256": timm_model("swinv2_tiny_window8_256", 64, sized=True, depths=(1, 1), embed_dim=24),
     "eva02_tiny_patch14_224": timm_model("eva02_tiny_patch14_224", 56, sized=True, depth=2),
     "cait_xxs24_224": timm_model("cait_xxs24_224", 64, sized=True, depth=2),
     "xcit_nano_12_p16_224": timm_model("xcit_nano_12_p16_224", 64, sized=True, depth=2),
     "convit_tiny": timm_model("convit_tiny", 64, sized=True, depth=3),
-    "mixer_s32_224": timm_model("mixer_s32_224", 64, sized=True),
     "resmlp_12_224": timm_model("resmlp_12_224", 64, sized=True),
     "sequencer2d_s": timm_model("sequencer2d_s", 56, sized=True, layers=(1, 1, 1, 1)),
     "halonet26t": timm_model("halonet26t", 256),
@@ -260,7 +255,7 @@ _TRANSFORMERS: Mapping[str, tuple[Callable[[], nn.Module], Inputs]] = {
         conv_kernel=(10, 3), num_feat_extract_layers=2, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2, **_SMALL,
     ),
     "clip": _tiny(
-        "CLIPVisionConfig", "CLIPVisionModelWithProjection", images(32), image_size=32, patch_size=8, projection_dim=16, **_SMALL
+        "CLIPVisionConfig", "CLIPVisionModelWithProjection", images(32), image_size=32, patch_size=8, projection_dim=8, **_SMALL
     ),
     "mamba": _tiny(
         "MambaConfig", "MambaForCausalLM", named(input_ids=_IDS), vocab_size=100, hidden_size=32, state_size=4,
@@ -506,7 +501,7 @@ def _group(
 SUBJECTS: tuple[Subject, ...] = (
     *(replace(subject, activations=(4, 8)) for subject in _group("oddities", _ODDITIES)),
     *(replace(subject, activations=(4, 8)) for subject in _group("recurrent", _RECURRENT)),
+    *_group("transformers", _TRANSFORMERS, "transformers"),
     *_group("torchvision", _TORCHVISION, "torchvision"),
     *_group("timm", _TIMM, "timm"),
-    *_group("transformers", _TRANSFORMERS, "transformers"),
 )

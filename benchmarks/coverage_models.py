@@ -226,13 +226,14 @@ _TRANSFORMERS: Mapping[str, tuple[Callable[[], nn.Module], Inputs]] = {
         hidden_dim=64, max_position_embeddings=32,
     ),
     "gpt2": _tiny(
-        "GPT2Config", "GPT2LMHeadModel", named(input_ids=_IDS), vocab_size=100, n_positions=32, n_embd=32, n_layer=2, n_head=2,
+        "GPT2Config", "GPT2LMHeadModel", _MASKED, vocab_size=100, n_positions=32, n_embd=32, n_layer=2, n_head=2,
         use_cache=False,
     ),
     "llama": _tiny("LlamaConfig", "LlamaForCausalLM", named(input_ids=_IDS), **_DECODER),
-    "qwen2": _tiny("Qwen2Config", "Qwen2ForCausalLM", named(input_ids=_IDS), tie_word_embeddings=True, **_DECODER),
+    "qwen2": _tiny("Qwen2Config", "Qwen2ForCausalLM", _MASKED, tie_word_embeddings=True, **_DECODER),
     "mixtral": _tiny(
-        "MixtralConfig", "MixtralForCausalLM", named(input_ids=_IDS), num_local_experts=4, num_experts_per_tok=2, **_DECODER
+        "MixtralConfig", "MixtralForCausalLM", _MASKED, num_local_experts=4, num_experts_per_tok=2,
+        experts_implementation="batched_mm", **_DECODER,
     ),
     "t5": _tiny(
         "T5Config", "T5ForConditionalGeneration", named(input_ids=_IDS, decoder_input_ids=tokens(4, 100)), vocab_size=100,

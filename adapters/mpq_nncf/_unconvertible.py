@@ -20,7 +20,7 @@ def unconvertible(model: nn.Module, inventory: Inventory, example: Any = None) -
     """
     parameters = {name for name, _ in model.named_parameters()}
     reasons = {
-        layer.name: f"its weight {layer.weight_name} is computed, not a parameter, so NNCF has no place for a weight quantizer"
+        layer.name: "its weight is computed, not a parameter, so NNCF has no place for a weight quantizer"
         for layer in inventory
         if layer.weight_name not in parameters
     }

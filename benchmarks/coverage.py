@@ -56,7 +56,7 @@ def attempt(subject: Subject, adapter_name: str, folder: Path, tell: Callable[[s
     try:
         at("build")
         torch.manual_seed(0)
-        model = subject.build().eval()
+        model = _trained_looking(subject.build().eval())
         with contextlib.suppress(Exception):  # half precision and the like
             reestimate_batch_norm(model, [subject.inputs(8, seed) for seed in (10, 20)])
         adapter, example = make("adapters", adapter_name, {}), subject.inputs(1, 0)
@@ -84,6 +84,15 @@ def attempt(subject: Subject, adapter_name: str, folder: Path, tell: Callable[[s
         return row | {"outcome": "refused", "stage": stage, "text": _short(str(error))}
     except Exception as error:
         return row | {"outcome": "raw error", "stage": stage, "text": _short(f"{type(error).__name__}: {error}")}
+
+
+def _trained_looking(model: nn.Module) -> nn.Module:
+    """Factors and weights that begin near zero get values, in place: else they hide what stands before them."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.endswith("bias") and parameter.is_floating_point() and bool((parameter.abs() < 1e-3).all()):
+                nn.init.trunc_normal_(parameter, std=0.05) if parameter.dim() > 1 else nn.init.constant_(parameter, 0.5)
+    return model
 
 
 def _account(model: nn.Module, found: mpq.Inventory, layers: Sequence[Layer], skipped: Sequence[Skipped]) -> dict:

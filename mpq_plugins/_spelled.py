@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 class Spelled(TorchFunctionMode):
     """Within it `diff` is a subtraction of slices, `mT` a transposition, and pooling that keeps an axis is told its size.
 
-    transformers' decoders look for packed sequences by `diff` where they get no attention mask.
+    transformers' decoders look for packed sequences by `diff`, and sum truth values, where they get no attention mask.
     """
 
     def __torch_function__(
@@ -44,6 +44,10 @@ def _diff(
     return value
 
 
+def _summed(func: Callable[..., Any], input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return func(input.long() if input.dtype is torch.bool else input, *args, **kwargs)
+
+
 def _transposed(func: Callable[..., Any], input: Tensor, *owner: Any) -> Any:
     return func(input, *owner) if input.is_complex() else input.transpose(-2, -1)
 
@@ -58,6 +62,8 @@ def _pooled(func: Callable[..., Any], input: Tensor, output_size: Any, *args: An
 _SPELLINGS: Mapping[Any, Callable[..., Any]] = {
     torch.diff: _diff,
     torch.Tensor.diff: _diff,
+    torch.cumsum: _summed,
+    torch.Tensor.cumsum: _summed,
     torch.Tensor.mT.__get__: _transposed,  # type: ignore[attr-defined]  # an accessor
     torch.Tensor.mH.__get__: _transposed,  # type: ignore[attr-defined]  # an accessor
     functional.adaptive_avg_pool2d: _pooled,

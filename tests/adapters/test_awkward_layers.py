@@ -240,7 +240,7 @@ def test_pooling_that_leaves_an_axis_as_it_is(tmp_path, format, pooling):
 
 
 class Differences(nn.Module):
-    """Differences of neighbours along an axis, twice over and with something before them."""
+    """Differences of neighbours along an axis, twice over and with something before them, and a sum of truth values."""
 
     def __init__(self):
         super().__init__()
@@ -249,7 +249,7 @@ class Differences(nn.Module):
     def forward(self, x):
         x = self.a(x)
         changed = torch.diff(x, prepend=x[..., :1] - 1, dim=-1) + x.diff(n=2, dim=2, append=x[:, :, :2])
-        return self.b(changed * (x > 0).diff(dim=1, prepend=x[:, :1] > 1))
+        return self.b(changed * (x > 0).diff(dim=1, prepend=x[:, :1] > 1) + (x > 0).cumsum(1))
 
 
 @pytest.mark.parametrize("format", WRITERS)

@@ -8,7 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
+
+import mpq_plugins as mpq
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,6 +28,7 @@ def bench(monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.filterwarnings("ignore::mpq_plugins.FloatLayersWarning")
 @pytest.mark.parametrize("adapter", ["nncf", "brevitas"])
 def test_small_models_end_as_they_should(bench, adapter, tmp_path):
     """One is verified, one only in part, one refused; every weight is accounted for."""
@@ -62,10 +66,6 @@ def test_crashes_errors_and_endless_models_are_rows(bench):
 
 def test_a_weight_that_nothing_accounts_for_is_counted(bench):
     """Of 12 + 8 weights, an inventory that lost the second layer holds 12."""
-    import torch
-
-    import mpq_plugins as mpq
-
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     found = mpq.find_layers(model, torch.zeros(1, 3))
     whole = bench._account(model, found, found.layers, found.skipped)

@@ -289,3 +289,26 @@ def test_accessors_of_tensors(tmp_path, adapter):
     torch.manual_seed(0)
     round_trip(adapter, Transposes(), tmp_path, IMAGES[:, 0])
     assert type(torch.Tensor.mT) not in copyreg.dispatch_table
+
+
+class JoinedBiases(nn.Module):
+    """Attention as timm's BEiT, EVA and Swin v2 have it: a tuple of parameters is joined to the bias of a functional call."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(6, 9, bias=False), nn.Linear(3, 3)
+        self.q, self.v = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3))
+        self.register_buffer("k", torch.zeros(3), persistent=False)
+
+    def forward(self, x):
+        joined = nn.functional.linear(x, weight=self.qkv.weight, bias=torch.cat(tensors=(self.q, self.k, self.v)))
+        q, k, v = joined.chunk(3, dim=-1)
+        return self.out((q @ k.transpose(-2, -1)).softmax(-1) @ v + torch.stack((self.q, self.v)).sum(0))
+
+
+@pytest.mark.parametrize("format", ["openvino-compact", "onnx"])
+def test_parameters_in_a_tuple(tmp_path, format):
+    """NNCF's trace knows those in lists only."""
+    torch.manual_seed(0)
+    bits, _ = round_trip(NNCF, JoinedBiases(), tmp_path, IMAGES[:, 0], format=format)
+    assert set(bits.layers) == {"qkv", "out"}

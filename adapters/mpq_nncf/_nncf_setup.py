@@ -56,6 +56,17 @@ def trace(model: nn.Module, example: Any) -> Graph:
     return Graph(tuple(weighted), tuple(quantizable), graph, wrapper)
 
 
+def fed(graph: Graph) -> frozenset[str]:
+    """The operations that something on the way from the model's inputs reaches; the others give every image the same."""
+    waiting, found = list(graph.nncf_graph.get_input_nodes()), set()
+    while waiting:
+        node = waiting.pop()
+        if node.node_name not in found:
+            found.add(node.node_name)
+            waiting += graph.nncf_graph.get_next_nodes(node)
+    return frozenset(found)
+
+
 def input_names(graph: Graph) -> list[str]:
     """The names of the model's inputs, in order."""
     return [node.node_name for node in graph.nncf_graph.get_input_nodes()]

@@ -312,3 +312,24 @@ def test_parameters_in_a_tuple(tmp_path, format):
     torch.manual_seed(0)
     bits, _ = round_trip(NNCF, JoinedBiases(), tmp_path, IMAGES[:, 0], format=format)
     assert set(bits.layers) == {"qkv", "out"}
+
+
+class Positions(nn.Module):
+    """A small network of relative positions beside the one of images, as Swin v2 and timm's relative positions have."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions, self.image, self.hidden = nn.Linear(2, 4), conv(), conv()
+        self.register_buffer("table", torch.randn(36, 2))
+
+    def forward(self, x):
+        bias = torch.sigmoid(self.positions(self.table)).T.reshape(1, 4, 6, 6)
+        return self.hidden(torch.tensor(torch.relu(self.image(x)).numpy()) + bias)
+
+
+@pytest.mark.filterwarnings("ignore::mpq_plugins.FloatLayersWarning")
+def test_a_layer_of_constants_is_skipped_by_nncf():
+    """OpenVINO would fold it; a layer behind a detour over numpy, which no trace follows, is searched."""
+    space = build_space(Positions().eval(), IMAGES, adapter=NNCF)
+    assert [layer.name for layer in space.layers] == ["image", "hidden"]
+    assert [item.name for item in space.skipped if "same for every image" in item.reason] == ["positions"]

@@ -104,6 +104,18 @@ def _segmentation(name: str) -> Callable[[], nn.Module]:
     return partial(_of_torchvision, name, weights_backbone=None, num_classes=3)
 
 
+class Detector(nn.Module):
+    """A detector without what chooses boxes: from random weights, rounding alone decides which of equal scores are kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        whole = _of_torchvision("ssdlite320_mobilenet_v3_large", weights_backbone=None, num_classes=5)
+        self.backbone, self.head = whole.backbone, whole.head
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.head(list(self.backbone(x).values()))
+
+
 _TORCHVISION: Mapping[str, tuple[Callable[[], nn.Module], Inputs]] = {
     "resnet18": (partial(_of_torchvision, "resnet18", num_classes=10), images(64)),
     "squeezenet1_1": (partial(_of_torchvision, "squeezenet1_1", num_classes=10), images(64)),
@@ -137,10 +149,7 @@ _TORCHVISION: Mapping[str, tuple[Callable[[], nn.Module], Inputs]] = {
     ),
     "lraspp_mobilenet_v3_large": (_segmentation("lraspp_mobilenet_v3_large"), images(64)),
     "deeplabv3_mobilenet_v3_large": (_segmentation("deeplabv3_mobilenet_v3_large"), images(64)),
-    "ssdlite320_mobilenet_v3_large": (
-        partial(_of_torchvision, "ssdlite320_mobilenet_v3_large", weights_backbone=None, num_classes=5),
-        images(64),
-    ),
+    "ssdlite320_mobilenet_v3_large, heads": (Detector, images(64)),
     "video resnet": (_small_video_resnet, normal(3, 4, 32, 32)),
     "raft_small": (partial(_of_torchvision, "raft_small"), several(images(128), images(128))),
 }  # fmt: skip

@@ -99,7 +99,10 @@ class Cells:
         if key not in self.found:
             start = time.process_time()
             result = measure()
-            self.found[key] = {**result, "cpu_seconds": round(time.process_time() - start, 1)}
+            self.found[key] = {
+                "cpu_seconds": round(time.process_time() - start, 1),
+                **result,
+            }  # its own figure, of a subprocess
             # Several processes may fill one file in turn.
             others = json.loads(self.path.read_text())["cells"] if self.path.exists() else {}
             self.found = {**others, **self.found}

@@ -57,7 +57,8 @@ def told(error: BaseException) -> str:
     """Kind and text of an error in one line; tracers append whole graphs to theirs."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if lines and lines[0].startswith(_PLACES):  # OpenVINO: where in its source, then what, then the reason
-        lines = ["; ".join(line.lstrip("- ") for line in lines if not line.startswith(_PLACES))]
+        kept = [line.lstrip("- ").rstrip(".:; ") for line in lines if not line.startswith(_PLACES)]
+        lines = ["; ".join(line for line in kept if not line.endswith("with a message"))]
     line = lines[0] if lines else ""
     line = line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."
     return f"{type(error).__name__}: {line}".rstrip(": .")

@@ -24,7 +24,9 @@ from mpq_plugins._bits import BitConfig
 from mpq_plugins._errors import AdapterError
 from mpq_plugins._files import disk_refusal, write_whole
 from mpq_plugins._model import batch_size, call, device_of, evaluating, tensors, to_device
+from mpq_plugins._parametrized import without_parametrizations
 from mpq_plugins._plugins import require
+from mpq_plugins._spelled import Spelled
 
 # FINN's passes know opset 13; attention and layer normalisation need a later one.
 _OPSETS = {"finn": 13, "layerwise": 17}
@@ -64,7 +66,7 @@ def export(module: nn.Module, path: str | Path, example: Any, *, format: str) ->
 
 def _deployable(module: nn.Module, recipe: Recipe) -> nn.Module:
     """A copy with quantizers of one scale each, which is all that ONNX has, and without limits that change nothing."""
-    copied = copy.deepcopy(module)
+    copied = without_parametrizations(copy.deepcopy(module).eval())
     brevitas.drop_needless_limits(copied)
     return fold_duq(copied) if recipe.quantizer == "duq" else copied
 
@@ -121,7 +123,7 @@ def _write_raw(module: _Positional, path: Path, args: tuple[Tensor, ...], format
     images = {name for name, value in zip(names, args, strict=True) if value.dim() and value.shape[0] == 1}
     free = {"dynamic_axes": {name: {0: "batch"} for name in images}} if free_batch else {}
     write = {"qonnx": export_qonnx, "qcdq": export_onnx_qcdq}[format]
-    with brevitas.guarded(), _plain_attention():
+    with brevitas.guarded(), _plain_attention(), Spelled():
         try:
             # dynamo=False: the newer exporter renames and merges initializers, and fails on attention.
             write(module, args=args, export_path=str(path), dynamo=False, opset_version=opset, input_names=names, **free)
@@ -167,6 +169,7 @@ def _finish(path: Path, calls: list[str], metadata: Mapping[str, Any]) -> None:
     model = OnnxGraph.load(path).model
     _unwrap_names(model)
     _initializers_are_no_inputs(model)
+    _explicit_padding(model)
     _name_layers(OnnxGraph(model, path), calls)
     onnx.helper.set_model_props(model, {METADATA: json.dumps(metadata, sort_keys=True)})
     onnx.save(model, str(path))
@@ -187,6 +190,22 @@ def _initializers_are_no_inputs(model: Any) -> None:
     inputs = [item for item in model.graph.input if item.name not in constants]
     del model.graph.input[:]
     model.graph.input.extend(inputs)
+
+
+def _explicit_padding(model: Any) -> None:
+    """Spell padding="same" in numbers: onnxruntime has no automatic padding of dilated convolutions."""
+    import onnx
+
+    for node in model.graph.node:
+        found = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
+        if node.op_type != "Conv" or found.get("auto_pad") != b"SAME_UPPER" or "kernel_shape" not in found:
+            continue
+        kernel = found["kernel_shape"]  # torch has "same" for a stride of one only
+        totals = [step * (size - 1) for step, size in zip(found.get("dilations", [1] * len(kernel)), kernel, strict=True)]
+        kept = [item for item in node.attribute if item.name not in ("auto_pad", "pads")]
+        pads = [total // 2 for total in totals] + [total - total // 2 for total in totals]
+        del node.attribute[:]
+        node.attribute.extend([*kept, onnx.helper.make_attribute("pads", pads)])
 
 
 def _name_layers(graph: OnnxGraph, calls: list[str]) -> None:

@@ -13,6 +13,7 @@ from mpq_nncf._float_weights import use_float_weights
 from mpq_nncf._wiring import wiring_of
 from mpq_plugins._adapter import bits_of
 from mpq_plugins._errors import AdapterError
+from mpq_plugins._parametrized import without_parametrizations
 
 SUFFIXES = {"openvino-compact": ".xml", "openvino-fast": ".xml", "onnx": ".onnx", "onnx-compact": ".onnx"}
 
@@ -29,7 +30,7 @@ def export(module: nn.Module, path: str | Path, example: Any, *, format: str) ->
         )
     if path.suffix != SUFFIXES[format]:
         path = path.with_name(path.name + SUFFIXES[format])
-    frozen = use_float_weights(copy.deepcopy(module).eval(), on=False)
+    frozen = without_parametrizations(use_float_weights(copy.deepcopy(module).eval(), on=False))
     if SUFFIXES[format] == ".onnx":
         from mpq_nncf._onnx_export import export_onnx
 

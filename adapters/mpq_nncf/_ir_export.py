@@ -24,6 +24,7 @@ from mpq_plugins._errors import AdapterError, WriteError
 from mpq_plugins._files import NO_ROOM, check_replaceable, disk_refusal
 from mpq_plugins._partial import partial_folder
 from mpq_plugins._plugins import require
+from mpq_plugins._spelled import Spelled
 
 _NOTHING = 1e-30  # beside any activation
 
@@ -57,7 +58,7 @@ def _converted(module: nn.Module, example: Any) -> tuple[Any, tuple[str, ...]]:
     """OpenVINO's model of a module, and the names of its inputs."""
     openvino = require("openvino", "nncf")
     wrapped, values, names = positional(module, example)
-    with quiet():
+    with quiet(), Spelled():
         # OpenVINO would trace by itself, and once more to compare.
         traced = torch.jit.trace(wrapped, values, strict=False, check_trace=False)
         return openvino.convert_model(traced, example_input=values), names

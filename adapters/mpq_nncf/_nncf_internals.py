@@ -12,6 +12,7 @@ import re
 from typing import Any
 
 from mpq_nncf._fake_quantize import spare_compiling
+from mpq_nncf._tuples import take_tuples
 from mpq_plugins._errors import AdapterError
 from mpq_plugins._plugins import require
 
@@ -29,6 +30,8 @@ _NAMES = {
     "MinMaxQuantization._set_backend_entity": _MIN_MAX,
     "wrap_model": _HOOKS,
     "get_hook_storage": _HOOKS,
+    "FunctionHookMode": f"{_HOOKS}.hook_executor_mode",
+    "FunctionHookMode.process_parameters": f"{_HOOKS}.hook_executor_mode",
     "decode_hook_name": f"{_HOOKS}.hook_storage",
     "GraphModelWrapper": f"{_HOOKS}.nncf_graph.nncf_graph_builder",
     "get_const_node": "nncf.torch.model_graph_manager",
@@ -76,5 +79,6 @@ def private() -> dict[str, Any]:
             f"Install the tested version: pip install 'nncf=={TESTED}.*'."
         )
     # Here, because nothing of this adapter reaches a quantizer of NNCF without asking for these names.
+    take_tuples(found["FunctionHookMode"])
     spare_compiling(found["QuantizedFunctionsCPU"], found["QuantizedFunctionsCUDA"])
     return found

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from mpq_nncf._accessors import copyable_accessors
 from mpq_nncf._nncf_internals import private
 from mpq_plugins._plugins import require
 
@@ -53,6 +54,17 @@ def trace(model: nn.Module, example: Any) -> Graph:
             if constant is not None:
                 weighted.append(WeightedOp(node.node_name, constant.layer_attributes.name, port))
     return Graph(tuple(weighted), tuple(quantizable), graph, wrapper)
+
+
+def fed(graph: Graph) -> frozenset[str]:
+    """The operations that something on the way from the model's inputs reaches; the others give every image the same."""
+    waiting, found = list(graph.nncf_graph.get_input_nodes()), set()
+    while waiting:
+        node = waiting.pop()
+        if node.node_name not in found:
+            found.add(node.node_name)
+            waiting += graph.nncf_graph.get_next_nodes(node)
+    return frozenset(found)
 
 
 def input_names(graph: Graph) -> list[str]:
@@ -134,6 +146,7 @@ def propagation_rule(*, merge_branches: bool) -> Any:
     return rule.MERGE_ALL_IN_ONE if merge_branches else rule.DO_NOT_MERGE_BRANCHES
 
 
+@copyable_accessors()
 def plan(graph: Graph, *, merge_branches: bool, ignored: tuple[str, ...], asymmetric: bool) -> Any:
     """The quantizer setup NNCF would use, without calibrating anything."""
     nncf, names = require("nncf", "nncf"), private()
@@ -184,6 +197,7 @@ def edited_quantization(
         algorithm.find_quantization_setup, algorithm.apply, track.__init__ = find, apply, show
 
 
+@copyable_accessors()
 def quantize(
     model: nn.Module,
     inputs: list[Any],

@@ -26,6 +26,7 @@ from mpq_nncf._wiring import LayerWiring, wiring_of
 from mpq_plugins._errors import AdapterError
 from mpq_plugins._files import write_whole
 from mpq_plugins._plugins import require
+from mpq_plugins._spelled import Spelled
 
 _OPSET = 17
 _DOMAIN = "mpq"
@@ -90,7 +91,7 @@ def export_onnx(module: nn.Module, path: Path, example: Any, declaration: Declar
         n_outputs = len(wrapped(*values))
     outputs = tuple(f"output_{index}" for index in range(n_outputs)) if n_outputs > 1 else ("output",)
     buffer = io.BytesIO()
-    with quiet(), _explained():
+    with quiet(), _explained(), Spelled():
         torch.onnx.export(
             wrapped,
             values,

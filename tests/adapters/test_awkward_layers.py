@@ -1,14 +1,18 @@
 """Layers that frameworks stumble over: they go through, or are refused before anything is calibrated."""
 
+import copyreg
+
 import pytest
 import torch
 from mpq_brevitas import BrevitasAdapter
 from mpq_brevitas._onnx_graph import OnnxGraph, call_name, layer_of_call
 from mpq_nncf import NNCFAdapter
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from mpq_plugins import BitConfig, build_space, find_layers, verify
 from mpq_plugins._errors import AdapterError
+from mpq_plugins._spelled import Spelled
 from mpq_plugins._unread import unread_layers
 
 NNCF, LAYERWISE, FINN = NNCFAdapter(), BrevitasAdapter(), BrevitasAdapter("finn")
@@ -186,3 +190,146 @@ def test_layers_that_autograd_does_not_see_are_not_unread():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert unread_layers(model, find_layers(model, IMAGES), IMAGES) == {}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Normalised(nn.Module):
+    """Layers whose weights are computed, which stay in float, and one that is quantized."""
+
+    def __init__(self):
+        super().__init__()
+        self.spectral, self.scaled = parametrizations.spectral_norm(conv()), parametrizations.weight_norm(conv())
+        self.orthogonal, self.plain = parametrizations.orthogonal(nn.Linear(4, 4)), conv()
+
+    def forward(self, x):
+        x = self.plain(torch.relu(self.scaled(torch.relu(self.spectral(x)))))
+        return self.orthogonal(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("format", [*NNCF.formats, *LAYERWISE.formats])
+def test_weights_that_are_computed_are_written_as_they_are(tmp_path, format):
+    """No format has the operations of spectral norm's products or of a matrix exponential; the module keeps them."""
+    torch.manual_seed(0)
+    adapter, model = NNCF if format in NNCF.formats else LAYERWISE, Normalised()
+    bits, _ = round_trip(adapter, model, tmp_path, leave_out=("spectral", "scaled", "orthogonal"), format=format)
+    assert set(bits.layers) == {"plain"}
+    assert model(IMAGES).shape == (2, 4)
+    assert all(hasattr(layer, "parametrizations") for layer in (model.spectral, model.scaled, model.orthogonal))
+
+
+@pytest.mark.parametrize("format", LAYERWISE.formats)
+@pytest.mark.parametrize("dilation", [1, 2, 3])
+@pytest.mark.parametrize("kernel", [(2, 3), (3, 4)])
+def test_same_padding_of_dilated_convolutions(tmp_path, format, dilation, kernel):
+    """onnxruntime has none; in numbers, with the odd one behind as torch puts it, outputs are the module's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 4, kernel, dilation=dilation, padding="same"))
+    round_trip(LAYERWISE, model, tmp_path, torch.randn(2, 4, 12, 12), format=format)
+
+
+WRITERS = {"openvino-compact": NNCF, "onnx": NNCF, "qonnx": LAYERWISE}
+POOLING = [nn.AdaptiveAvgPool2d((None, 1)), nn.AdaptiveMaxPool2d((2, None))]
+
+
+@pytest.mark.parametrize("format", WRITERS)
+@pytest.mark.parametrize("pooling", POOLING, ids=str)
+def test_pooling_that_leaves_an_axis_as_it_is(tmp_path, format, pooling):
+    """A size of None, as text recognisers have it, which torch's ONNX exporter refuses."""
+    torch.manual_seed(0)
+    round_trip(WRITERS[format], nn.Sequential(conv(), pooling, conv()), tmp_path, format=format)
+    assert None in pooling.output_size
+
+
+class Differences(nn.Module):
+    """Differences of neighbours along an axis, twice over and with something before them, and a sum of truth values."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = conv(), conv()
+
+    def forward(self, x):
+        x = self.a(x)
+        changed = torch.diff(x, prepend=x[..., :1] - 1, dim=-1) + x.diff(n=2, dim=2, append=x[:, :, :2])
+        return self.b(changed * (x > 0).diff(dim=1, prepend=x[:, :1] > 1) + (x > 0).cumsum(1))
+
+
+@pytest.mark.parametrize("format", WRITERS)
+def test_differences_of_neighbours(tmp_path, format):
+    """transformers' decoders look for packed sequences by them; no exporter has the operation."""
+    torch.manual_seed(0)
+    round_trip(WRITERS[format], Differences(), tmp_path, format=format)
+
+
+@pytest.mark.parametrize("function", [torch.diff, torch.Tensor.diff])
+@pytest.mark.parametrize("n", [0, 1, 2])
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_spelled_differences_are_torchs(function, n, dim):
+    """Along any axis, as often as asked, with something before or behind."""
+    x, more = torch.randn(4, 5, 3), torch.randn(4, 5, 3)
+    with Spelled():
+        found = [function(x, n, dim), function(x, n=n, dim=dim, prepend=more), function(x, n, dim, more, more)]
+    expected = [function(x, n, dim), function(x, n=n, dim=dim, prepend=more), function(x, n, dim, more, more)]
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+class Transposes(nn.Module):
+    """Reads accessors of tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.b(x.mT @ x.mH.mT)
+
+
+@pytest.mark.parametrize("adapter", [LAYERWISE, NNCF], ids=["layerwise", "nncf"])
+def test_accessors_of_tensors(tmp_path, adapter):
+    """NNCF copies its graph, and Python's copy refuses `x.mT`."""
+    torch.manual_seed(0)
+    round_trip(adapter, Transposes(), tmp_path, IMAGES[:, 0])
+    assert type(torch.Tensor.mT) not in copyreg.dispatch_table
+
+
+class JoinedBiases(nn.Module):
+    """Attention as timm's BEiT, EVA and Swin v2 have it: a tuple of parameters is joined to the bias of a functional call."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(6, 9, bias=False), nn.Linear(3, 3)
+        self.q, self.v = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(3))
+        self.register_buffer("k", torch.zeros(3), persistent=False)
+
+    def forward(self, x):
+        joined = nn.functional.linear(x, weight=self.qkv.weight, bias=torch.cat(tensors=(self.q, self.k, self.v)))
+        q, k, v = joined.chunk(3, dim=-1)
+        return self.out((q @ k.transpose(-2, -1)).softmax(-1) @ v + torch.stack((self.q, self.v)).sum(0))
+
+
+@pytest.mark.parametrize("format", ["openvino-compact", "onnx"])
+def test_parameters_in_a_tuple(tmp_path, format):
+    """NNCF's trace knows those in lists only."""
+    torch.manual_seed(0)
+    bits, _ = round_trip(NNCF, JoinedBiases(), tmp_path, IMAGES[:, 0], format=format)
+    assert set(bits.layers) == {"qkv", "out"}
+
+
+class Positions(nn.Module):
+    """A small network of relative positions beside the one of images, as Swin v2 and timm's relative positions have."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions, self.image, self.hidden = nn.Linear(2, 4), conv(), conv()
+        self.register_buffer("table", torch.randn(36, 2))
+
+    def forward(self, x):
+        bias = torch.sigmoid(self.positions(self.table)).T.reshape(1, 4, 6, 6)
+        return self.hidden(torch.tensor(torch.relu(self.image(x)).numpy()) + bias)
+
+
+@pytest.mark.filterwarnings("ignore::mpq_plugins.FloatLayersWarning")
+def test_a_layer_of_constants_is_skipped_by_nncf():
+    """OpenVINO would fold it; a layer behind a detour over numpy, which no trace follows, is searched."""
+    space = build_space(Positions().eval(), IMAGES, adapter=NNCF)
+    assert [layer.name for layer in space.layers] == ["image", "hidden"]
+    assert [item.name for item in space.skipped if "same for every image" in item.reason] == ["positions"]

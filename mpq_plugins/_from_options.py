@@ -91,7 +91,7 @@ def check_outputs(options: Namespace) -> None:
         if not isinstance(value, str):
             continue
         if options.verb in ("train", "demo") and name == "out":
-            check_place(Path(value) / "file")
+            check_place(Path(value) / "*")
             continue
         check_place(Path(value))
         path = _place(value)

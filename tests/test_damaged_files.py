@@ -91,9 +91,9 @@ def test_what_is_no_file_of_tensors_is_refused_and_runs_nothing(tmp_path, kind):
     assert not ran.exists()
 
 
-@pytest.mark.parametrize("damage", ["numbers", "keys", "swapped", "cut", "other run"])
+@pytest.mark.parametrize("damage", ["numbers", "keys", "swapped", "cut", "other run", "pickle"])
 def test_a_measurement_that_is_not_as_it_was_written_is_made_again(tmp_path, damage):
-    """Same names with other numbers, other keys, a file of another key or of another run: none of them counts."""
+    """Same names with other numbers, other keys, a file of another key or run, a pickle: none counts, and none is run."""
     with keeping_measurements(tmp_path):
         journal, other = Journal({"run": 1}), Journal({"run": 2})
         journal.put("a", {"loss": np.arange(4.0)})
@@ -108,10 +108,13 @@ def test_a_measurement_that_is_not_as_it_was_written_is_made_again(tmp_path, dam
             path.write_bytes(journal._file("b").read_bytes())
         elif damage == "other run":
             path.write_bytes(other._file("a").read_bytes())
+        elif damage == "pickle":
+            path.write_bytes(pickle.dumps(Evil(str(tmp_path / "ran"))))
         else:
             path.write_bytes(path.read_bytes()[:-8])
         assert journal.get("a") is None
         assert np.array_equal(journal.get("b")["loss"], np.ones(4))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_edited_measurements_do_not_change_the_bits(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from mpq_plugins._solution import Status
 from mpq_plugins.digits import DigitsNet, digits
 from mpq_plugins.proxies import CLADO, Projection
 from mpq_plugins.sensitivity import Lab, Setup, keeping_measurements
-from mpq_plugins.sensitivity._journal import digest_of_model
+from mpq_plugins.sensitivity._journal import Journal, digest_of_model
 
 MODEL = "mpq_plugins.digits:DigitsNet"
 
@@ -186,6 +187,30 @@ def test_a_damaged_file_is_measured_again(net, batches, tmp_path):
         for path in tmp_path.rglob("*.safetensors"):
             path.write_bytes(path.read_bytes()[:40])
         assert proxy.score(net, space, batches).loss == first.loss
+
+
+def test_a_cache_that_is_deleted_meanwhile_changes_nothing(net, batches, tmp_path, monkeypatch):
+    """Each kept file goes at once: pairs and the losses of whole plans, in their order, are those measured without a cache."""
+    space, proxy = space_of(net, (2, 8)), CLADO(n_images=64)
+    put = Journal.put
+
+    def put_and_lose(journal, key, arrays):
+        put(journal, key, arrays)
+        shutil.rmtree(tmp_path)
+
+    def measured():
+        lab = Lab(net, space, batches, Setup(n_images=64))
+        return proxy.score(net, space, batches), lab.losses_at(choices)
+
+    choices = [[0] * len(space.units), [len(unit.choices) - 1 for unit in space.units]]
+    wanted, losses = measured()
+    monkeypatch.setattr(Journal, "put", put_and_lose)
+    with keeping_measurements(tmp_path):
+        found, again = measured()
+    assert found.loss == wanted.loss
+    assert np.array_equal(found.pairwise, wanted.pairwise)
+    assert again == losses
+    assert len(set(losses)) == 2
 
 
 KILLED = """

@@ -23,7 +23,16 @@ from mpq_plugins._errors import MPQError
 from mpq_plugins.sensitivity import Lab, Setup
 
 MENU = "2-6,8"
-SCORES = ("constant", "weight-error", "fisher", "kl-divergence", "output-error", "clado gram", "clado gram, expansion", "clado fisher")
+SCORES = (
+    "constant",
+    "weight-error",
+    "fisher",
+    "kl-divergence",
+    "output-error",
+    "clado gram",
+    "clado gram, expansion",
+    "clado fisher",
+)
 AVERAGES = (5, 4, 3)
 TOP = 16
 N_IMAGES = 32

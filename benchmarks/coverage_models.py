@@ -94,6 +94,13 @@ def _small_convnext() -> nn.Module:
     return ConvNeXt([CNBlockConfig(16, 32, 1), CNBlockConfig(32, 64, 2), CNBlockConfig(64, None, 1)], num_classes=10)
 
 
+def _small_efficientnet() -> nn.Module:
+    from torchvision.models.efficientnet import EfficientNet, MBConvConfig
+
+    shapes = ((1, 3, 1, 16, 16), (6, 3, 2, 16, 24), (6, 5, 2, 24, 40), (6, 3, 2, 40, 80))  # expansion, kernel, stride, in, out
+    return EfficientNet([MBConvConfig(*shape, 1, 1.0, 1.0) for shape in shapes], dropout=0.2, num_classes=10)
+
+
 def _small_video_resnet() -> nn.Module:
     from torchvision.models.video.resnet import BasicBlock, BasicStem, Conv3DSimple, VideoResNet
 
@@ -123,7 +130,7 @@ _TORCHVISION: Mapping[str, tuple[Callable[[], nn.Module], Inputs]] = {
     "mobilenet_v2": (partial(_of_torchvision, "mobilenet_v2", width_mult=0.35, num_classes=10), images(64)),
     "mobilenet_v3_small": (partial(_of_torchvision, "mobilenet_v3_small", num_classes=10), images(64)),
     "mnasnet0_5": (partial(_of_torchvision, "mnasnet0_5", num_classes=10), images(64)),
-    "efficientnet_b0": (partial(_of_torchvision, "efficientnet_b0", num_classes=10), images(64)),
+    "efficientnet": (_small_efficientnet, images(64)),
     "densenet": (partial(_torchvision_class, "DenseNet", growth_rate=8, block_config=(2, 3, 3)), images(64)),
     "convnext": (_small_convnext, images(64)),
     "swin": (

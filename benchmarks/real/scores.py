@@ -206,9 +206,10 @@ def tables(cells: Cells, net: str, main: str) -> list[str]:
     found: dict[tuple[str, str], dict[str, dict[str, list[dict[str, Any]]]]] = {}
     seconds: dict[tuple[str, str], dict[str, float]] = {}
     for key, value in cells.found.items():
-        own, _seed, chosen, held, name, average = key.split("/")
+        own, seed, chosen, held, name, average = key.split("/")
         if own == net and average == "score":
-            seconds.setdefault((chosen, held), {})[name] = value["score_cpu_seconds"]
+            of_row = seconds.setdefault((chosen, held), {})
+            of_row[name] = value["score_cpu_seconds"] if seed == "0" else of_row.get(name, value["score_cpu_seconds"])
         elif own == net and "figures" in value:
             found.setdefault((chosen, held), {}).setdefault(name, {}).setdefault(average, []).append(value)
     parts = []

@@ -197,15 +197,17 @@ def proxy_of(
 ) -> AbstractProxy:
     """The proxy called `name`; "auto" is `kl-divergence` for class logits [N, class], else `output-error`, on 32 images.
 
+    Probabilities and rows of length one (embeddings) are no logits.
+
     It is what chose best on pretrained networks (benchmarks/real): measured with the corrections that `prepare` makes.
     """
-    from mpq_plugins._model import call, evaluating, select, telling_failures
+    from mpq_plugins._model import are_class_logits, call, evaluating, select, telling_failures
 
     options = options or {}
     if name == "auto":
         with evaluating(model), telling_failures(model):
             outputs = select(call(model, example), output)
-        name = "kl-divergence" if outputs.dim() == 2 and outputs.shape[1] > 1 else "output-error"
+        name = "kl-divergence" if are_class_logits(outputs) else "output-error"
         options = {"n_images": AUTO_IMAGES, **options}
     proxy: AbstractProxy = make("proxies", name, options)
     return proxy

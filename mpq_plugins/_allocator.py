@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -13,16 +14,19 @@ _TRIM, _MMAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc
 _KEEP = 2**31 - 1
 _USUAL = {_MMAP: 32 * _MIB, _TRIM: 64 * _MIB}  # where glibc's own moving thresholds end in a process with large tensors
 
+_SET_BY_USERS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
+
 _lock = threading.Lock()
 _depth = 0
 
 
 @contextlib.contextmanager
 def keeping_memory() -> Iterator[None]:
-    """Hold freed memory for the next tensors, and give it back at the end; nothing but glibc is touched.
+    """Hold freed memory for the next tensors, and give it back at the end.
 
     glibc maps large tensors anew each time, and the kernel clears every page of them: about half of a forward pass of a
-    depthwise network on 32 images. Nested uses count as one.
+    depthwise network on 32 images. Nested uses count as one. Afterwards glibc's thresholds are fixed at the values that they
+    move to in a process with large tensors. Other C libraries, and thresholds set by the environment, are left alone.
     """
     global _depth
     library = _glibc()
@@ -45,12 +49,13 @@ def keeping_memory() -> Iterator[None]:
 
 def _set(library: ctypes.CDLL, thresholds: dict[int, int]) -> None:
     for parameter, value in thresholds.items():
-        library.mallopt(parameter, value)
+        if not library.mallopt(parameter, value):  # some releases refuse more than 32 MiB
+            library.mallopt(parameter, _USUAL[parameter])
 
 
 def _glibc() -> ctypes.CDLL | None:
     """The C library, where it is glibc."""
-    if not sys.platform.startswith("linux"):
+    if not sys.platform.startswith("linux") or any(name in os.environ for name in _SET_BY_USERS):
         return None
     try:
         library = ctypes.CDLL(None)

@@ -160,10 +160,12 @@ def parse_amount(text: str, *, unit: str | None = None) -> float:
     With the `unit` of a cost only that is read, and time, energy and the like with SI prefixes: for "us" `"0.3ms"` -> 300.0.
     """
     match = _AMOUNT.fullmatch(text.strip())
-    if match is not None and (unit is None or (match[3] or "").lower() in ("", unit.lower())):
+    is_own = unit not in (None, "B", "BOPs")  # such as seconds, where m is milli
+    fits = match is not None and (unit is None or (match[3] or "").lower() in ("", unit.lower()))
+    if match is not None and fits and not (is_own and match[2] == "m"):
         factor = (match[2] or "").lower()
         return float(match[1]) * (_BINARY.get(factor) or _DECIMAL[factor])
-    found = None if not unit or unit in ("B", "BOPs") else _in_unit(text.strip(), unit)
+    found = _in_unit(text.strip(), unit) if unit and is_own else None
     if found is not None:
         return found
     own = f" Amounts of this cost are in {unit}." if unit else ""
@@ -175,12 +177,15 @@ def parse_amount(text: str, *, unit: str | None = None) -> float:
 
 def _in_unit(text: str, unit: str) -> float | None:
     """An amount with a unit of its own, in `unit`; None where it has another one."""
-    plain = re.fullmatch(_NUMBER + r"\s*" + re.escape(unit), text, re.IGNORECASE)
-    if plain is not None:
-        return float(plain[1])
+    plain = re.compile(_NUMBER + r"\s*" + re.escape(unit))
+    if (exact := plain.fullmatch(text)) is not None:
+        return float(exact[1])
     own, base = (unit[0], unit[1:]) if len(unit) > 1 and unit[0] in _SI else ("", unit)
     scaled = re.fullmatch(_NUMBER + r"\s*([nuµmkMGT]?)" + re.escape(base), text)
-    return None if scaled is None else float(scaled[1]) * _SI[scaled[2]] / _SI[own]
+    if scaled is not None:
+        return float(scaled[1]) * _SI[scaled[2]] / _SI[own]
+    alike = re.fullmatch(plain.pattern, text, re.IGNORECASE)  # after prefixes: MJ is no mJ
+    return None if alike is None else float(alike[1])
 
 
 def _short(value: Any) -> str:

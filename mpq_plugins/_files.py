@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import re
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +20,10 @@ _DEEPEST = 64  # nested lists and objects; ours have at most a dozen
 _MOST_DIGITS = 20  # of a whole number; 64 bits need no more
 _LARGEST_BYTES = 2**31
 # How libraries that write by themselves tell of a disk that refuses: torch, safetensors, OpenVINO, protobuf.
-_REFUSALS = ("no space left", "file too large", "read-only file system", "disk quota", "permission denied", "os error")
+_REFUSALS = re.compile(
+    r"no space left|file too large|read-only file system|disk quota|permission denied|\(os error \d+\)", re.IGNORECASE
+)
+_OF_DISKS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO))
 
 NO_ROOM = "the disk is full, or took only a part of the file"
 
@@ -57,11 +61,13 @@ def disk_refusal(error: BaseException) -> str | None:
         return None  # told already
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    lines = [line.strip() for line in str(error).splitlines() if any(text in line.lower() for text in _REFUSALS)]
+    lines = [line.strip() for line in str(error).splitlines() if _REFUSALS.search(line)]
     if lines:
         return lines[0][:200].rstrip(".")
-    causes = (error.__cause__, error.__context__)
-    return next((reason for cause in causes if cause is not None and (reason := disk_refusal(cause))), None)
+    # Of what came before only a disk counts: a file that was looked for and not there is no reason.
+    causes = [cause for cause in (error.__cause__, error.__context__) if cause is not None]
+    told = [cause for cause in causes if not isinstance(cause, OSError) or cause.errno in _OF_DISKS]
+    return next((reason for cause in told if (reason := disk_refusal(cause))), None)
 
 
 def _write_whole(path: Path, write: Callable[[Path], object]) -> Path:

@@ -37,14 +37,15 @@ def unlock_folder(lock: int | None) -> None:
 
 
 def lock_file(path: Path) -> IO[bytes] | None:
-    """Lock a file against other processes until it is closed; None where there are no locks.
+    """Lock a file, made if need be, against other processes until it is closed; None where there are no locks.
 
+    Nobody may open it for anything else: the first to close it in this process gives the lock away.
     Forked children do not hold it, so that workers that outlive a killed process keep nobody out. Raises `BlockingIOError`.
     """
     if fcntl is None:
         return None
     try:
-        file = path.open("r+b")
+        file = path.open("a+b")
     except OSError:  # it cannot be written: whoever writes beside it is told then
         return None
     try:

@@ -269,6 +269,20 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
+def are_logits(output: Tensor) -> bool:
+    """Whether `output` can be scores before a softmax: neither probabilities (all within 0 to 1) nor rows of length one."""
+    if not output.numel() or not output.is_floating_point():
+        return False
+    if bool((output >= 0).all()) and bool((output <= 1).all()):
+        return False
+    return output.dim() != 2 or not bool((output.double().norm(dim=1) - 1).abs().max() < 1e-3)
+
+
+def are_class_logits(output: Tensor) -> bool:
+    """Whether `output` is [N, class] of logits, so that KL divergence of its softmax says what it does to answers."""
+    return output.dim() == 2 and output.shape[1] > 1 and are_logits(output)
+
+
 def select(result: Any, output: Output = None) -> Tensor:
     """The one tensor of a model's result that is compared and measured.
 

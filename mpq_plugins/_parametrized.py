@@ -15,10 +15,14 @@ def without_parametrizations(module: nn.Module) -> nn.Module:
     for child in list(module.modules()):
         if not parametrize.is_parametrized(child):
             continue
-        names = list(child._modules["parametrizations"]._modules)  # type: ignore[union-attr]  # there is one
-        computed = {name: getattr(child, name).detach().clone() for name in names}
+        kept: nn.ModuleDict = child._modules["parametrizations"]  # type: ignore[assignment]  # there is one
+        computed = {name: getattr(child, name).detach().clone() for name in kept}
+        learned = {name for name in kept if next(kept[name].parameters(recurse=False), None) is not None}
         child.__class__ = parametrize.type_before_parametrizations(child)
         del child._modules["parametrizations"]
         for name, value in computed.items():
-            child.register_parameter(name, nn.Parameter(value))
+            if name in learned:
+                child.register_parameter(name, nn.Parameter(value, requires_grad=value.is_floating_point()))
+            else:
+                child.register_buffer(name, value)
     return module

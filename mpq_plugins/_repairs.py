@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from mpq_plugins._batch_norm import AbstractSite, Recorded, correct_by_difference
 from mpq_plugins._bits import BitConfig
-from mpq_plugins._model import Batch, call, evaluating, tensors
+from mpq_plugins._model import Batch, are_class_logits, call, evaluating, tensors
 from mpq_plugins._ptq import PTQ
 
 _LOG = logging.getLogger("mpq_plugins.ptq")
@@ -58,7 +59,7 @@ class Judge:
         self._batches = held_out
         self._expected = _outputs(model, held_out)
         self.n_images = sum(map(len, held_out))
-        of_classes = all(len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] > 1 for outputs in self._expected)
+        of_classes = all(len(outputs) == 1 and are_class_logits(outputs[0]) for outputs in self._expected)
         self.metric = "KL divergence" if of_classes else "relative squared error"
 
     def distance(self, module: nn.Module) -> float:
@@ -198,13 +199,18 @@ class _Repaired:
         if self._judge is None:
             return True
         after = self._judge.distance(self._module)
-        made = Repair(option, self._judge.metric, self._distance, after, after <= self._distance, self._judge.n_images)
+        made = _compared(option, self._judge, self._distance, after)
         if made.kept or not only_if_kept:
             self.repairs.append(made)
             note(made)
         if made.kept:
             self._distance = after
         return made.kept
+
+
+def _compared(option: str, judge: Judge, before: float, after: float) -> Repair:
+    """What an option did; of a network that is broken before and after, nothing is kept."""
+    return Repair(option, judge.metric, before, after, after <= before and math.isfinite(after), judge.n_images)
 
 
 def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
@@ -219,7 +225,7 @@ def note(made: Repair) -> None:
 def better(option: str, judge: Judge, plain: nn.Module, changed: nn.Module) -> tuple[nn.Module, Repair]:
     """The one of two modules whose outputs are nearer to the float network's: the `changed` one with an option, or not."""
     before, after = judge.distance(plain), judge.distance(changed)
-    made = Repair(option, judge.metric, before, after, after <= before, judge.n_images)
+    made = _compared(option, judge, before, after)
     note(made)
     return (changed if made.kept else plain), made
 

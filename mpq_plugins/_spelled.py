@@ -33,11 +33,11 @@ def _diff(
     prepend: Tensor | None = None,
     append: Tensor | None = None,
 ) -> Any:
-    if n == 0:
-        return func(input, n, dim, prepend, append)
     parts = [part for part in (prepend, input, append) if part is not None]
     value = torch.cat(parts, dim) if len(parts) > 1 else input
     length = value.shape[dim]
+    if not 0 < n < length:  # nothing to subtract: an error or no elements, as torch has it
+        return func(input, n, dim, prepend, append)
     for count in range(1, n + 1):
         later, earlier = value.narrow(dim, 1, length - count), value.narrow(dim, 0, length - count)
         value = later != earlier if value.dtype is torch.bool else later - earlier

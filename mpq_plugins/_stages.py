@@ -78,9 +78,13 @@ def _guarded(stage: str, method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def guarded(self: Any, *args: Any, **options: Any) -> Any:
+        import torch
+
         from mpq_plugins._model_check import model_for_adapter, unwrapped
 
-        with telling(f"{getattr(self, 'name', type(self).__name__)}: {what}", advice, error_type):
+        # What is made under inference mode can neither be trained nor told to have changed.
+        usual = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+        with usual, telling(f"{getattr(self, 'name', type(self).__name__)}: {what}", advice, error_type):
             for stages, key, made in ((_OF_MODELS, "model", model_for_adapter), (_OF_MODULES, "module", unwrapped)):
                 if stage in stages and args:
                     args = (made(args[0]), *args[1:])

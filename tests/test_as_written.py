@@ -117,9 +117,6 @@ def test_the_unit_of_a_cost_is_read(space, text, limit):
 @pytest.mark.parametrize("text", ["120B", "120ns/layer", "120Ms2", "120 m"])
 def test_another_unit_is_refused(space, text):
     """Bytes are no time; a bare m would be a million here and a thousandth there."""
-    if text == "120 m":
-        assert Budget(Latency(), text).resolve(space) == 120e6
-        return
     with pytest.raises(BudgetError, match="in us"):
         Budget(Latency(), text).resolve(space)
 

@@ -19,7 +19,7 @@ from mpq_plugins._batch_norm import (
 from mpq_plugins._model import Batch
 from mpq_plugins._plugins import make
 from mpq_plugins._ptq import PTQ
-from mpq_plugins._repairs import Judge, hold_out, repair, repairs_of, to_correct_with
+from mpq_plugins._repairs import Judge, better, hold_out, repair, repairs_of, to_correct_with
 from mpq_plugins.digits import digits, trained_digits_net
 
 
@@ -347,3 +347,15 @@ def test_few_images_tell_what_8_bit_weights_move(narrowest, n_batches):
     """Batches of 30 images: the first three hold 64; a single narrower weight asks for all five."""
     bits = BitConfig({"a": Precision(8, 4), "b": Precision(narrowest, 8)}, "fingerprint")
     assert len(to_correct_with([Batch(torch.zeros(30, 1))] * 5, bits)) == n_batches
+
+
+def test_nothing_is_kept_of_a_network_that_is_broken_anyway():
+    """Infinite distance before and after is no success."""
+    torch.manual_seed(0)
+    net = nn.Linear(3, 4)
+    judge = Judge(net, [Batch(torch.randn(16, 3))])
+    broken = copy.deepcopy(net)
+    broken.weight.data.fill_(torch.nan)
+    chosen, made = better("rounding=gptq", judge, broken, copy.deepcopy(broken))
+    assert chosen is broken
+    assert not made.kept

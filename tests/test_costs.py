@@ -142,3 +142,21 @@ def test_a_target_does_not_store_every_width(tiny):
     """Binary weights cost nothing sensible where they cannot be stored: they are refused, not free."""
     with pytest.raises(BudgetError, match="openvino-compact stores no 1-bit weights"):
         StoredSize().of(tiny.layers[0], Precision(1, 8))
+
+
+@pytest.mark.parametrize(
+    ("text", "unit", "amount"), [("5ms", "ms", 5.0), ("5s", "ms", 5000.0), ("5mJ", "J", 0.005), ("3k", "s", 3e3)]
+)
+def test_amounts_in_a_unit_of_their_own(text, unit, amount):
+    """SI prefixes of the cost's unit."""
+    assert parse_amount(text, unit=unit) == pytest.approx(amount)
+
+
+@pytest.mark.parametrize(("text", "unit"), [("5MJ", "mJ"), ("5Ms", "ms"), ("5m", "s"), ("300m", "us")])
+def test_milli_and_mega_are_not_mixed_up(text, unit):
+    """What differs by a factor of a billion is read by its letter, or refused where a letter alone says too little."""
+    if text[-1] == "m":
+        with pytest.raises(BudgetError, match="cannot read the amount"):
+            parse_amount(text, unit=unit)
+    else:
+        assert parse_amount(text, unit=unit) == pytest.approx(5e9)

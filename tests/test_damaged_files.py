@@ -13,7 +13,7 @@ from torch import nn
 from mpq_plugins import BitConfig, Precision, Scores, allocate
 from mpq_plugins._checkpoint import read_checkpoint, write_checkpoint
 from mpq_plugins._errors import FormatError, ModelError, MPQError, PrecisionError, WriteError
-from mpq_plugins._files import parse_json, write_json
+from mpq_plugins._files import parse_json, write_json, write_whole
 from mpq_plugins._sources import load_weights
 from mpq_plugins._tensor_files import read_torch, write_tensors, write_torch
 from mpq_plugins.proxies import LossIncrease
@@ -236,3 +236,17 @@ def test_a_full_disk_ends_training_with_the_last_checkpoint_whole(tmp_path):
             folder.save(2, lambda path: write_torch(path, weights), {**state, "optimizer": torch.arange(5000.0)})
         assert [path.name for path in tmp_path.iterdir()] == [first.name]
     assert TrainingFolder.read(first)[1] == {**state, "format": "mpq-training-state/1"}
+
+
+@pytest.mark.parametrize("text", ["unsupported operator", "unknown node ArgPos error"])
+def test_errors_that_are_of_no_disk_pass(tmp_path, text):
+    """Neither a file that was looked for before nor a word that looks like a disk's makes a `WriteError`."""
+
+    def write(path):
+        try:
+            (tmp_path / "not there").read_bytes()
+        except FileNotFoundError:
+            raise ValueError(text)  # noqa: B904  # as libraries do
+
+    with pytest.raises(ValueError, match=text):
+        write_whole(tmp_path / "file.bin", write)

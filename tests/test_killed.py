@@ -149,3 +149,20 @@ def test_commands_that_were_killed_go_on(tmp_path):
     script = [sys.executable, killed.__file__, str(tmp_path)]
     done = subprocess.run(script, env=dict(os.environ), capture_output=True, text=True, cwd=Path(killed.__file__).parent)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_lock_outlives_whoever_reads_the_folder(tmp_path):
+    """Reading the job in the process that trains gives nothing away, and the same process cannot train there twice."""
+    with TrainingFolder(tmp_path) as folder:
+        folder.claim({"model": "a"})
+        (tmp_path / "job.json").read_text()
+        with pytest.raises(TrainingError, match="already"):
+            TrainingFolder(tmp_path).claim({"model": "a"})
+        assert in_child(functools.partial(refused, tmp_path)) == 0
+    TrainingFolder(tmp_path).claim({"model": "a"})
+
+
+def refused(folder):
+    """Whether another process is kept out of a folder."""
+    with pytest.raises(TrainingError, match="another process"):
+        TrainingFolder(folder).claim({"model": "a"})

@@ -35,6 +35,7 @@ def test_large_images_pass_a_few_at_a_time(net, last):
     assert torch.equal(torch.cat([part.inputs for part in parts]), images)
     assert [len(part) for part in parts] == [7, 7, 6]
     assert all(part.inputs.is_contiguous(memory_format=torch.channels_last) == last for part in parts)
+    assert [len(part) for part in quick(net, [Batch(images)], longest=20)] == [8, 8, 4]
     single = quick(net, [Batch(image) for image in images.split(1)], longest=2)
     assert [len(part) for part in single] == [2] * 10
     assert torch.equal(torch.cat([part.inputs for part in single]), images)
@@ -63,3 +64,16 @@ def test_a_weight_is_quantized_again_when_it_changes():
         other = copy.deepcopy(weight)
         assert torch.equal(remembered(other), other * quantizer.weight.item())
     assert len(calls) == 4
+
+
+class Fixed(nn.Module):
+    """A network with the number of its batch written into it."""
+
+    def forward(self, x):
+        return x.mean((2, 3)).view(8, 3)
+
+
+def test_a_network_of_one_batch_size_gets_its_own():
+    """Batches stay whole where two rows fail."""
+    batches = [Batch(torch.randn(8, 3, 256, 256))]
+    assert quick(Fixed(), batches, longest=8) == batches

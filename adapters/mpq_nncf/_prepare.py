@@ -72,7 +72,7 @@ def prepare(model: nn.Module, bits: BitConfig, example: Any, calibration: Iterab
         option = f"equalization={recipe.ptq.equalization}"
         chosen, made = better(option, judge, plain, module)
         repairs = [*(repairs if made.kept else of_plain), made]
-        module = chosen
+        module, recipe = chosen, recipe if made.kept else without
     attach_repairs(module, repairs)
     attach_options(module, {"merge_branches": recipe.merge_branches, "asymmetric": recipe.asymmetric})
     return attach_bits(attach_ptq(module.eval(), recipe.ptq), bits)

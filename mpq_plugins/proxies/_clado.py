@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 import numpy as np
 
+from mpq_plugins._errors import PluginError
 from mpq_plugins._scores import Scores
 from mpq_plugins._space import Space
 from mpq_plugins.proxies._sensitivity import AbstractSensitivity, by_unit
@@ -58,6 +59,19 @@ class CLADO(AbstractSensitivity):
     seed: int = 0
     output: str | int | Callable[..., Any] | None = None
     memory_mb: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.tier not in ("fisher", "gram", "exact"):
+            raise PluginError(f"there is no tier {self.tier!r}. Choose fisher, gram or exact.")
+        if self.shrinkage is None:
+            return
+        if not 0.0 <= self.shrinkage <= 1.0:
+            raise PluginError(f"shrinkage is {self.shrinkage}, but is a share from 0 to 1. Leave it out to have it estimated.")
+        if self.expansion or self.tier == "exact":
+            form = "expansion" if self.expansion else "tier exact"
+            raise PluginError(
+                f"shrinkage has no meaning with {form}, whose interactions count whole. Leave one of the two out."
+            )
 
     def score(self, model: nn.Module, space: Space, batches: Iterable[Any] = ()) -> Scores:
         """Sensitivities as losses and interactions as the pairwise term; `facts` holds the measured single losses."""

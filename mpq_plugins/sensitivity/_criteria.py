@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mpq_plugins._errors import DataError, PluginError
-from mpq_plugins._model import Batch, labels_of
+from mpq_plugins._model import Batch, are_class_logits, are_logits, labels_of
 
 UserLoss = Callable[[Tensor, Batch], Tensor]
 """Takes the model's output and the batch; gives one loss per image [N], or their mean."""
@@ -53,8 +53,9 @@ def measure(
     """The measure of `loss` around `base`.
 
     `auto` is cross-entropy with labels, KL divergence from the base for outputs [N, class] without labels, and squared
-    error of the output for anything else. With `n_samples` > 0 (chosen alone for outputs too large to keep), the
-    curvature of cross-entropy and KL is an average over labels drawn from the base's own distribution.
+    error of the output for anything else: probabilities and embeddings too, which are no logits. With `n_samples` > 0
+    (chosen alone for outputs too large to keep), the curvature of cross-entropy and KL is an average over labels drawn from
+    the base's own distribution.
     Raises `DataError` for outputs that are not finite and labels that do not fit.
     """
     if not bool(base.isfinite().all()):
@@ -68,9 +69,10 @@ def measure(
     if loss not in _NAMES:
         raise PluginError(f"loss must be one of {', '.join(_NAMES)} or a function, not {loss!r}.")
     if loss == "auto":
-        loss = (
-            "cross_entropy" if batch.labels is not None else "kl" if base.dim() == 2 and base.shape[1] > 1 else "squared_error"
-        )
+        if batch.labels is not None and are_logits(base):
+            loss = "cross_entropy"
+        else:
+            loss = "kl" if batch.labels is None and are_class_logits(base) else "squared_error"
     if loss == "squared_error":
         return _SquaredError(base)
     labels = batch.labels if loss == "cross_entropy" else None

@@ -149,7 +149,7 @@ class Lab:
         }
         return Effects(
             float(mean["base"]),
-            self._filled(mean["losses"]),
+            mean["losses"],
             mean["slopes"] if curvature else None,
             mean["curvature"] if curvature else None,
             mean.get("pairs"),
@@ -196,7 +196,7 @@ class Lab:
                 keys = [what.key(piece, unit) for unit in self.free]  # a killed run may have left some
                 self.journal.drop([*keys, *(key + "-pairs" for key in keys)])
                 sums = {name: sums.get(name, 0) + array for name, array in done.items()}
-        return {**sums, "replayed": np.asarray(int(self.engine.player is not None))}
+        return {**sums, "losses": self._filled(sums["losses"]), "replayed": np.asarray(int(self.engine.player is not None))}
 
     @keeping_memory()
     def losses_at(self, choices: Sequence[Sequence[int]]) -> list[float]:
@@ -263,7 +263,8 @@ class _What:
 
     def key(self, piece: int, unit: int) -> str:
         """The name of a unit's own measurements on a piece."""
-        return f"piece{piece:05d}-unit{unit:04d}{'' if self.curvature else '-losses'}"
+        kind = "" if self.curvature else "-all-losses" if self.pairs else "-losses"  # the last may be of some choices only
+        return f"piece{piece:05d}-unit{unit:04d}{kind}"
 
 
 @final

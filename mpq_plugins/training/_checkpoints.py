@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +31,7 @@ class TrainingFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._lock: IO[bytes] | None = None
+        self._claimed: tuple[int, Path] | None = None
 
     def __enter__(self) -> TrainingFolder:
         return self
@@ -38,6 +41,9 @@ class TrainingFolder:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+        if self._claimed is not None:
+            _CLAIMED.pop(self._claimed, None)
+            self._claimed = None
 
     def claim(self, job: Mapping[str, Any]) -> None:
         """Say what is trained here, and keep other processes out until the folder is left as a context.
@@ -46,16 +52,30 @@ class TrainingFolder:
         """
         path = self.path / "job.json"
         document = json.loads(json.dumps({**job, "format": JOB}, default=repr))
-        if path.exists():
-            self._check(path, document)
-        else:
-            write_json(path, document)
+        self._keep_others_out()
         try:
-            self._lock = lock_file(path)
+            if path.exists():
+                self._check(path, document)
+            else:
+                write_json(path, document)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _keep_others_out(self) -> None:
+        own = (os.getpid(), self.path.resolve())
+        if own in _CLAIMED:
+            raise TrainingError(f"this process is training in {self.path} already. Wait for its end, or give another folder.")
+        with contextlib.suppress(OSError):  # told when something is written
+            self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock = lock_file(self.path / ".lock")
         except BlockingIOError as error:
             raise TrainingError(
                 f"another process is training in {self.path}. Wait for its end, or give another folder."
             ) from error
+        _CLAIMED[own] = self
+        self._claimed = own
 
     def _check(self, path: Path, document: Mapping[str, Any]) -> None:
         begun = read_json(path, format=JOB)
@@ -122,6 +142,10 @@ def telling_damage(checkpoint: Path) -> Iterator[None]:
         raise FormatError(
             f"the checkpoint {checkpoint} cannot be read ({what}). Delete it to go on from the one before it."
         ) from error
+
+
+# By process, since locks do not hold against the process that has them; a folder that nobody holds any more is free.
+_CLAIMED: weakref.WeakValueDictionary[tuple[int, Path], TrainingFolder] = weakref.WeakValueDictionary()
 
 
 def history_to_json(history: list[EpochRecord]) -> str:

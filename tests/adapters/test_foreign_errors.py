@@ -328,4 +328,8 @@ def test_long_errors_become_one_line():
 
 def test_accuracy_takes_wrapped_modules():
     """As evaluation after training in parallel does."""
-    assert accuracy(nn.DataParallel(net()), [(EXAMPLE, torch.zeros(2, dtype=torch.long))]) in (0.0, 0.5, 1.0)
+    model = net().eval()
+    labels = model(EXAMPLE).argmax(1)
+    assert accuracy(nn.DataParallel(model), [(EXAMPLE, labels)]) == 1.0
+    labels[0] = (labels[0] + 1) % 3
+    assert accuracy(nn.DataParallel(model), [(EXAMPLE, labels)]) == 0.5

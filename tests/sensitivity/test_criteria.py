@@ -410,3 +410,19 @@ def test_an_unknown_loss_is_named():
     model = small_net()
     with pytest.raises(PluginError, match="cross_entropy, kl, squared_error"):
         CLADO(loss="hinge").score(model, space_of(model), [Batch(images(), labels())])
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"tier": "hessian"}, "no tier 'hessian'"),
+        ({"shrinkage": -3.0}, "share from 0 to 1"),
+        ({"shrinkage": float("nan")}, "share from 0 to 1"),
+        ({"shrinkage": 0.5, "expansion": True}, "no meaning with expansion"),
+        ({"shrinkage": 0.5, "tier": "exact"}, "no meaning with tier exact"),
+    ],
+)
+def test_options_that_mean_nothing(options, match):
+    """Told when the score is made, not as strange losses."""
+    with pytest.raises(PluginError, match=match):
+        CLADO(**options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -14,12 +15,19 @@ from nncf_nets import images, train
 from torch import nn
 
 from mpq_plugins import BitConfig, Budget, Precision, allocate, find_layers, verify
+from mpq_plugins._errors import AdapterError
 from mpq_plugins.costs import StoredSize
 from mpq_plugins.costs._stored_size import STORAGE, packed_bytes
 
-# onnxruntime 1.31 cannot move a signed quantizer through the reshape of "chain" at opset 21; see test_nncf_formats.
-FORMATS = tuple(format for format in NNCFAdapter.formats if format != "onnx-compact")
+FORMATS = NNCFAdapter.formats
 NETS = ("residual", "zoo", "attention", "chain")
+# onnxruntime 1.31, opset 21: moved through a reshape, a signed quantizer says INT8 where its zero point has become UINT8.
+# It does so on some CPUs only. Whatever else happens than this refusal fails.
+_BROKEN = pytest.mark.xfail(raises=AdapterError, reason="onnxruntime does not load it; told before anything is written")
+CASES = [
+    pytest.param(net, format, marks=[_BROKEN] if (net, format) == ("chain", "onnx-compact") else [])
+    for net, format in itertools.product(NETS, FORMATS)
+]
 
 
 def constant_bytes(path) -> dict[str, int]:
@@ -32,8 +40,7 @@ def constant_bytes(path) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(("net", "format"), CASES)
 def test_bits_and_codes_are_the_ones_asked_for(adapter, prepared, exported, net, format):
     """Bits read from the file equal those asked for, and every weight code equals the module's, for every kind of layer."""
     case = prepared(net)
@@ -47,8 +54,7 @@ def test_bits_and_codes_are_the_ones_asked_for(adapter, prepared, exported, net,
         np.testing.assert_array_equal(ours[layer.name], theirs[layer.name], err_msg=layer.name)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(("net", "format"), CASES)
 def test_the_file_computes_what_the_module_computes(adapter, prepared, exported, net, format):
     """Exact execution differs from torch by float rounding only: on average below 1e-5 of the spread of the outputs."""
     case = prepared(net)

@@ -17,6 +17,7 @@ from mpq_plugins._batch_norm import AbstractSite, Recorded, correct_by_differenc
 from mpq_plugins._bits import BitConfig
 from mpq_plugins._model import Batch, are_class_logits, call, evaluating, tensors
 from mpq_plugins._ptq import PTQ
+from mpq_plugins._quick import quick
 
 _LOG = logging.getLogger("mpq_plugins.ptq")
 _ATTRIBUTE = "_mpq_repairs"
@@ -99,6 +100,28 @@ def hold_out(batches: Sequence[Batch], most: int) -> tuple[list[Batch], list[Bat
         used += [batch.part(0, cut)] if cut else []
         held += [batch.part(cut, len(batch))] if cut < len(batch) else []
     return used, held
+
+
+@dataclass(frozen=True)
+class Images:
+    """Calibration images: all as they were given, those to repair with, and these and the held-out ones for quick passes."""
+
+    given: tuple[Batch, ...]
+    used: Sequence[Batch]
+    quick_used: Sequence[Batch]
+    quick_held: Sequence[Batch]
+
+    @classmethod
+    def of(cls, model: nn.Module, batches: Sequence[Batch], n_held: int) -> Images:
+        """`batches` with up to `n_held` images held out."""
+        used, held = hold_out(batches, n_held)
+        longest = max(map(len, batches))
+        return cls(tuple(batches), used, *(quick(model, part, longest=longest) for part in (used, held)))
+
+    @property
+    def quick(self) -> tuple[Batch, ...]:
+        """All, for quick passes."""
+        return (*self.quick_used, *self.quick_held)
 
 
 def are_fine(bits: BitConfig) -> bool:

@@ -18,3 +18,10 @@ def own_cache(monkeypatch, tmp_path_factory):
     # Not by XDG_CACHE_HOME: torch looks there too, for the extension that NNCF would then compile anew.
     folder = tmp_path_factory.getbasetemp() / "cache"
     monkeypatch.setattr("mpq_plugins._files.cache_folder", lambda: folder)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

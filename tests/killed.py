@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ def in_child(work: Callable[[], object], kill_at: int = 0, only: str = "") -> in
     """
     pid = os.fork()
     if pid:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        return _ended(pid)
     touched = 0
 
     def count(event: str, arguments: tuple) -> None:
@@ -35,6 +36,18 @@ def in_child(work: Callable[[], object], kill_at: int = 0, only: str = "") -> in
         code = result if isinstance(result, int) else 0
     finally:
         os._exit(code)
+
+
+def _ended(pid: int) -> int:
+    """The exit code of a process; one that hangs, on a lock that a thread held at the fork, is an error after a minute."""
+    for _ in range(6000):
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    raise TimeoutError("the forked process did not end in a minute")
 
 
 def killed_everywhere(work: Callable[[], object]) -> Iterator[int]:

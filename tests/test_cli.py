@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from command import run
 
 from mpq_plugins import BitConfig
 from mpq_plugins._cli import main
@@ -13,19 +14,6 @@ MODEL = "mpq_plugins.digits:DigitsNet"
 OMPQ = ["--proxy", "ompq"]
 LABELLED = ["--proxy", "csmpq", "--proxy-option", "documents=classes"]
 COMMON = ["--model", MODEL, "--data", "digits", "--images", "128", "--quiet"]
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def run(capsys, *words):
-    """Exit code, stdout and stderr of a command."""
-    code = main([str(word) for word in words])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def test_layers_lists_layers(folder, capsys):

@@ -8,27 +8,14 @@ import sys
 import killed
 import pytest
 import torch
+from command import run
 
 from mpq_plugins import BitConfig
-from mpq_plugins._cli import main
 from mpq_plugins._console import console
 
 MODEL = "mpq_plugins.digits:DigitsNet"
 TINY = ["--model", f"{killed.__file__}:net", "--data", f"{killed.__file__}:batches"]
 COMMON = ["--model", MODEL, "--input", "1x1x8x8", "--proxy", "constant", "--budget", "size=w4"]
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def run(capsys, *words):
-    """Exit code, stdout and stderr of a command."""
-    code = main([str(word) for word in words])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 OPTIONS = {"model": MODEL, "input": "1x1x8x8", "proxy": "constant", "budget": ["size=w4"], "bits": [2, 4, 8]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -29,8 +29,7 @@ from mpq_plugins._histogram import Histogram
 from mpq_plugins._layers import Inventory
 from mpq_plugins._model import Batch, calibration_batches
 from mpq_plugins._ptq import PTQ
-from mpq_plugins._quick import quick
-from mpq_plugins._repairs import Judge, Repair, attach_repairs, better, hold_out, repair, to_correct_with
+from mpq_plugins._repairs import Images, Judge, Repair, attach_repairs, better, repair, to_correct_with
 
 if TYPE_CHECKING:
     from mpq_brevitas._adapter import BrevitasAdapter
@@ -44,16 +43,14 @@ def prepare(
     inventory = find_layers(model, example)
     check_convertible(model, bits, inventory, adapter.profile, example)
     batches = tuple(calibration_batches(calibration, example))
-    used, held = hold_out(batches, ptq.held_out)
-    longest = max(map(len, batches))
-    images = _Images(batches, used, *(quick(model, part, longest=longest) for part in (used, held)))
+    images = Images.of(model, batches, ptq.held_out)
     rule = activation_rule(adapter, ptq)
     recipe = Recipe(adapter.profile, ptq.weight_range, {}, rule, adapter.quantizer, adapter.scales)
     seen = None
     if adapter.profile == "layerwise":
         seen = _observed(model, bits, inventory, images, recipe)
         recipe = replace(recipe, signed={name: bool(histogram.least < 0) for name, histogram in seen.inputs.items()})
-    judge = Judge(model, images.quick_held) if held else None
+    judge = Judge(model, images.quick_held) if images.quick_held else None
 
     def repaired(options: PTQ) -> tuple[nn.Module, list[Repair]]:
         return _repaired(model, bits, inventory, images, seen, recipe, options, judge)
@@ -70,21 +67,6 @@ def prepare(
 
 
 @dataclass(frozen=True)
-class _Images:
-    """Calibration images: all as they were given, those to repair with, and these and the held-out ones for quick passes."""
-
-    given: tuple[Batch, ...]
-    used: Sequence[Batch]
-    quick_used: Sequence[Batch]
-    quick_held: Sequence[Batch]
-
-    @property
-    def quick(self) -> tuple[Batch, ...]:
-        """All, for quick passes."""
-        return (*self.quick_used, *self.quick_held)
-
-
-@dataclass(frozen=True)
 class _Observed:
     """What one pass of the float network shows: the inputs of layers, and the moments on the images to repair with."""
 
@@ -92,7 +74,7 @@ class _Observed:
     moments: Recorded
 
 
-def _observed(model: nn.Module, bits: BitConfig, inventory: Inventory, images: _Images, recipe: Recipe) -> _Observed:
+def _observed(model: nn.Module, bits: BitConfig, inventory: Inventory, images: Images, recipe: Recipe) -> _Observed:
     network = rooted(model)
     inputs = {name: Histogram(1, len(images.quick)) for name in bits.layers}
     with recorded(network, {**norm_sites(network), **bias_sites(network, _unnormed(bits, inventory))}) as moments:
@@ -109,7 +91,7 @@ def _repaired(
     model: nn.Module,
     bits: BitConfig,
     inventory: Inventory,
-    images: _Images,
+    images: Images,
     seen: _Observed | None,
     recipe: Recipe,
     ptq: PTQ,
@@ -145,7 +127,7 @@ def _repairs(
     graph: _finn.Graph,
     bits: BitConfig,
     inventory: Inventory,
-    images: _Images,
+    images: Images,
     seen: _Observed | None,
     recipe: Recipe,
     ptq: PTQ,

@@ -30,8 +30,7 @@ from mpq_plugins._layers import Layer
 from mpq_plugins._model import Batch, batch_size, calibration_batches, device_of, evaluating, to_device
 from mpq_plugins._precision import Precision
 from mpq_plugins._ptq import PTQ
-from mpq_plugins._quick import quick
-from mpq_plugins._repairs import Judge, Repair, are_fine, attach_repairs, better, hold_out, repair, to_correct_with
+from mpq_plugins._repairs import Images, Judge, Repair, are_fine, attach_repairs, better, repair, to_correct_with
 from mpq_plugins._unread import REASON, unread_layers
 
 _FINE = 8  # bits of activations that corrections beside narrow weights take as float
@@ -61,10 +60,8 @@ def prepare(model: nn.Module, bits: BitConfig, example: Any, calibration: Iterab
     _check_read(model, layers, example)
     batches = _batches(calibration_batches(calibration, example, recipe.subset), model)
     check_tied_weights(layers, bits.layers)
-    used, held = hold_out(batches, recipe.ptq.held_out)
-    longest = max(map(len, batches))
-    images = _Images(batches, used, *(quick(model, part, longest=longest) for part in (used, held)))
-    judge = Judge(model, images.quick_held) if held else None
+    images = Images.of(model, batches, recipe.ptq.held_out)
+    judge = Judge(model, images.quick_held) if images.quick_held else None
     module, repairs = _repaired(model, bits, layers, example, images, recipe, judge)
     if recipe.ptq.equalization != "none" and judge is not None:
         without = replace(recipe, ptq=replace(recipe.ptq, equalization="none"))
@@ -76,16 +73,6 @@ def prepare(model: nn.Module, bits: BitConfig, example: Any, calibration: Iterab
     attach_repairs(module, repairs)
     attach_options(module, {"merge_branches": recipe.merge_branches, "asymmetric": recipe.asymmetric})
     return attach_bits(attach_ptq(module.eval(), recipe.ptq), bits)
-
-
-@dataclass(frozen=True)
-class _Images:
-    """Calibration images: all as they were given, those to repair with, and these and the held-out ones for quick passes."""
-
-    given: Sequence[Batch]
-    used: Sequence[Batch]
-    quick_used: Sequence[Batch]
-    quick_held: Sequence[Batch]
 
 
 def _check_read(model: nn.Module, layers: Sequence[Layer], example: Any) -> None:
@@ -100,7 +87,7 @@ def _repaired(
     bits: BitConfig,
     layers: Sequence[Layer],
     example: Any,
-    images: _Images,
+    images: Images,
     recipe: Recipe,
     judge: Judge | None,
 ) -> tuple[nn.Module, list[Repair]]:
@@ -140,7 +127,7 @@ def _quantized(
     bits: BitConfig,
     layers: Sequence[Layer],
     example: Any,
-    images: _Images,
+    images: Images,
     recipe: Recipe,
     sites: Callable[[nn.Module], Mapping[str, AbstractSite]],
 ) -> tuple[nn.Module, Recorded]:
@@ -214,7 +201,7 @@ def _share_weight_quantizers(module: nn.Module, wiring: Iterable[Any]) -> None:
 
 
 def _fit_activation_ranges(
-    module: nn.Module, wiring: Wiring, images: _Images, ptq: PTQ, sites: Mapping[str, AbstractSite]
+    module: nn.Module, wiring: Wiring, images: Images, ptq: PTQ, sites: Mapping[str, AbstractSite]
 ) -> Recorded:
     """Also gives the moments at `sites` of used images: in this pass the module computes what the float network does."""
     # What batch normalisation hands on is right only while nothing before it is quantized, until it is corrected.

@@ -21,6 +21,7 @@ from mpq_plugins._errors import (
     WriteError,
 )
 from mpq_plugins._evaluate import accuracy
+from mpq_plugins._plugins import make
 from mpq_plugins._sources import load_weights
 from mpq_plugins._stages import told
 
@@ -333,3 +334,14 @@ def test_accuracy_takes_wrapped_modules():
     assert accuracy(nn.DataParallel(model), [(EXAMPLE, labels)]) == 1.0
     labels[0] = (labels[0] + 1) % 3
     assert accuracy(nn.DataParallel(model), [(EXAMPLE, labels)]) == 0.5
+
+
+@pytest.mark.parametrize("adapter", ["nncf", "brevitas"])
+def test_modules_made_in_inference_mode_can_be_trained(adapter):
+    """Under `torch.inference_mode` a module is prepared as outside, and learns afterwards."""
+    model = net()
+    with torch.inference_mode():
+        module = make("adapters", adapter).prepare(model, bits_for(model), EXAMPLE, [EXAMPLE] * 4)
+    module.train()
+    module(EXAMPLE).sum().backward()
+    assert any(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in module.parameters())

@@ -64,4 +64,4 @@ def test_checkpoints_are_written_once(two):
         epochs = [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert epochs == [1, 2, 3, 4, 5, 6, 7]
         names = sorted(path.name for path in folder.iterdir())
-        assert names == ["epoch-0006", "epoch-0007", "job.json", "metrics.jsonl", "module.pt"]
+        assert names == [".lock", "epoch-0006", "epoch-0007", "job.json", "metrics.jsonl", "module.pt"]

@@ -4,8 +4,9 @@
     python benchmarks/real/training.py                # measures what results/ lacks, then prints the table
     python benchmarks/real/training.py --print-only
     python benchmarks/real/training.py --tiny         # the whole path on a tiny network, no download
+    python benchmarks/real/training.py --pixels 224 --steps 640 --device cuda   # where there is a GPU
 
-EfficientNet-Lite0 on crops of 96 pixels out of photographs of 160, through Brevitas. The float network at that size is teacher
+EfficientNet-Lite0 on crops of 96 pixels out of photographs of 160 (or of 224 out of 256), through Brevitas. The float network at that size is teacher
 and reference. All methods get the same number of steps, batches and learning rate; a seed draws the crops. "PTQ" is `prepare`
 alone, on 64 images (training starts from one on 32); "DuQ" is PROFIT's own quantizer. First and last layer are at w8a8; "mixed"
 has the size and the bit operations of w3a4.
@@ -17,6 +18,7 @@ import argparse
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -49,7 +51,7 @@ METHODS = ("PTQ", "QAT", "PROFIT", "PROFIT + DuQ")
 MORE = ("PTQ + DuQ", "QAT + DuQ", "QAT, batch statistics", "PROFIT, one cosine")
 BITS = ("w4a4", "w3a3", "mixed")
 WEIGHTS, ACTIVATIONS = (2, 3, 4, 6), (3, 4, 6)  # of the mixed configuration
-_SCALED, _SIDE = 160, 96  # pixels
+SCALED = {96: 160, 224: 256}  # pixels: the side of a photograph by the side of the crops out of it
 _BATCH = 16
 _N_CALIBRATION, _N_START, _N_SCORED = 64, 32, 8  # images of PTQ, before training, and of the score
 _N_EPOCHS = 8  # as many as PROFIT has stages here, and one more
@@ -70,6 +72,7 @@ class Ground:
     case: Case
     images: Tensor  # [N, channels, height, width]
     side: int
+    device: torch.device = torch.device("cpu")
 
     @lru_cache(maxsize=2 * _N_EPOCHS)  # noqa: B019  # all methods see the same crops, and a ground lives as long as the script
     @torch.no_grad()
@@ -78,7 +81,8 @@ class Ground:
         random = torch.Generator().manual_seed(1000 * seed + epoch)
         size = min(_BATCH, len(self.images))
         draws = [torch.randperm(len(self.images), generator=random)[:size] for _ in range(n_batches)]
-        return tuple((crops, self.case.net(crops)) for crops in (self._batch(draw, random) for draw in draws))
+        made = (self._batch(draw, random).to(self.device) for draw in draws)
+        return tuple((crops, self.case.net(crops)) for crops in made)
 
     def _batch(self, chosen: Tensor, random: torch.Generator) -> Tensor:
         return torch.stack([self._crop(self.images[i], random) for i in chosen])
@@ -90,32 +94,33 @@ class Ground:
         return part.flip(-1) if is_mirrored else part
 
 
-def photographs(n_train: int, n_test: int) -> Ground:
-    """EfficientNet-Lite0 at 96 pixels."""
-    net = efficientnet()
-    images = scaled(as_input(pool("calibration", n_train, 0)))
-    test = batches(middle(scaled(as_input(pool("test", n_test, 0)))), _BATCH)
+def photographs(n_train: int, n_test: int, side: int, device: torch.device) -> Ground:
+    """EfficientNet-Lite0 at `side` pixels; tested on the middle of the image, or on all of it at 224 pixels."""
+    net = efficientnet().to(device)
+    images = scaled(as_input(pool("calibration", n_train, 0)), SCALED[side])
+
+    def middle(images: Tensor) -> Tensor:
+        images = images if images.shape[-1] == side else scaled(images, SCALED[side])
+        start = (images.shape[-1] - side) // 2
+        return images[..., start : start + side, start : start + side].contiguous().to(device)
+
+    test = batches(middle(as_input(pool("test", n_test, 0))), _BATCH)
     labelled, labels = imagenet_images()
-    judge = Classes(net, test, middle(scaled(as_input(labelled))), torch.from_numpy(labels))
-    calibration = batches(middle(images[:_N_CALIBRATION]), _BATCH)
-    return Ground(Case("efficientnet_lite0", net, calibration, test, judge), images, _SIDE)
+    judge = Classes(net, test, middle(as_input(labelled)), torch.from_numpy(labels).to(device))
+    calibration = batches(middle(as_input(pool("calibration", _N_CALIBRATION, 0))), _BATCH)
+    name = "efficientnet_lite0" + ("" if side == min(SCALED) else f"-{side}")
+    return Ground(Case(name, net, calibration, test, judge), images, side, device)
 
 
-def stand_in(n_train: int, n_test: int) -> Ground:
+def stand_in(n_train: int, n_test: int, side: int, device: torch.device) -> Ground:
     """A tiny network on images made in code."""
     case = tiny_cnn(n_train, n_test, 0)
     return Ground(case, torch.cat(list(case.calibration)), 12)
 
 
-def scaled(images: Tensor) -> Tensor:
-    """To 160 x 160 pixels, bicubic."""
-    return F.interpolate(images, size=(_SCALED, _SCALED), mode="bicubic", antialias=True)
-
-
-def middle(images: Tensor) -> Tensor:
-    """The 96 x 96 pixels in the middle."""
-    start = (images.shape[-1] - _SIDE) // 2
-    return images[..., start : start + _SIDE, start : start + _SIDE].contiguous()
+def scaled(images: Tensor, side: int) -> Tensor:
+    """To `side` x `side` pixels, bicubic."""
+    return F.interpolate(images, size=(side, side), mode="bicubic", antialias=True)
 
 
 def bits_of(ground: Ground, text: str, folder: Path) -> BitConfig:
@@ -149,6 +154,7 @@ def cell(ground: Ground, bits: BitConfig, method: str, seed: int, n_steps: int) 
     start = calibration[: _N_START // len(case.calibration[0])]
     if method.startswith("PTQ"):
         return {"figures": case.judge.of(adapter.prepare(case.net, bits, case.example, calibration))}
+    start_s = time.perf_counter()
     trained = train(
         case.net,
         bits,
@@ -159,8 +165,9 @@ def cell(ground: Ground, bits: BitConfig, method: str, seed: int, n_steps: int) 
         calibration=start,
         loss=distillation,
     )
+    seconds = round(time.perf_counter() - start_s, 1)
     curve = [[record.stage, round(record.loss, 4)] for record in trained.history]
-    return {"figures": case.judge.of(trained.module), "steps": trained.history[-1].steps, "curve": curve}
+    return {"figures": case.judge.of(trained.module), "steps": trained.history[-1].steps, "curve": curve, "seconds": seconds}
 
 
 def distillation(result: Tensor, batch: Batch) -> Tensor:
@@ -182,7 +189,7 @@ def measure(ground: Ground, cells: Cells, options: argparse.Namespace) -> None:
     name = ground.case.name
     cells.get(f"{name}/float", lambda: {"figures": ground.case.judge.of(ground.case.net)})
     cells.get(f"{name}/undecided", lambda: {"figures": undecided(ground.case)})
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.seeds):
         for text in options.bits:
             bits = bits_of(ground, text, options.results)
             for method in options.methods:
@@ -240,6 +247,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64, help=f"of each run, a multiple of {_N_EPOCHS}")
     parser.add_argument("--train", type=int, default=512, help="photographs to train on")
     parser.add_argument("--test", type=int, default=200)
+    parser.add_argument("--pixels", type=int, default=min(SCALED), choices=list(SCALED), help="side of the crops")
+    parser.add_argument("--device", type=torch.device, default="cpu")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--print-only", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="a tiny network made in code; results are not kept")
     options = parser.parse_args()
@@ -252,17 +262,17 @@ def main() -> None:
             run(options, "tiny_cnn", stand_in)
         return
     try:
-        run(options, "efficientnet_lite0", photographs)
+        run(options, "efficientnet_lite0" + ("" if options.pixels == min(SCALED) else f"-{options.pixels}"), photographs)
     except FetchError as error:
         sys.exit(str(error))
 
 
-def run(options: argparse.Namespace, name: str, ground: Callable[[int, int], Ground]) -> None:
+def run(options: argparse.Namespace, name: str, ground: Callable[[int, int, int, torch.device], Ground]) -> None:
     """Measure, then print the table."""
     options.results.mkdir(parents=True, exist_ok=True)
     cells = Cells(options.results / f"training-{name}.json")
     if not options.print_only:
-        measure(ground(options.train, options.test), cells, options)
+        measure(ground(options.train, options.test, options.pixels, options.device), cells, options)
     print(f"\n{table(cells, name)}")
 
 

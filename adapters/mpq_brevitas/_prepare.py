@@ -27,7 +27,7 @@ from mpq_plugins._bits import BitConfig
 from mpq_plugins._discover import find_layers
 from mpq_plugins._histogram import Histogram
 from mpq_plugins._layers import Inventory
-from mpq_plugins._model import Batch, calibration_batches
+from mpq_plugins._model import Batch, calibration_batches, device_of
 from mpq_plugins._ptq import PTQ
 from mpq_plugins._repairs import Images, Judge, Repair, attach_repairs, better, repair, to_correct_with
 
@@ -99,7 +99,7 @@ def _repaired(
 ) -> tuple[nn.Module, list[Repair]]:
     """The module with ranges fitted to all `images`, rounded, and repaired on those of them that are used for that."""
     graph = _convert(model, bits, recipe, images.given, ptq)
-    module = graph.module
+    module = graph.module.to(device_of(model))  # Brevitas makes its quantizers on the CPU
     check_rounding(module, bits, ptq)
     fitted = recipe.activation_range in ("max", "mse")
     calibrate(module, images.quick[:1] if fitted else images.given)

@@ -60,6 +60,9 @@ SCORES: dict[str, Score] = {
     "clado gram": Score("clado", {"tier": "gram"}, 16),
     "clado gram, expansion": Score("clado", {"tier": "gram", "expansion": True}, 16),
     "clado fisher": Score("clado", {"tier": "fisher"}, 64),
+    # At half of the price.
+    "kl-divergence, 8 images": Score("kl-divergence", {}, 8),
+    "clado fisher, 32 images": Score("clado", {"tier": "fisher"}, 32),
     # Raw: measured on the network that is not corrected, as published.
     "fisher raw": Score("fisher", {"correction": False}, 64),
     "output-error raw": Score("output-error", {"correction": False}, 16),

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from glyphs import glyphs, trained_glyph_net
+from small_nets import SMALL_NETS
 
 import mpq_plugins as mpq
-from mpq_plugins._bits import BitConfig
-from mpq_plugins._evaluate import accuracy
-from mpq_plugins._files import write_json
-from mpq_plugins.digits import digits, trained_digits_net
-from mpq_plugins.glyphs import glyphs, trained_glyph_net
+from mpq_plugins.adapter.evaluate import accuracy
+from mpq_plugins.cli.digits import digits, trained_digits_net
+from mpq_plugins.common.files import write_json
 from mpq_plugins.proxies import LossIncrease
-from mpq_plugins.sensitivity import keeping_measurements
-from mpq_plugins.small_nets import SMALL_NETS
+from mpq_plugins.proxies.measuring import keeping_measurements
+from mpq_plugins.space.bits import BitConfig
 from mpq_plugins.training import reestimate_batch_norm, with_negative_padding
 
 PADDED = "mobilenet_v3 padded"

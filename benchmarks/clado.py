@@ -21,18 +21,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from glyphs import glyphs, trained_glyph_net
+from small_nets import BasicBlock, ConvNorm, SmallNet
 from torch import nn
 
 import mpq_plugins as mpq
-from mpq_plugins._evaluate import accuracy
-from mpq_plugins._model import Batch
-from mpq_plugins._plugins import make, names
-from mpq_plugins._progress import showing_progress
-from mpq_plugins.digits import digits
-from mpq_plugins.glyphs import glyphs, trained_glyph_net
+from mpq_plugins.adapter.evaluate import accuracy
+from mpq_plugins.cli.digits import digits
+from mpq_plugins.common.plugins import make, names
+from mpq_plugins.common.progress import showing_progress
+from mpq_plugins.model.run import Batch
 from mpq_plugins.proxies import CLADO
-from mpq_plugins.sensitivity import Lab, keeping_measurements
-from mpq_plugins.small_nets import BasicBlock, ConvNorm, SmallNet
+from mpq_plugins.proxies.measuring import SensitivityRun, keeping_measurements
 from mpq_plugins.training import reestimate_batch_norm
 
 RIVALS = ("ompq", "csmpq", "hessian-trace", "fisher", "output-error", "kl-divergence", "weight-error", "rank-ensemble")
@@ -126,7 +126,7 @@ class Judge:
     """True loss and accuracies of plans, each plan judged once."""
 
     def __init__(self, net, space, calibration, test, options):
-        self.lab = Lab(net, space, calibration, CLADO(n_images=options.images, correction=options.corrected).setup())
+        self.lab = SensitivityRun(net, space, calibration, CLADO(n_images=options.images, correction=options.corrected).setup())
         self.net, self.space, self.test, self.calibration = net, space, test, calibration
         self._known = {}
 

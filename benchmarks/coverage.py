@@ -31,10 +31,10 @@ from coverage_models import SUBJECTS, Subject
 from torch import nn
 
 import mpq_plugins as mpq
-from mpq_plugins._errors import MPQError
-from mpq_plugins._layers import Layer, Skipped, distinct_weights
-from mpq_plugins._left_in_float import LeftInFloat
-from mpq_plugins._plugins import make
+from mpq_plugins.common.plugins import make
+from mpq_plugins.errors import MPQError
+from mpq_plugins.model.layers import Layer, Skipped, distinct_weights
+from mpq_plugins.model.left_in_float import LeftInFloat
 from mpq_plugins.training import reestimate_batch_norm
 
 ADAPTERS = {"nncf": ("OpenVINO IR", ".xml"), "brevitas": ("QONNX", ".onnx")}

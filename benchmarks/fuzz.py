@@ -25,9 +25,9 @@ import torch
 from torch import nn
 
 from mpq_plugins import BitConfig, Precision, Scores, allocate, solve_scores
-from mpq_plugins._budgets import as_budgets
-from mpq_plugins._cli import _parser, _with_config
-from mpq_plugins._errors import MPQError
+from mpq_plugins.cli.parser import _parser, _with_config
+from mpq_plugins.costs.budgets import as_budgets
+from mpq_plugins.errors import MPQError
 
 STRANGE: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2, 9, 10**25, 1.5, -0.0, 1e300, "", "w4a8", "w99", "x" * 300, "\ud800", "ä\0", [], {}, [[]],

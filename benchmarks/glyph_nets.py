@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 
 import torch
+from glyphs import CLASSES, glyphs, save_sheet, train_or_restore
+from small_nets import SMALL_NETS
 
 from mpq_plugins import find_layers
-from mpq_plugins._evaluate import accuracy
-from mpq_plugins._progress import showing_progress
-from mpq_plugins.glyphs import CLASSES, glyphs, save_sheet, train_or_restore
-from mpq_plugins.small_nets import SMALL_NETS
+from mpq_plugins.adapter.evaluate import accuracy
+from mpq_plugins.common.progress import showing_progress
 
 
 def row(kind: str, seed: int) -> str:

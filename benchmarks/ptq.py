@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 from cells import BITS, NETS, RESULTS, Cells, bits_of_case, load_case, measured_accuracy
+from small_nets import SMALL_NETS
 
-from mpq_plugins._errors import AdapterError, MissingExtraError
-from mpq_plugins._plugins import make
-from mpq_plugins.small_nets import SMALL_NETS
+from mpq_plugins.common.plugins import make
+from mpq_plugins.errors import AdapterError, MissingExtraError
 
 METHODS = {
     "nothing": {"bias_correction": False, "batch_norm": "kept"},

@@ -16,7 +16,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from mpq_plugins._quantizer import mse_scales, quantize
+from mpq_plugins.quantizers.uniform import mse_scales, quantize
 
 BITS = tuple(range(2, 9))
 Search = Callable[[Tensor], Mapping[int, Tensor]]

@@ -26,8 +26,8 @@ import torchvision
 from torch import Tensor, nn
 
 from mpq_plugins import Space, find_layers, residual_ties
-from mpq_plugins._flow import FeatureWatch
-from mpq_plugins._model import evaluating
+from mpq_plugins.model.run import evaluating
+from mpq_plugins.model.watch import FeatureWatch
 from mpq_plugins.proxies import CSMPQ, OMPQ
 
 Subject = Callable[[nn.Module, Space, Tensor], object]

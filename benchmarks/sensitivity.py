@@ -17,7 +17,7 @@ import torch
 import torchvision
 
 import mpq_plugins as mpq
-from mpq_plugins.sensitivity import Lab, Setup, first_order_effects
+from mpq_plugins.proxies.measuring import MeasurementOptions, SensitivityRun, first_order_effects
 
 BITS = (2, 4, 8)
 
@@ -61,7 +61,7 @@ class Bench:
 
     def lab_of(self, space, labels):
         """A laboratory with its engine started."""
-        lab = Lab(self.model, space, [(self.images, labels)], Setup(memory_mb=8192, correction=False))
+        lab = SensitivityRun(self.model, space, [(self.images, labels)], MeasurementOptions(memory_mb=8192, correction=False))
         print(f"# {self.name}: {lab.engine.why_plain or 'replayed from a tape'}")
         return lab
 

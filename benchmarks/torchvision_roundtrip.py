@@ -19,7 +19,7 @@ import torch
 import torchvision
 
 import mpq_plugins as mpq
-from mpq_plugins._plugins import make
+from mpq_plugins.common.plugins import make
 from mpq_plugins.training import reestimate_batch_norm
 
 ROUTES = {

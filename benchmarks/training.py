@@ -22,13 +22,13 @@ from pathlib import Path
 
 import torch
 from cells import BITS, NETS, RESULTS, Cells, bits_of_case, load_case, measured_accuracy
+from glyphs import glyphs
+from small_nets import SMALL_NETS
 
 import mpq_plugins as mpq
-from mpq_plugins._evaluate import exported_accuracy
-from mpq_plugins._plugins import make
-from mpq_plugins._training_sources import shifted_digits
-from mpq_plugins.glyphs import glyphs
-from mpq_plugins.small_nets import SMALL_NETS
+from mpq_plugins.adapter.evaluate import exported_accuracy
+from mpq_plugins.cli.training_sources import shifted_digits
+from mpq_plugins.common.plugins import make
 from mpq_plugins.training import ProfitSchedule, Stage, TrainingRecipe, train
 
 METHODS = ("PTQ", "QAT", "PROFIT", "PROFIT + teacher")

@@ -2,6 +2,6 @@
 
 import sys
 
-from mpq_plugins._cli import main
+from mpq_plugins.cli.parser import main
 
 sys.exit(main())

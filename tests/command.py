@@ -1,6 +1,6 @@
 """Commands as users give them."""
 
-from mpq_plugins._cli import main
+from mpq_plugins.cli.parser import main
 
 
 def run(capsys, *words):

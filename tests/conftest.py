@@ -17,7 +17,7 @@ def own_cache(monkeypatch, tmp_path_factory):
     """Keep what commands leave in the user's cache out of it."""
     # Not by XDG_CACHE_HOME: torch looks there too, for the extension that NNCF would then compile anew.
     folder = tmp_path_factory.getbasetemp() / "cache"
-    monkeypatch.setattr("mpq_plugins._files.cache_folder", lambda: folder)
+    monkeypatch.setattr("mpq_plugins.common.files.cache_folder", lambda: folder)
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ def _commands(root: Path) -> None:
     """Kill each stage in the middle, give the same command again, and compare with a run never killed."""
     from torch import set_num_threads
 
-    from mpq_plugins._cli import main
+    from mpq_plugins.cli.parser import main
 
     set_num_threads(1)  # threads do not survive a fork
     model = f"{__file__}:net"

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
-from mpq_plugins._model import call, select
-from mpq_plugins._quantizer import mse_range, mse_scale
+from mpq_plugins.model.run import call, select
+from mpq_plugins.quantizers.uniform import mse_range, mse_scale
 
 
 class NaiveLoop:

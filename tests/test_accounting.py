@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from mpq_plugins import find_layers
-from mpq_plugins._layers import distinct_weights
+from mpq_plugins.model.layers import distinct_weights
 
 
 class Addmm(nn.Module):

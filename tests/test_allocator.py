@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpq_plugins import _allocator
-from mpq_plugins._allocator import keeping_memory
+from mpq_plugins.common import allocator
+from mpq_plugins.common.allocator import keeping_memory
 
 _SIZE = 40 * 2**18  # floats: 40 MiB, which glibc maps for each tensor wherever its threshold has moved to
 _PAGES = _SIZE * 4 / resource.getpagesize()
@@ -30,14 +30,14 @@ def page_faults(n_tensors):
 @pytest.fixture
 def keeps(monkeypatch):
     """Skips where the kernel or the C library does not show what is kept, or does not keep it."""
-    for name in _allocator._SET_BY_USERS:
+    for name in allocator._SET_BY_USERS:
         monkeypatch.delenv(name, raising=False)
-    library = _allocator._glibc()
+    library = allocator._glibc()
     if platform.libc_ver()[0] != "glibc" or library is None:
         pytest.skip("only glibc is told to keep memory")
-    if not library.mallopt(_allocator._MMAP, _allocator._KEEP):
+    if not library.mallopt(allocator._MMAP, allocator._KEEP):
         pytest.skip("this release keeps no tensors of this size")
-    _allocator._set(library, _allocator._USUAL)
+    allocator._set(library, allocator._USUAL)
     library.malloc_trim(0)
     if page_faults(20) < 15 * _PAGES:
         pytest.skip("huge pages: single ones are not counted")
@@ -68,13 +68,13 @@ def test_an_error_passes_through_and_ends_it():
     for _ in range(2):
         with pytest.raises(ValueError, match="mine"):
             fail()
-    assert _allocator._depth == 0
+    assert allocator._depth == 0
 
 
-@pytest.mark.parametrize("name", _allocator._SET_BY_USERS)
+@pytest.mark.parametrize("name", allocator._SET_BY_USERS)
 def test_what_users_set_is_left_alone(monkeypatch, name):
     """Thresholds in the environment are the user's."""
     monkeypatch.setenv(name, "1000000")
-    monkeypatch.setattr(_allocator, "_set", lambda *_: pytest.fail("thresholds were set"))
+    monkeypatch.setattr(allocator, "_set", lambda *_: pytest.fail("thresholds were set"))
     with keeping_memory():
         pass

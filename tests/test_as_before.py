@@ -15,7 +15,7 @@ from mpq_nncf import NNCFAdapter
 from torch import nn
 
 import mpq_plugins as mpq
-from mpq_plugins._plugins import make
+from mpq_plugins.common.plugins import make
 
 STORED = Path(__file__).parent / "stored" / "as_before.json"
 IMAGES = torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(1))

@@ -28,13 +28,13 @@ from mpq_plugins import (
     solve,
     verify,
 )
-from mpq_plugins._budgets import as_budgets
-from mpq_plugins._errors import BudgetError, FormatError, MPQError, PluginError, PrecisionError
-from mpq_plugins._files import write_json
-from mpq_plugins._problem import check_reachable
+from mpq_plugins.common.files import write_json
 from mpq_plugins.costs import BitOps, WeightSize
+from mpq_plugins.costs.budgets import as_budgets
+from mpq_plugins.errors import BudgetError, FormatError, MPQError, PluginError, PrecisionError
 from mpq_plugins.proxies import CLADO, Constant, WeightError
 from mpq_plugins.solvers import MILP
+from mpq_plugins.solvers.problem import check_reachable
 
 EXAMPLE = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
 

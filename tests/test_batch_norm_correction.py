@@ -8,7 +8,12 @@ import torch
 from torch import nn
 
 from mpq_plugins import BitConfig, Precision, find_layers
-from mpq_plugins._batch_norm import (
+from mpq_plugins.adapter.ptq import PTQ
+from mpq_plugins.adapter.repairs import Judge, better, hold_out, repair, repairs_of, to_correct_with
+from mpq_plugins.cli.digits import digits, trained_digits_net
+from mpq_plugins.common.plugins import make
+from mpq_plugins.model.run import Batch
+from mpq_plugins.quantizers.batch_norm import (
     AbstractSite,
     bias_sites,
     correct_batch_norm,
@@ -16,11 +21,6 @@ from mpq_plugins._batch_norm import (
     corrected_around,
     norm_sites,
 )
-from mpq_plugins._model import Batch
-from mpq_plugins._plugins import make
-from mpq_plugins._ptq import PTQ
-from mpq_plugins._repairs import Judge, better, hold_out, repair, repairs_of, to_correct_with
-from mpq_plugins.digits import digits, trained_digits_net
 
 
 def randomized(net):

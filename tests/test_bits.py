@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from mpq_plugins import BitConfig, Precision, find_layers
-from mpq_plugins._errors import FingerprintError, FormatError, PrecisionError, UnknownLayerError
-from mpq_plugins._files import write_whole
+from mpq_plugins.common.files import write_whole
+from mpq_plugins.errors import FingerprintError, FormatError, PrecisionError, UnknownLayerError
 
 
 @pytest.fixture

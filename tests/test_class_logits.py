@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from mpq_plugins import Batch, Space, find_layers, menu
-from mpq_plugins._allocate import proxy_of
-from mpq_plugins._model import are_class_logits
-from mpq_plugins._repairs import Judge
+from mpq_plugins.adapter.repairs import Judge
+from mpq_plugins.allocation import proxy_of
+from mpq_plugins.model.run import are_class_logits
 from mpq_plugins.proxies import CLADO
 
 

@@ -7,10 +7,10 @@ import torch
 from command import run
 
 from mpq_plugins import BitConfig
-from mpq_plugins._cli import main
-from mpq_plugins.digits import DigitsNet
+from mpq_plugins.cli.digits import DigitsNet
+from mpq_plugins.cli.parser import main
 
-MODEL = "mpq_plugins.digits:DigitsNet"
+MODEL = "mpq_plugins.cli.digits:DigitsNet"
 OMPQ = ["--proxy", "ompq"]
 LABELLED = ["--proxy", "csmpq", "--proxy-option", "documents=classes"]
 COMMON = ["--model", MODEL, "--data", "digits", "--images", "128", "--quiet"]
@@ -108,7 +108,7 @@ def test_counts_are_at_least_one(folder, capsys, option, value):
 
 def test_weights_are_loaded_strictly(folder, capsys):
     """A state dict, also inside a checkpoint with prefixes, reaches the model; another network's does not."""
-    from mpq_plugins._sources import load_model
+    from mpq_plugins.cli.sources import load_model
 
     net = DigitsNet()
     torch.save({"state_dict": {f"module.{key}": value for key, value in net.state_dict().items()}}, "net.pt")

@@ -11,9 +11,9 @@ import torch
 from command import run
 
 from mpq_plugins import BitConfig
-from mpq_plugins._console import console
+from mpq_plugins.common.console import console
 
-MODEL = "mpq_plugins.digits:DigitsNet"
+MODEL = "mpq_plugins.cli.digits:DigitsNet"
 TINY = ["--model", f"{killed.__file__}:net", "--data", f"{killed.__file__}:batches"]
 COMMON = ["--model", MODEL, "--input", "1x1x8x8", "--proxy", "constant", "--budget", "size=w4"]
 
@@ -184,7 +184,7 @@ def test_places_that_cannot_be_written_are_told_before_the_long_work(folder, cap
             assert told in err
     train = ["train", "bits.json", "--model", MODEL, "--data", "digits", "--adapter", "brevitas", "--out"]
     assert "is no folder" in run(capsys, *train, "file")[2]
-    monkeypatch.setattr("mpq_plugins._files.os.access", lambda *_: False)
+    monkeypatch.setattr("mpq_plugins.common.files.os.access", lambda *_: False)
     for words in (["allocate", *COMMON], [*train, "folder"]):
         assert "a read-only file system" in run(capsys, *words)[2]
 
@@ -209,7 +209,7 @@ def test_a_device_that_is_not_there_is_told(folder, capsys):
 
 def test_log_lines_are_shown_when_asked_for(folder, capsys):
     """--verbose shows what is logged; without it warnings alone, one line each; handlers go afterwards."""
-    from mpq_plugins._cli import _logging
+    from mpq_plugins.cli.parser import _logging
 
     for verbose in (False, True):
         with _logging(verbose):
@@ -275,9 +275,9 @@ def test_random_weights_are_told_where_they_count(capsys, monkeypatch, verb, is_
     """An exported module brings its own weights; other verbs use those of the model."""
     from argparse import Namespace
 
-    from mpq_plugins import _from_options, _sources
+    from mpq_plugins.cli import options, sources
 
-    monkeypatch.setattr(_sources, "load_model", lambda *_: torch.nn.Linear(2, 2))
+    monkeypatch.setattr(sources, "load_model", lambda *_: torch.nn.Linear(2, 2))
     given = {"model": "torchvision:resnet18", "weights": None, "input": "1x2", "negative_padding": False, "device": "cpu"}
-    _from_options.model_of(Namespace(verb=verb, **given))
+    options.model_of(Namespace(verb=verb, **given))
     assert ("the weights are random" in capsys.readouterr().err) is is_told

@@ -6,10 +6,10 @@ import torchvision
 from torch import nn
 
 from mpq_plugins import Budget, Precision, Space, find_layers, menu, residual_ties
-from mpq_plugins._cost import format_amount, parse_amount
-from mpq_plugins._errors import BudgetError, InfeasibleBudgetError
-from mpq_plugins._problem import check_reachable
 from mpq_plugins.costs import ActivationMemory, BitOps, PublishedSize, StoredSize, WeightSize
+from mpq_plugins.costs.base import format_amount, parse_amount
+from mpq_plugins.errors import BudgetError, InfeasibleBudgetError
+from mpq_plugins.solvers.problem import check_reachable
 
 MIB = 2**20
 OMPQ_QAT = [8, *[8, 8, 8, 8], *[7, 8, 8, 8], *[8, 4, 6, 8], *[4, 4, 4, 4], 8]

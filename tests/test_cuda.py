@@ -10,7 +10,7 @@ from torch import nn
 
 import mpq_plugins as mpq
 from mpq_plugins import BitConfig, build_space, find_layers
-from mpq_plugins._plugins import make
+from mpq_plugins.common.plugins import make
 from mpq_plugins.training import ProfitSchedule, TrainingRecipe, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -11,15 +11,15 @@ from full_disk import full_disk
 from torch import nn
 
 from mpq_plugins import BitConfig, Precision, Scores, allocate
-from mpq_plugins._checkpoint import read_checkpoint, write_checkpoint
-from mpq_plugins._errors import FormatError, ModelError, MPQError, PrecisionError, WriteError
-from mpq_plugins._files import parse_json, write_json, write_whole
-from mpq_plugins._sources import load_weights
-from mpq_plugins._tensor_files import read_torch, write_tensors, write_torch
+from mpq_plugins.adapter.checkpoint import read_checkpoint, write_checkpoint
+from mpq_plugins.cli.sources import load_weights
+from mpq_plugins.common.files import parse_json, write_json, write_whole
+from mpq_plugins.common.tensor_files import read_torch, write_tensors, write_torch
+from mpq_plugins.errors import FormatError, ModelError, MPQError, PrecisionError, WriteError
 from mpq_plugins.proxies import LossIncrease
-from mpq_plugins.sensitivity import keeping_measurements
-from mpq_plugins.sensitivity._journal import Journal
-from mpq_plugins.training._checkpoints import TrainingFolder
+from mpq_plugins.proxies.measuring import keeping_measurements
+from mpq_plugins.proxies.measuring.cache import MeasurementCache
+from mpq_plugins.training.checkpoints import TrainingFolder
 
 BITS = BitConfig({"0": Precision(4, 8)}, "sha256:0", {"proxy": {"name": "test"}})
 
@@ -95,7 +95,7 @@ def test_what_is_no_file_of_tensors_is_refused_and_runs_nothing(tmp_path, kind):
 def test_a_measurement_that_is_not_as_it_was_written_is_made_again(tmp_path, damage):
     """Same names with other numbers, other keys, a file of another key or run, a pickle: none counts, and none is run."""
     with keeping_measurements(tmp_path):
-        journal, other = Journal({"run": 1}), Journal({"run": 2})
+        journal, other = MeasurementCache({"run": 1}), MeasurementCache({"run": 2})
         journal.put("a", {"loss": np.arange(4.0)})
         journal.put("b", {"loss": np.ones(4)})
         other.put("a", {"loss": np.ones(4)})
@@ -138,7 +138,7 @@ def test_a_full_disk_is_told_and_leaves_the_old_file(tmp_path, kind, room):
     path.write_text("old")
     values = np.arange(1000.0)
     with keeping_measurements(tmp_path / "cache"):
-        journal = Journal({"run": 1})
+        journal = MeasurementCache({"run": 1})
     write = {
         "torch": lambda: write_torch(path, {"a": torch.from_numpy(values)}),
         "tensors": lambda: write_tensors(path, {"a": values}),

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import mpq_plugins as mpq
-from mpq_plugins._allocate import proxy_of
+from mpq_plugins.allocation import proxy_of
 
 NETS = {
     "classes": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 5)), "kl-divergence"),

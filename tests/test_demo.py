@@ -8,9 +8,9 @@ import pytest
 import torch
 from test_cli import run
 
-from mpq_plugins._demo import Images, Row, demo_table, what_to_see
-from mpq_plugins._errors import MissingExtraError
-from mpq_plugins._imagenet_demo import imagenet_network, labelled_images, photographs, shifted_images
+from mpq_plugins.cli.demo import Images, Row, demo_table, what_to_see
+from mpq_plugins.cli.imagenet_demo import imagenet_network, labelled_images, photographs, shifted_images
+from mpq_plugins.errors import MissingExtraError
 
 
 def test_the_float_network_has_18_of_20_images_right():
@@ -76,8 +76,8 @@ def test_seeds_belong_to_the_digits(capsys):
 
 def test_the_digits_demo_ends_well(tmp_path, capsys, monkeypatch):
     """The whole path through one adapter with one score and budget: the exported file verifies."""
-    monkeypatch.setattr("mpq_plugins._digits_demo.PROXIES", ("csmpq",))
-    monkeypatch.setattr("mpq_plugins._digits_demo.BUDGETS", {"size = uniform w3": {"size": "w3"}})
+    monkeypatch.setattr("mpq_plugins.cli.digits_demo.PROXIES", ("csmpq",))
+    monkeypatch.setattr("mpq_plugins.cli.digits_demo.BUDGETS", {"size = uniform w3": {"size": "w3"}})
     code, out, _ = run(
         capsys, "demo", "--network", "digits", "--adapters", "brevitas", "--seeds", "1", "--out", tmp_path, "--json", "--quiet"
     )

@@ -11,7 +11,7 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.ops import SqueezeExcitation
 
 from mpq_plugins import find_layers
-from mpq_plugins._flow import FeatureWatch
+from mpq_plugins.model.watch import FeatureWatch
 
 
 def features(model, images):

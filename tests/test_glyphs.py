@@ -5,10 +5,7 @@ import sys
 
 import pytest
 import torch
-
-from mpq_plugins import find_layers
-from mpq_plugins._errors import DataError, FormatError, MissingExtraError, ModelError, WriteError
-from mpq_plugins.glyphs import (
+from glyphs import (
     CLASSES,
     FONTS,
     HELD_OUT_FONTS,
@@ -19,8 +16,11 @@ from mpq_plugins.glyphs import (
     save_sheet,
     trained_glyph_net,
 )
-from mpq_plugins.glyphs._fonts import masters
-from mpq_plugins.small_nets import SMALL_NETS, mobilenet_v2, mobilenet_v3, resnet20
+from glyphs.fonts import masters
+from small_nets import SMALL_NETS, mobilenet_v2, mobilenet_v3, resnet20
+
+from mpq_plugins import find_layers
+from mpq_plugins.errors import DataError, FormatError, MissingExtraError, ModelError, WriteError
 
 N_CLASSES = 72
 SHORT = Recipe(n_rounds=1, images_per_round=64, batch_size=32)
@@ -95,7 +95,7 @@ def test_train_and_test_share_no_image(train, test):
 def test_held_out_fonts_are_for_testing_only(monkeypatch):
     """Training asks for no master of a held-out font, testing for those of all fonts."""
     asked = []
-    monkeypatch.setattr("mpq_plugins.glyphs._data.masters", lambda fonts: asked.append(fonts) or masters(fonts))
+    monkeypatch.setattr("glyphs.data.masters", lambda fonts: asked.append(fonts) or masters(fonts))
     glyphs(train=True, n_images=1)
     glyphs(train=False, n_images=1)
     assert set(asked[0]) == set(FONTS) - set(HELD_OUT_FONTS)
@@ -243,7 +243,7 @@ def test_training_is_repeatable(tmp_path):
 def test_a_trained_network_is_read_back_and_not_trained_again(tmp_path, monkeypatch):
     """The second call gives the same logits without training; another recipe or seed is another file."""
     net = trained_glyph_net("resnet20", recipe=SHORT, cache_folder=tmp_path)
-    monkeypatch.setattr("mpq_plugins.glyphs._training._train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("glyphs.training._train", lambda *_: pytest.fail("trained again"))
     again = trained_glyph_net("resnet20", recipe=SHORT, cache_folder=tmp_path)
     images = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(again(images), net(images))
@@ -263,7 +263,7 @@ def test_the_cache_follows_the_users_setting(tmp_path, monkeypatch):
 
 def test_an_interrupted_training_leaves_no_file(tmp_path, monkeypatch):
     """A failure while training is not taken for a trained network later."""
-    monkeypatch.setattr("mpq_plugins.glyphs._training._step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("glyphs.training._step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         trained_glyph_net("resnet20", recipe=SHORT, cache_folder=tmp_path)
     assert not list(tmp_path.iterdir())

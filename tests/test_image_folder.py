@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mpq_plugins._errors import DataError
-from mpq_plugins._sources import image_size, load_data
-from mpq_plugins._training_sources import calibration_data, training_data
+from mpq_plugins.cli.sources import image_size, load_data
+from mpq_plugins.cli.training_sources import calibration_data, training_data
+from mpq_plugins.errors import DataError
 
 
 @pytest.fixture

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 from killed import contents, in_child, killed_everywhere
-from mpq_nncf import _ir_export
+from mpq_nncf import ir_export
 
-from mpq_plugins._errors import TrainingError
-from mpq_plugins._files import write_json
-from mpq_plugins._partial import partial_folder
-from mpq_plugins._tensor_files import write_tensors, write_torch
-from mpq_plugins.sensitivity import keeping_measurements
-from mpq_plugins.sensitivity._journal import Journal
-from mpq_plugins.training._checkpoints import TrainingFolder
+from mpq_plugins.common.files import write_json
+from mpq_plugins.common.partial import partial_folder
+from mpq_plugins.common.tensor_files import write_tensors, write_torch
+from mpq_plugins.errors import TrainingError
+from mpq_plugins.proxies.measuring import keeping_measurements
+from mpq_plugins.proxies.measuring.cache import MeasurementCache
+from mpq_plugins.training.checkpoints import TrainingFolder
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and locks")
 STATE = dict.fromkeys(("stage", "epoch", "optimizer", "average", "scaler", "profit", "history"), 1)
@@ -87,13 +87,13 @@ def test_an_xml_file_is_never_beside_a_bin_file_of_another(tmp_path, monkeypatch
         path.write_text(str(value))
         path.with_suffix(".bin").write_text(str(value))
 
-    monkeypatch.setattr(_ir_export, "require", lambda *_: SimpleNamespace(save_model=save_model))
+    monkeypatch.setattr(ir_export, "require", lambda *_: SimpleNamespace(save_model=save_model))
     path = tmp_path / "model.xml"
-    _ir_export._save_pair(1, path)
-    for _ in killed_everywhere(lambda: _ir_export._save_pair(2, path)):
+    ir_export._save_pair(1, path)
+    for _ in killed_everywhere(lambda: ir_export._save_pair(2, path)):
         if path.exists():
             assert path.with_suffix(".bin").read_text() == path.read_text()
-        _ir_export._save_pair(1, path)
+        ir_export._save_pair(1, path)
         assert contents(tmp_path) == {"model.xml": b"1", "model.bin": b"1"}
 
 
@@ -122,7 +122,7 @@ def test_processes_that_share_a_cache_read_whole_measurements(tmp_path):
 
     def use(n_times=60):
         with keeping_measurements(tmp_path):
-            journal = Journal({"run": 1})
+            journal = MeasurementCache({"run": 1})
         for _ in range(n_times):
             journal.put("a", arrays)
             found = journal.get("a")

@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from mpq_plugins import Batch, Space, find_layers, menu
-from mpq_plugins._errors import DataError, FewImagesWarning
-from mpq_plugins._evaluate import accuracy
-from mpq_plugins._model import labels_of
+from mpq_plugins.adapter.evaluate import accuracy
+from mpq_plugins.errors import DataError, FewImagesWarning
+from mpq_plugins.model.run import labels_of
 from mpq_plugins.proxies import CLADO, CSMPQ, Fisher, HessianTrace, KLDivergence, LossIncrease, OutputError
-from mpq_plugins.training._loss import Classification
+from mpq_plugins.training.loss import Classification
 
 IMAGES = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 2, 1, 2])

@@ -10,8 +10,8 @@ import torchvision
 from torch import nn
 
 from mpq_plugins import find_layers
-from mpq_plugins._errors import ModelError, UnknownLayerError
-from mpq_plugins._layers import Layer
+from mpq_plugins.errors import ModelError, UnknownLayerError
+from mpq_plugins.model.layers import Layer
 
 
 class Zoo(nn.Module):

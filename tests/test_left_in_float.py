@@ -9,9 +9,9 @@ from torch import nn
 
 import mpq_plugins as mpq
 from mpq_plugins import FloatLayersWarning
-from mpq_plugins._cli import main
-from mpq_plugins._errors import SpaceError
-from mpq_plugins._left_in_float import LeftInFloat
+from mpq_plugins.cli.parser import main
+from mpq_plugins.errors import SpaceError
+from mpq_plugins.model.left_in_float import LeftInFloat
 
 NET = """
 import torch
@@ -85,7 +85,7 @@ def test_reasons_are_grouped_and_few():
     net = nn.Sequential(*(nn.Linear(3, 3) for _ in range(20)))
     layers = mpq.find_layers(net, torch.ones(1, 3)).layers
     reasons = {layer.name: ("large" if i < 10 else f"small {i}") for i, layer in enumerate(layers) if i < 16}
-    from mpq_plugins._layers import skipped_layers
+    from mpq_plugins.model.layers import skipped_layers
 
     left = LeftInFloat.of([layer for layer in layers if layer.name not in reasons], skipped_layers(layers, reasons))
     lines = str(left).splitlines()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import mpq_plugins
-from mpq_plugins import _errors
+from mpq_plugins import errors
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("nncf", "brevitas", "openvino", "onnx", "matplotlib")
@@ -81,7 +81,7 @@ def test_importing_an_adapter_imports_no_framework(installed):
 def test_help_imports_not_even_torch(installed):
     """`mpq --help` and a wrong option answer without torch."""
     code = (
-        "import sys\nfrom mpq_plugins._cli import main\n"
+        "import sys\nfrom mpq_plugins.cli.parser import main\n"
         "for words in (['--help'], ['allocate', '--help'], ['allocate', '--nonsense']):\n"
         "    try: main(words)\n    except SystemExit: pass\n"
         "print('torch' in sys.modules, 'numpy' in sys.modules)"
@@ -99,8 +99,8 @@ def test_public_names_are_sorted_and_exist():
 
 def test_every_documented_error_can_be_imported():
     """Every class of the tree in `_errors` is a public name, and all but the warning derive from `MPQError`."""
-    classes = {name: value for name, value in vars(_errors).items() if isinstance(value, type)}
+    classes = {name: value for name, value in vars(errors).items() if isinstance(value, type)}
     assert classes.keys() <= set(mpq_plugins.__all__)
-    assert all(name in (_errors.__doc__ or "") and getattr(mpq_plugins, name) is value for name, value in classes.items())
+    assert all(name in (errors.__doc__ or "") and getattr(mpq_plugins, name) is value for name, value in classes.items())
     others = [value for value in classes.values() if not issubclass(value, mpq_plugins.MPQError)]
     assert all(issubclass(value, UserWarning) for value in others)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from mpq_plugins import AbstractCost, Budget, Inventory, Layer, Precision, Problem, Scores, Space, build_problem
-from mpq_plugins._errors import BudgetError, InfeasibleBudgetError
-from mpq_plugins._problem import check_reachable
 from mpq_plugins.costs import WeightSize
+from mpq_plugins.errors import BudgetError, InfeasibleBudgetError
+from mpq_plugins.solvers.problem import check_reachable
 
 CHOICES = tuple(Precision.parse(text) for text in ("w2a4", "w4a4", "w8a8"))
 

@@ -2,7 +2,7 @@
 
 import contextlib
 
-from mpq_plugins._progress import reporting_to, showing_progress, track
+from mpq_plugins.common.progress import reporting_to, showing_progress, track
 
 
 class Recorder:

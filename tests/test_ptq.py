@@ -6,7 +6,7 @@ from mpq_brevitas import BrevitasAdapter
 from torch import nn
 
 from mpq_plugins import PTQ, BitConfig, Precision, find_layers
-from mpq_plugins._errors import AdapterError
+from mpq_plugins.errors import AdapterError
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from mpq_plugins._errors import DataError
-from mpq_plugins._quantizer import mse_range, mse_scale, mse_scales, quantize
-from mpq_plugins._squared_error import Codes, Rows, error_at_boundaries, error_of_values
+from mpq_plugins.errors import DataError
+from mpq_plugins.quantizers.squared_error import Codes, Rows, error_at_boundaries, error_of_values
+from mpq_plugins.quantizers.uniform import mse_range, mse_scale, mse_scales, quantize
 
 BITS = range(1, 9)
 

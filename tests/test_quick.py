@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from mpq_plugins._model import Batch
-from mpq_plugins._quick import quick
-from mpq_plugins._remembered import Remembered
+from mpq_plugins.adapter.remembered import Remembered
+from mpq_plugins.model.quick import quick
+from mpq_plugins.model.run import Batch
 
 TAKES = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
 

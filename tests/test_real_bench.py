@@ -111,7 +111,7 @@ def test_correction_moves_statistics_by_what_the_weight_did(bench):
 
 def test_the_correction_is_that_of_the_core(bench):
     """The bench keeps the float network's moments between plans; on one batch statistics are those of the core's correction."""
-    from mpq_plugins._batch_norm import correct_batch_norm
+    from mpq_plugins.quantizers.batch_norm import correct_batch_norm
 
     case = bench("standins").tiny_cnn(8, 8, 0)
     assert len(case.calibration) == 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpq_plugins._quantizer import mse_scale, quantize
+from mpq_plugins.quantizers.uniform import mse_scale, quantize
 from mpq_plugins.training import reestimate_batch_norm
 
 

@@ -12,15 +12,15 @@ import pytest
 import torch
 
 import mpq_plugins as mpq
-from mpq_plugins._cli import main
-from mpq_plugins._errors import BudgetError, DataError, PluginError
-from mpq_plugins._solution import Status
-from mpq_plugins.digits import DigitsNet, digits
+from mpq_plugins.cli.digits import DigitsNet, digits
+from mpq_plugins.cli.parser import main
+from mpq_plugins.errors import BudgetError, DataError, PluginError
 from mpq_plugins.proxies import CLADO, Projection
-from mpq_plugins.sensitivity import Lab, Setup, keeping_measurements
-from mpq_plugins.sensitivity._journal import Journal, digest_of_model
+from mpq_plugins.proxies.measuring import MeasurementOptions, SensitivityRun, keeping_measurements
+from mpq_plugins.proxies.measuring.cache import MeasurementCache, digest_of_model
+from mpq_plugins.solvers.solution import Status
 
-MODEL = "mpq_plugins.digits:DigitsNet"
+MODEL = "mpq_plugins.cli.digits:DigitsNet"
 
 
 @pytest.fixture
@@ -92,11 +92,11 @@ def test_measured_losses_are_those_of_a_quantized_copy(net, batches):
     """The measured loss of a plan equals the cross-entropy of a copy whose weights hold the reference quantizer's values."""
     import copy
 
-    from mpq_plugins._quantizer import mse_scale, quantize
+    from mpq_plugins.quantizers.uniform import mse_scale, quantize
 
     space = space_of(net)
     plan = [len(unit.choices) - 1 - index % len(unit.choices) for index, unit in enumerate(space.units)]
-    lab = Lab(net, space, batches, Setup(correction=False))
+    lab = SensitivityRun(net, space, batches, MeasurementOptions(correction=False))
     twin = copy.deepcopy(net)
     for name, precision in space.assignment(plan).items():
         weight = dict(twin.named_modules())[name].weight.data
@@ -192,19 +192,19 @@ def test_a_damaged_file_is_measured_again(net, batches, tmp_path):
 def test_a_cache_that_is_deleted_meanwhile_changes_nothing(net, batches, tmp_path, monkeypatch):
     """Each kept file goes at once: pairs and the losses of whole plans, in their order, are those measured without a cache."""
     space, proxy = space_of(net, (2, 8)), CLADO(n_images=64)
-    put = Journal.put
+    put = MeasurementCache.put
 
     def put_and_lose(journal, key, arrays):
         put(journal, key, arrays)
         shutil.rmtree(tmp_path)
 
     def measured():
-        lab = Lab(net, space, batches, Setup(n_images=64))
+        lab = SensitivityRun(net, space, batches, MeasurementOptions(n_images=64))
         return proxy.score(net, space, batches), lab.losses_at(choices)
 
     choices = [[0] * len(space.units), [len(unit.choices) - 1 for unit in space.units]]
     wanted, losses = measured()
-    monkeypatch.setattr(Journal, "put", put_and_lose)
+    monkeypatch.setattr(MeasurementCache, "put", put_and_lose)
     with keeping_measurements(tmp_path):
         found, again = measured()
     assert found.loss == wanted.loss
@@ -215,10 +215,10 @@ def test_a_cache_that_is_deleted_meanwhile_changes_nothing(net, batches, tmp_pat
 
 KILLED = """
 import os, signal, sys, torch
-from mpq_plugins.digits import DigitsNet, digits
+from mpq_plugins.cli.digits import DigitsNet, digits
 from mpq_plugins.proxies import CLADO
-from mpq_plugins.sensitivity import keeping_measurements
-from mpq_plugins.sensitivity._journal import Journal
+from mpq_plugins.proxies.measuring import keeping_measurements
+from mpq_plugins.proxies.measuring.cache import Journal
 import mpq_plugins as mpq
 
 torch.set_num_threads(1)
@@ -272,7 +272,7 @@ def scaled_loss(factor):
 
 
 def base_loss_of(net, space, batches, **options):
-    return Lab(net, space, batches, Setup(**options)).effects().base_loss
+    return SensitivityRun(net, space, batches, MeasurementOptions(**options)).effects().base_loss
 
 
 def test_functions_of_one_name_are_told_apart(net, batches, tmp_path):
@@ -307,7 +307,9 @@ def test_models_of_equal_weights_are_told_apart(batches):
 
 def test_plans_that_break_the_model_are_told(net, batches):
     """A loss that is not finite at a quantized plan is an error that names the way out, not a plan that compares as least."""
-    lab = Lab(net, space_of(net), batches, Setup(loss=lambda output, batch: output.sum(1) * float("nan")))
+    lab = SensitivityRun(
+        net, space_of(net), batches, MeasurementOptions(loss=lambda output, batch: output.sum(1) * float("nan"))
+    )
     with pytest.raises(DataError, match="1 of 1 quantized plans is not finite"):
         lab.losses_at([[0] * len(lab.space.units)])
 
@@ -323,7 +325,7 @@ def test_plans_of_any_score_are_measured_on_the_named_output(batches, monkeypatc
     """A model that returns a dict is measured at the output that the command line names, though the score looks at none."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net.py").write_text(
-        "from torch import nn\nfrom mpq_plugins.digits import DigitsNet\n"
+        "from torch import nn\nfrom mpq_plugins.cli.digits import DigitsNet\n"
         "class Net(nn.Module):\n"
         "    def __init__(self):\n        super().__init__()\n        self.net = DigitsNet(width=8)\n"
         "    def forward(self, x):\n        return {'logits': self.net(x), 'mean': x.mean()}\n"
@@ -340,6 +342,6 @@ def test_a_cache_that_cannot_be_written(net, batches, tmp_path, monkeypatch, cap
     verb += ["--out", str(tmp_path / "bits.json")]
     assert main([*verb, "--cache", str(tmp_path / "file")]) == 2
     assert "--no-cache" in capsys.readouterr().err
-    monkeypatch.setattr("mpq_plugins._files.cache_folder", lambda: tmp_path / "file" / "mpq-plugins")
+    monkeypatch.setattr("mpq_plugins.common.files.cache_folder", lambda: tmp_path / "file" / "mpq-plugins")
     assert main(verb) == 0
     assert "no measurements are kept" in capsys.readouterr().err

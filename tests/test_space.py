@@ -6,7 +6,7 @@ import torchvision
 from torch import nn
 
 from mpq_plugins import Precision, Space, build_space, find_layers, first_and_last, menu, residual_ties
-from mpq_plugins._errors import PrecisionError, SpaceError, UnknownLayerError
+from mpq_plugins.errors import PrecisionError, SpaceError, UnknownLayerError
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from mpq_plugins._parametrized import without_parametrizations
-from mpq_plugins._spelled import Spelled
+from mpq_plugins.adapter.spelled import Spelled
+from mpq_plugins.model.parametrized import without_parametrizations
 
 VALUES = [torch.arange(6.0).square().reshape(2, 3), torch.tensor([True, False, False]), torch.arange(2), torch.zeros(0)]
 

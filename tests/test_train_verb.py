@@ -8,11 +8,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from mpq_plugins import BitConfig, Precision, find_layers, verify
-from mpq_plugins._cli import main
-from mpq_plugins._errors import DataError
-from mpq_plugins._evaluate import accuracy, exported_accuracy
-from mpq_plugins._training_sources import calibration_data, shifted_digits, training_data
-from mpq_plugins.digits import digits
+from mpq_plugins.adapter.evaluate import accuracy, exported_accuracy
+from mpq_plugins.cli.digits import digits
+from mpq_plugins.cli.parser import main
+from mpq_plugins.cli.training_sources import calibration_data, shifted_digits, training_data
+from mpq_plugins.errors import DataError
 from mpq_plugins.training import TrainingRecipe
 
 NET = """
@@ -33,7 +33,7 @@ def folder(tmp_path, monkeypatch):
     """A folder with a network, its bits and a short recipe."""
     monkeypatch.chdir(tmp_path)
     Path("net.py").write_text(NET)
-    from mpq_plugins._sources import load_model
+    from mpq_plugins.cli.sources import load_model
 
     model = load_model("net.py:Net")
     inventory = find_layers(model, digits(train=True)[0].inputs[:1])
@@ -64,7 +64,7 @@ def test_a_trained_module_is_exported_and_its_file_is_as_accurate(folder, capsys
 def test_data_by_epoch_and_a_named_output_go_through_training_and_export(folder, capsys):
     """The example comes from the first epoch, the accuracy of the file from the output that the name stands for."""
     Path("data.py").write_text(
-        "from mpq_plugins.digits import digits\n\n"
+        "from mpq_plugins.cli.digits import digits\n\n"
         "def by_epoch(epoch):\n    return digits(train=True, batch_size=64 + epoch)[:4]\n"
     )
     Path("named.py").write_text(
@@ -83,7 +83,7 @@ def test_exported_accuracy_counts_what_the_file_says(folder):
     """Against argmax over the outputs of the runtime, image by image."""
     from mpq_brevitas import BrevitasAdapter
 
-    from mpq_plugins._sources import load_model
+    from mpq_plugins.cli.sources import load_model
 
     adapter, bits, batches = BrevitasAdapter(), BitConfig.load("bits.json"), digits(train=False)[:2]
     module = adapter.prepare(load_model("net.py:Net"), bits, batches[0].inputs[:1], batches)
@@ -167,7 +167,7 @@ def test_negative_padding_goes_through_every_verb(folder, capsys):
             "nn.Linear(8, 10)\n", "nn.Linear(8, 10)\n        self.act, self.mix = nn.Hardswish(), nn.Conv2d(8, 8, 3, 1, 1)\n"
         ).replace("self.norm(self.conv(x)).relu()", "self.mix(self.act(self.norm(self.conv(x))))")
     )
-    from mpq_plugins._sources import load_model
+    from mpq_plugins.cli.sources import load_model
 
     inventory = find_layers(load_model("swish.py:Net"), digits(train=True)[0].inputs[:1])
     BitConfig({layer.name: Precision(8, 8) for layer in inventory}, inventory.fingerprint).save("swish.json")

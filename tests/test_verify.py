@@ -8,10 +8,10 @@ import torch
 import torchvision
 
 from mpq_plugins import BitConfig, Precision, find_layers, verify
-from mpq_plugins._adapter import attach_bits
-from mpq_plugins._errors import VerificationError
-from mpq_plugins._plugins import make
-from mpq_plugins._verify import OutputCheck, compare_outputs
+from mpq_plugins.adapter.base import attach_bits
+from mpq_plugins.adapter.verify import OutputCheck, compare_outputs
+from mpq_plugins.common.plugins import make
+from mpq_plugins.errors import VerificationError
 
 
 def test_outputs_are_compared_in_standard_deviations():

@@ -3,6 +3,6 @@
 Importing this package imports neither nncf nor openvino.
 """
 
-from mpq_nncf._adapter import NNCFAdapter as NNCFAdapter
+from mpq_nncf.adapter import NNCFAdapter as NNCFAdapter
 
 __all__ = ["NNCFAdapter"]

@@ -16,9 +16,9 @@ from data import Case
 from scores import SECOND
 
 from mpq_plugins import Precision, find_layers, first_and_last
-from mpq_plugins._bits import BitConfig
-from mpq_plugins._errors import MPQError
-from mpq_plugins._plugins import make
+from mpq_plugins.common.plugins import make
+from mpq_plugins.errors import MPQError
+from mpq_plugins.space.bits import BitConfig
 
 BITS = ("w8a8", "w4a8", "w3a8")
 

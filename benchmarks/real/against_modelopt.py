@@ -133,7 +133,7 @@ def time_ours(case: Any, weights: Any, cells: Any, seed: int) -> None:
     """CPU seconds of our scores when they are asked for one menu alone."""
     import scores
 
-    from mpq_plugins._allocator import keeping_memory
+    from mpq_plugins.common.allocator import keeping_memory
 
     images = [(inputs, None) for inputs in case.calibration]
     for (menu, widths), name in itertools.product(MENUS.items(), OURS):

@@ -18,8 +18,8 @@ from data import Case
 from scores import _shown, proxy_of, refusal
 
 import mpq_plugins as mpq
-from mpq_plugins._errors import MPQError
-from mpq_plugins._plugins import make
+from mpq_plugins.common.plugins import make
+from mpq_plugins.errors import MPQError
 
 WEIGHTS, ACTIVATIONS = (2, 3, 4, 5, 6, 8), (4, 6, 8)
 BUDGETS = {"w4, w4a6": {"size": "w4", "bops": "w4a6"}, "w5, w5a6": {"size": "w5", "bops": "w5a6"}}

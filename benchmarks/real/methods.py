@@ -22,10 +22,10 @@ from weights import Weights
 
 from adapters import _shown
 from mpq_plugins import Precision
-from mpq_plugins._allocate import solve_scores
-from mpq_plugins._bits import BitConfig
-from mpq_plugins._errors import MPQError
-from mpq_plugins._plugins import make
+from mpq_plugins.allocation import solve_scores
+from mpq_plugins.common.plugins import make
+from mpq_plugins.errors import MPQError
+from mpq_plugins.space.bits import BitConfig
 
 MENU = "2-6,8"
 BITS = ("w4a8", "mixed")

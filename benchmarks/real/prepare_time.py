@@ -30,8 +30,8 @@ from standins import tiny_cnn
 from torch import nn
 
 from mpq_plugins import Precision, find_layers
-from mpq_plugins._bits import BitConfig
-from mpq_plugins._plugins import make
+from mpq_plugins.common.plugins import make
+from mpq_plugins.space.bits import BitConfig
 
 
 def main() -> None:
@@ -90,7 +90,7 @@ def seconds(work: Callable[[], Any]) -> float:
 def by_nncf(net: nn.Module, bits: BitConfig, images: tuple[Any, ...]) -> float:
     """NNCF's own quantization, at 8 bits whatever was asked."""
     import nncf
-    from mpq_nncf._hookable import as_hookable
+    from mpq_nncf.hookable import as_hookable
 
     return seconds(lambda: nncf.quantize(as_hookable(net), nncf.Dataset(list(images)), subset_size=len(images)))
 
@@ -98,8 +98,8 @@ def by_nncf(net: nn.Module, bits: BitConfig, images: tuple[Any, ...]) -> float:
 def by_brevitas(net: nn.Module, bits: BitConfig, images: tuple[Any, ...]) -> float:
     """Calibration, weight ranges and bias correction of Brevitas, on the layers that the adapter puts in place."""
     from brevitas.graph.calibrate import bias_correction_mode, calibration_mode
-    from mpq_brevitas._layerwise import convert
-    from mpq_brevitas._recipe import Recipe
+    from mpq_brevitas.layerwise import convert
+    from mpq_brevitas.recipe import Recipe
 
     module = convert(net, bits, Recipe("layerwise", "mse", dict.fromkeys(bits.layers, True)))
 

@@ -33,7 +33,7 @@ from fetch import FetchError, cache_folder
 from standins import STANDINS
 
 import adapters
-from mpq_plugins._allocator import keeping_memory
+from mpq_plugins.common.allocator import keeping_memory
 
 PARTS = ("scores", "batch-norm", "adapters", "joint", "methods", "top-k")
 RESULTS = Path(__file__).parent / "results"

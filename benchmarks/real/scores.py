@@ -22,10 +22,10 @@ from data import Case
 from weights import Weights
 
 from mpq_plugins import Scores, Space, first_and_last, menu
-from mpq_plugins._allocate import solve_scores
-from mpq_plugins._errors import MPQError
-from mpq_plugins._plugins import make
-from mpq_plugins.proxies._sensitivity import AbstractSensitivity
+from mpq_plugins.allocation import solve_scores
+from mpq_plugins.common.plugins import make
+from mpq_plugins.errors import MPQError
+from mpq_plugins.proxies.sensitivity import AbstractSensitivity
 
 MENUS = {"2,4,8": (2, 4, 8), "2-6,8": (2, 3, 4, 5, 6, 8)}
 AVERAGES = (5, 4, 3, 2.5)

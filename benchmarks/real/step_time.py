@@ -21,8 +21,8 @@ from standins import tiny_cnn
 from torch import Tensor, nn
 
 from mpq_plugins import find_layers, first_and_last
-from mpq_plugins._bits import BitConfig
-from mpq_plugins._plugins import make
+from mpq_plugins.common.plugins import make
+from mpq_plugins.space.bits import BitConfig
 
 _WARM = 5
 

@@ -18,9 +18,9 @@ from scores import MENUS, judge_plan, refusal, scores_of, space_of
 from weights import Weights
 
 from mpq_plugins import Scores
-from mpq_plugins._allocate import Allocation, solve_scores
-from mpq_plugins._errors import MPQError
-from mpq_plugins.sensitivity import Lab, Setup
+from mpq_plugins.allocation import Allocation, solve_scores
+from mpq_plugins.errors import MPQError
+from mpq_plugins.proxies.measuring import MeasurementOptions, SensitivityRun
 
 MENU = "2-6,8"
 SCORES = (
@@ -54,7 +54,9 @@ def measure(
     """
     weights = Weights(case.net, case.example)
     space = space_of(weights, MENUS[MENU], "free")
-    lab = Lab(case.net, space, [(inputs, None) for inputs in case.calibration], Setup(loss=case.loss, n_images=N_IMAGES))
+    lab = SensitivityRun(
+        case.net, space, [(inputs, None) for inputs in case.calibration], MeasurementOptions(loss=case.loss, n_images=N_IMAGES)
+    )
     known = dict(judged)
     for name in (own for own in SCORES if own in names):
         keys = {average: f"{case.name}/{seed}/{name}/{average:g}" for average in AVERAGES if average in averages}
@@ -67,7 +69,9 @@ def measure(
             cells.get(key, partial(cell, case, weights, scores, lab, average, known))
 
 
-def cell(case: Case, weights: Weights, scores: Scores, lab: Lab, average: float, judged: dict[str, Any]) -> dict[str, Any]:
+def cell(
+    case: Case, weights: Weights, scores: Scores, lab: SensitivityRun, average: float, judged: dict[str, Any]
+) -> dict[str, Any]:
     """The first plan and the best of the top: measured on calibration inputs, judged on test inputs."""
     start = time.process_time()
     try:

@@ -6,10 +6,10 @@
     python benchmarks/real/training.py --tiny         # the whole path on a tiny network, no download
     python benchmarks/real/training.py --pixels 224 --steps 640 --device cuda   # where there is a GPU
 
-EfficientNet-Lite0 on crops of 96 pixels out of photographs of 160 (or of 224 out of 256), through Brevitas. The float network at that size is teacher
-and reference. All methods get the same number of steps, batches and learning rate; a seed draws the crops. "PTQ" is `prepare`
-alone, on 64 images (training starts from one on 32); "DuQ" is PROFIT's own quantizer. First and last layer are at w8a8; "mixed"
-has the size and the bit operations of w3a4.
+EfficientNet-Lite0 on crops of 96 pixels out of photographs of 160 (or of 224 out of 256), through Brevitas. The float
+network at that size is teacher and reference. All methods get the same number of steps, batches and learning rate; a seed
+draws the crops. "PTQ" is `prepare` alone, on 64 images (training starts from one on 32); "DuQ" is PROFIT's own quantizer.
+First and last layer are at w8a8; "mixed" has the size and the bit operations of w3a4.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from standins import tiny_cnn
 from torch import Tensor
 
 import mpq_plugins as mpq
-from mpq_plugins._bits import BitConfig
-from mpq_plugins._model import Batch
-from mpq_plugins._plugins import make
+from mpq_plugins.common.plugins import make
+from mpq_plugins.model.run import Batch
 from mpq_plugins.proxies import KLDivergence
+from mpq_plugins.space.bits import BitConfig
 from mpq_plugins.training import ProfitSchedule, TrainingRecipe, soft_cross_entropy, train
 
 RESULTS = Path(__file__).parent / "results"
@@ -72,7 +72,7 @@ class Ground:
     case: Case
     images: Tensor  # [N, channels, height, width]
     side: int
-    device: torch.device = torch.device("cpu")
+    device: str = "cpu"
 
     @lru_cache(maxsize=2 * _N_EPOCHS)  # noqa: B019  # all methods see the same crops, and a ground lives as long as the script
     @torch.no_grad()
@@ -94,7 +94,7 @@ class Ground:
         return part.flip(-1) if is_mirrored else part
 
 
-def photographs(n_train: int, n_test: int, side: int, device: torch.device) -> Ground:
+def photographs(n_train: int, n_test: int, side: int, device: str) -> Ground:
     """EfficientNet-Lite0 at `side` pixels; tested on the middle of the image, or on all of it at 224 pixels."""
     net = efficientnet().to(device)
     images = scaled(as_input(pool("calibration", n_train, 0)), SCALED[side])
@@ -112,7 +112,7 @@ def photographs(n_train: int, n_test: int, side: int, device: torch.device) -> G
     return Ground(Case(name, net, calibration, test, judge), images, side, device)
 
 
-def stand_in(n_train: int, n_test: int, side: int, device: torch.device) -> Ground:
+def stand_in(n_train: int, n_test: int, side: int, device: str) -> Ground:
     """A tiny network on images made in code."""
     case = tiny_cnn(n_train, n_test, 0)
     return Ground(case, torch.cat(list(case.calibration)), 12)
@@ -248,7 +248,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=512, help="photographs to train on")
     parser.add_argument("--test", type=int, default=200)
     parser.add_argument("--pixels", type=int, default=min(SCALED), choices=list(SCALED), help="side of the crops")
-    parser.add_argument("--device", type=torch.device, default="cpu")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--print-only", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="a tiny network made in code; results are not kept")
@@ -267,7 +267,7 @@ def main() -> None:
         sys.exit(str(error))
 
 
-def run(options: argparse.Namespace, name: str, ground: Callable[[int, int, int, torch.device], Ground]) -> None:
+def run(options: argparse.Namespace, name: str, ground: Callable[[int, int, int, str], Ground]) -> None:
     """Measure, then print the table."""
     options.results.mkdir(parents=True, exist_ok=True)
     cells = Cells(options.results / f"training-{name}.json")

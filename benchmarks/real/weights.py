@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mpq_plugins import Space, find_layers, first_and_last, menu
-from mpq_plugins.sensitivity._variants import Variants
+from mpq_plugins.proxies.measuring.weights import QuantizedWeights
 
 _CACHE = 2**28
 
@@ -24,7 +24,7 @@ class Weights:
         self.counts = [layer.n_weights for layer in self.inventory]
         space = Space.build(self.inventory, menu(range(2, 9)))
         self._weight_names = {layer.name: layer.weight_name for layer in self.inventory}
-        self._variants = Variants(net, space, cache_bytes=_CACHE)
+        self._variants = QuantizedWeights(net, space, cache_bytes=_CACHE)
 
     @torch.no_grad()
     def at(self, bits: Mapping[str, int]) -> nn.Module:

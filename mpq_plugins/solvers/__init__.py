@@ -1,10 +1,10 @@
 """Solvers: one file, one method. None of them imports torch."""
 
-from mpq_plugins.solvers._auto import Auto as Auto
-from mpq_plugins.solvers._branch_and_bound import BranchAndBound as BranchAndBound
-from mpq_plugins.solvers._exhaustive import Exhaustive as Exhaustive
-from mpq_plugins.solvers._knapsack import Knapsack as Knapsack
-from mpq_plugins.solvers._linearized import Linearized as Linearized
-from mpq_plugins.solvers._local_search import LocalSearch as LocalSearch
-from mpq_plugins.solvers._milp import MILP as MILP
-from mpq_plugins.solvers._published_rounding import PublishedRounding as PublishedRounding
+from mpq_plugins.solvers.auto import Auto as Auto
+from mpq_plugins.solvers.branch_and_bound import BranchAndBound as BranchAndBound
+from mpq_plugins.solvers.exhaustive import Exhaustive as Exhaustive
+from mpq_plugins.solvers.knapsack import Knapsack as Knapsack
+from mpq_plugins.solvers.linearized import Linearized as Linearized
+from mpq_plugins.solvers.local_search import LocalSearch as LocalSearch
+from mpq_plugins.solvers.milp import MILP as MILP
+from mpq_plugins.solvers.published_rounding import PublishedRounding as PublishedRounding

@@ -5,15 +5,15 @@ import copyreg
 import pytest
 import torch
 from mpq_brevitas import BrevitasAdapter
-from mpq_brevitas._onnx_graph import OnnxGraph, call_name, layer_of_call
+from mpq_brevitas.onnx_graph import OnnxGraph, call_name, layer_of_call
 from mpq_nncf import NNCFAdapter
 from torch import nn
 from torch.nn.utils import parametrizations
 
 from mpq_plugins import BitConfig, build_space, find_layers, verify
-from mpq_plugins._errors import AdapterError
-from mpq_plugins._spelled import Spelled
-from mpq_plugins._unread import unread_layers
+from mpq_plugins.adapter.spelled import Spelled
+from mpq_plugins.errors import AdapterError
+from mpq_plugins.model.unread import unread_layers
 
 NNCF, LAYERWISE, FINN = NNCFAdapter(), BrevitasAdapter(), BrevitasAdapter("finn")
 IMAGES = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))

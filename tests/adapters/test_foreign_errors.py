@@ -11,7 +11,11 @@ from mpq_nncf import NNCFAdapter
 from torch import nn
 
 from mpq_plugins import AbstractAdapter, BitConfig, allocate, build_space, find_layers, verify
-from mpq_plugins._errors import (
+from mpq_plugins.adapter.evaluate import accuracy
+from mpq_plugins.adapter.stages import told
+from mpq_plugins.cli.sources import load_weights
+from mpq_plugins.common.plugins import make
+from mpq_plugins.errors import (
     AdapterError,
     DataError,
     FormatError,
@@ -20,10 +24,6 @@ from mpq_plugins._errors import (
     VerificationError,
     WriteError,
 )
-from mpq_plugins._evaluate import accuracy
-from mpq_plugins._plugins import make
-from mpq_plugins._sources import load_weights
-from mpq_plugins._stages import told
 
 ADAPTERS = [NNCFAdapter(), BrevitasAdapter(), BrevitasAdapter("finn")]
 EXAMPLE = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,7 @@ from helpers import ORDERED, PROXIES
 from torch import nn
 
 from mpq_plugins import Scores, Space, find_layers, menu
-from mpq_plugins._plugins import make
+from mpq_plugins.common.plugins import make
 
 
 def small_net():

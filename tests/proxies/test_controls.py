@@ -10,7 +10,7 @@ from torch import nn
 from mpq_plugins import Precision, Space, find_layers, menu, residual_ties
 from mpq_plugins.costs import PublishedSize
 from mpq_plugins.proxies import Constant, Projection, Random, Uniform
-from mpq_plugins.proxies._utility import losses
+from mpq_plugins.proxies.utility import losses
 
 
 def net():

@@ -9,11 +9,11 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 from mpq_plugins import Space, find_layers, menu
-from mpq_plugins._allocate import as_budgets, solve_scores
-from mpq_plugins._errors import DataError
+from mpq_plugins.allocation import as_budgets, solve_scores
+from mpq_plugins.errors import DataError
 from mpq_plugins.proxies import CSMPQ, PublishedCSMPQ
-from mpq_plugins.proxies._separability import pooled, published_tf_idf, tf_idf
-from mpq_plugins.proxies._utility import losses
+from mpq_plugins.proxies.separability import pooled, published_tf_idf, tf_idf
+from mpq_plugins.proxies.utility import losses
 
 
 def loops(documents, *, corrected, kappa=1.0):
@@ -135,7 +135,7 @@ def test_pooling_in_parts_is_pooling(monkeypatch):
     """Feature maps are pooled a few images at a time with the same result."""
     feature = torch.randn(7, 3, 4, 4)
     whole = pooled(feature, -3)
-    monkeypatch.setattr("mpq_plugins.proxies._separability._N_VALUES", 100)
+    monkeypatch.setattr("mpq_plugins.proxies.separability._N_VALUES", 100)
     torch.testing.assert_close(pooled(feature, -3), whole)
 
 

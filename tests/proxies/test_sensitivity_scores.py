@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from mpq_plugins import Scores, Space, find_layers, menu
-from mpq_plugins._errors import DataError, ModelError, PluginError
-from mpq_plugins._proxy import AbstractProxy
-from mpq_plugins._quantizer import mse_scale, quantize
-from mpq_plugins.digits import digits, trained_digits_net
+from mpq_plugins.cli.digits import digits, trained_digits_net
+from mpq_plugins.errors import DataError, ModelError, PluginError
 from mpq_plugins.proxies import Fisher, HessianTrace, KLDivergence, LossIncrease, OutputError, RankEnsemble, WeightError
-from mpq_plugins.proxies._rank_ensemble import ranks
-from mpq_plugins.sensitivity import keeping_measurements
-from mpq_plugins.sensitivity._journal import Journal
+from mpq_plugins.proxies.base import AbstractProxy
+from mpq_plugins.proxies.measuring import keeping_measurements
+from mpq_plugins.proxies.measuring.cache import MeasurementCache
+from mpq_plugins.proxies.rank_ensemble import ranks
+from mpq_plugins.quantizers.uniform import mse_scale, quantize
 
 MEASURED = [
     LossIncrease(),
@@ -338,7 +338,7 @@ def test_the_ensemble_by_hand(net, monkeypatch):
         "a": Fixed(((9.0, 1.0), (5.0,), (7.0, 3.0)), "a"),  # ranks 4 1 | 3 2
         "b": Fixed(((0.2, 0.2), (9.0,), (0.3, -1.0)), "b"),  # ranks 2.5 2.5 | 4 1
     }
-    monkeypatch.setattr("mpq_plugins._plugins.make", lambda kind, name, options=None: members[name])
+    monkeypatch.setattr("mpq_plugins.common.plugins.make", lambda kind, name, options=None: members[name])
     space = space_of(net, pin={"twice": "w8a8"})
     scores = RankEnsemble(members=("a", "b")).score(net, space)
     assert scores.loss == ((3.25, 1.75), (0.0,), (3.5, 1.5))
@@ -424,8 +424,8 @@ def test_no_probes_are_refused(net):
 def test_what_was_measured_is_taken_up(net, proxy, tmp_path, monkeypatch):
     """With measurements kept on disk, scoring again measures nothing and gives the same losses."""
     space, writes = space_of(net), []
-    put = Journal.put
-    monkeypatch.setattr(Journal, "put", lambda journal, key, arrays: (writes.append(key), put(journal, key, arrays)))
+    put = MeasurementCache.put
+    monkeypatch.setattr(MeasurementCache, "put", lambda journal, key, arrays: (writes.append(key), put(journal, key, arrays)))
     with keeping_measurements(tmp_path):
         first = proxy.score(net, space, [images()])
         assert writes

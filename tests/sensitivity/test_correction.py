@@ -11,9 +11,9 @@ from naive_loops import NaiveLoop, with_statistics
 from torch import nn
 
 from mpq_plugins import Batch, Space, find_layers, menu
-from mpq_plugins._quantizer import mse_scale, quantize
 from mpq_plugins.proxies import CLADO, Fisher, KLDivergence, LossIncrease, OutputError
-from mpq_plugins.sensitivity import Engine, Lab, Setup, keeping_measurements
+from mpq_plugins.proxies.measuring import Engine, MeasurementOptions, SensitivityRun, keeping_measurements
+from mpq_plugins.quantizers.uniform import mse_scale, quantize
 
 # One module has one bias and one set of statistics, and in these nets is called once.
 ONCE = [row[:2] for row in HARD if row[0] not in (hard_nets.Calls, hard_nets.LibraryAttention)]
@@ -124,7 +124,7 @@ def test_measured_plans_are_prepared_copies():
     plan = [0, 1, 0, 1]
     logits = NaiveLoop(model, space, [(images(), None)], correction=True).logits(*enumerate(plan))
     expected = torch.nn.functional.cross_entropy(logits, labels())
-    found = Lab(model, space, [(images(), labels())], Setup()).losses_at([plan])
+    found = SensitivityRun(model, space, [(images(), labels())], MeasurementOptions()).losses_at([plan])
     assert found[0] == pytest.approx(float(expected), rel=1e-9)
 
 
@@ -212,15 +212,15 @@ def test_pieces_have_images_enough_for_statistics():
     model, space = depthwise()
     n = 70
     singles = [(images(n)[at : at + 1], labels(n)[at : at + 1]) for at in range(n)]
-    lab = Lab(model, space, singles, Setup(memory_mb=0))
+    lab = SensitivityRun(model, space, singles, MeasurementOptions(memory_mb=0))
     assert [len(piece) for piece in lab.pieces()] == [32, 38]
     assert torch.equal(torch.cat([piece.inputs for piece in lab.pieces()]), images(n))
     assert torch.equal(torch.cat([piece.labels for piece in lab.pieces()]), labels(n))
     pieces = list(lab.engine.pieces(Batch(images(100))))
     assert [len(piece) for piece in pieces] == [33, 33, 34]
     other = [*singles[:3], (torch.zeros(1, 3, 9, 9, dtype=torch.float64), labels(1))]
-    assert list(map(len, Lab(model, space, other, Setup()).batches)) == [3, 1]
-    assert list(map(len, Lab(model, space, singles, Setup(correction=False)).batches)) == [1] * n
+    assert list(map(len, SensitivityRun(model, space, other, MeasurementOptions()).batches)) == [3, 1]
+    assert list(map(len, SensitivityRun(model, space, singles, MeasurementOptions(correction=False)).batches)) == [1] * n
 
 
 def test_kept_measurements_tell_the_correction(tmp_path):

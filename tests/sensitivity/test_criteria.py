@@ -10,9 +10,9 @@ from naive_loops import NaiveLoop, with_statistics
 from torch import nn
 
 from mpq_plugins import Batch, Space, find_layers, menu
-from mpq_plugins._errors import DataError, ModelError, PluginError
+from mpq_plugins.errors import DataError, ModelError, PluginError
 from mpq_plugins.proxies import CLADO
-from mpq_plugins.sensitivity import Lab, Setup, first_order_effects
+from mpq_plugins.proxies.measuring import MeasurementOptions, SensitivityRun, first_order_effects
 
 N_IMAGES, N_CLASSES = 6, 5
 
@@ -287,7 +287,7 @@ def test_activations_written_over_are_refused_by_the_backward_pass():
         CLADO(tier="fisher").score(model, space_of(model), [(images(), labels())])
     naive = NaiveLoop(model, space_of(model), [(images(), labels())])
     losses = [F.cross_entropy(naive.logits(option), labels()).item() for option in naive.options]
-    effects = Lab(model, space_of(model), [(images(), labels())], Setup(correction=False)).effects()
+    effects = SensitivityRun(model, space_of(model), [(images(), labels())], MeasurementOptions(correction=False)).effects()
     np.testing.assert_allclose(effects.losses + effects.base_loss, losses, rtol=1e-9)
 
 
@@ -346,7 +346,7 @@ def test_outputs_with_positions_average_over_those_that_count(case):
         if counted.any():
             r = np.stack([change[n][counted].numpy() for change in changes])
             matrix += gram(softmax(base[n][counted].numpy()), r) / len(inputs)
-    effects = Lab(model, space, [(inputs, wanted)], Setup(correction=False)).effects()
+    effects = SensitivityRun(model, space, [(inputs, wanted)], MeasurementOptions(correction=False)).effects()
     np.testing.assert_allclose(effects.losses, expected, rtol=1e-9)
     np.testing.assert_allclose(effects.slopes, linear, rtol=1e-9)
     np.testing.assert_allclose(effects.curvature, matrix, rtol=1e-4, atol=1e-5 * matrix.max())
@@ -357,7 +357,9 @@ def test_squared_error_is_exactly_its_curvature():
     model = small_net()
     space = space_of(model)
     _, r = logit_changes(model, space, images())
-    effects = Lab(model, space, [images()], Setup(correction=False, loss="squared_error")).effects(pairs=True)
+    effects = SensitivityRun(model, space, [images()], MeasurementOptions(correction=False, loss="squared_error")).effects(
+        pairs=True
+    )
     np.testing.assert_allclose(effects.losses, (r**2).mean((1, 2)), rtol=1e-9)
     assert not effects.slopes.any()
     expected = 2 * np.einsum("inc,jnc->ij", r, r) / r[0].size
@@ -378,7 +380,10 @@ def test_a_loss_of_the_users_own(loss):
     model = small_net()
     space = space_of(model)
     batches = [(images(), labels())]
-    own, built_in = (Lab(model, space, batches, Setup(correction=False, loss=loss)) for loss in (loss, "cross_entropy"))
+    own, built_in = (
+        SensitivityRun(model, space, batches, MeasurementOptions(correction=False, loss=loss))
+        for loss in (loss, "cross_entropy")
+    )
     one, other = own.effects(pairs=True), built_in.effects(pairs=True)
     for name in ("base_loss", "losses", "slopes", "pairs"):
         np.testing.assert_allclose(getattr(one, name), getattr(other, name), rtol=1e-6, atol=1e-12)

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from mpq_plugins import Precision, Space, find_layers, menu
-from mpq_plugins._errors import DataError, ModelError
-from mpq_plugins._space import Unit
+from mpq_plugins.errors import DataError, ModelError
 from mpq_plugins.proxies import CLADO
+from mpq_plugins.space.space import Unit
 
 every_tier = pytest.mark.parametrize("tier", ["fisher", "gram", "exact"])
 

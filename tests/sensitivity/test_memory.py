@@ -9,7 +9,7 @@ from torch import nn
 
 from mpq_plugins import Batch, Space, find_layers, menu
 from mpq_plugins.proxies import CLADO
-from mpq_plugins.sensitivity import Engine, Lab, Setup
+from mpq_plugins.proxies.measuring import Engine, MeasurementOptions, SensitivityRun
 
 
 class Net(nn.Module):
@@ -55,7 +55,9 @@ def test_little_memory_cuts_batches_into_pieces():
     """With next to no memory every image runs alone, and the result is that of one piece."""
     model, space = made()
     large = batches(20, size=64)
-    little, ample = (Lab(model, space, large, Setup(correction=False, memory_mb=memory)) for memory in (1, 1024))
+    little, ample = (
+        SensitivityRun(model, space, large, MeasurementOptions(correction=False, memory_mb=memory)) for memory in (1, 1024)
+    )
     assert len(list(ample.engine.pieces(ample.batches[0]))) == 1
     pieces = list(little.engine.pieces(little.batches[0]))
     assert len(pieces) > 4
@@ -67,9 +69,9 @@ def test_little_memory_cuts_batches_into_pieces():
 def test_the_cut_into_batches_does_not_matter():
     """Batches of different length, one image among them, give what one batch of all images gives."""
     model, space = made()
-    expected = Lab(model, space, batches(12), Setup(correction=False)).effects(pairs=True)
+    expected = SensitivityRun(model, space, batches(12), MeasurementOptions(correction=False)).effects(pairs=True)
     for sizes in ((5, 1, 6), (1, 11), (11, 1)):
-        same(Lab(model, space, batches(*sizes), Setup(correction=False)).effects(pairs=True), expected)
+        same(SensitivityRun(model, space, batches(*sizes), MeasurementOptions(correction=False)).effects(pairs=True), expected)
 
 
 def test_the_number_of_images_is_kept():
@@ -80,11 +82,11 @@ def test_the_number_of_images_is_kept():
         yield from batches(5, 5, 5)[:2]
         raise AssertionError("a batch too many")
 
-    lab = Lab(model, space, loader(), Setup(correction=False, n_images=7))
+    lab = SensitivityRun(model, space, loader(), MeasurementOptions(correction=False, n_images=7))
     assert list(map(len, lab.batches)) == [5, 2]
     first = batches(5, 5, 5)
     cut = [first[0], (first[1][0][:2], first[1][1][:2])]
-    same(lab.effects(pairs=True), Lab(model, space, cut, Setup(correction=False)).effects(pairs=True))
+    same(lab.effects(pairs=True), SensitivityRun(model, space, cut, MeasurementOptions(correction=False)).effects(pairs=True))
 
 
 @pytest.mark.parametrize(("n_images", "n_example"), [(1, 4), (3, 4), (1, 1)])

@@ -7,7 +7,7 @@ from naive_loops import NaiveLoop
 from torch import nn
 
 from mpq_plugins import Batch, Space, find_layers, menu
-from mpq_plugins.sensitivity import Engine
+from mpq_plugins.proxies.measuring import Engine
 
 hard = pytest.mark.parametrize(
     ("build", "inputs", "replays"), HARD, ids=[f"{build.__name__}-{type(inputs).__name__}" for build, inputs, _ in HARD]

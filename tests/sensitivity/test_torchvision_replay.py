@@ -6,7 +6,7 @@ import torchvision
 from naive_loops import NaiveLoop
 
 from mpq_plugins import Batch, Space, find_layers, menu
-from mpq_plugins.sensitivity import Engine
+from mpq_plugins.proxies.measuring import Engine
 
 NETS = {
     "resnet18": lambda: torchvision.models.resnet18(num_classes=10),

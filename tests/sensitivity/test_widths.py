@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from mpq_plugins import Space, find_layers, menu
-from mpq_plugins._space import Unit
 from mpq_plugins.proxies import KLDivergence, LossIncrease, OutputError
-from mpq_plugins.sensitivity import Lab, Setup, keeping_measurements
-from mpq_plugins.sensitivity._effects import _PieceRun
-from mpq_plugins.sensitivity._widths import filled, measured_choices
+from mpq_plugins.proxies.measuring import MeasurementOptions, SensitivityRun, keeping_measurements
+from mpq_plugins.proxies.measuring.effects import _PieceRun
+from mpq_plugins.proxies.measuring.widths import filled, measured_choices
+from mpq_plugins.space.space import Unit
 
 
 def unit(weights, activations=(8,)):
@@ -88,15 +88,15 @@ def test_a_full_measurement_takes_nothing_from_one_of_some_widths(tmp_path, monk
     net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 3)).eval()
     images = torch.randn(16, 6)
     space = Space.build(find_layers(net, images[:1]), menu((2, 4, 8)))
-    setup = Setup(loss="kl", interpolate=True)
-    expected = Lab(net, space, [images], setup).effects(pairs=True, curvature=False).pairs
+    setup = MeasurementOptions(loss="kl", interpolate=True)
+    expected = SensitivityRun(net, space, [images], setup).effects(pairs=True, curvature=False).pairs
     with keeping_measurements(tmp_path):
-        killed = Lab(net, space, [images], setup)
+        killed = SensitivityRun(net, space, [images], setup)
         with monkeypatch.context() as patch:
             patch.setattr(_PieceRun, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 killed.effects(curvature=False)
-        found = Lab(net, space, [images], setup).effects(pairs=True, curvature=False).pairs
+        found = SensitivityRun(net, space, [images], setup).effects(pairs=True, curvature=False).pairs
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
 
 
@@ -116,13 +116,17 @@ def test_the_squared_error_is_that_of_the_weights_of_a_unit():
     net, images = Net().eval(), torch.randn(16, 6)
     space = Space.build(find_layers(net, images[:1]), menu((2, 4, 8)), tie=[("a", "b")])
     [unit] = [index for index, members in enumerate(space.units) if "a" in members.layers]
-    lab = Lab(net, space, [images], Setup(loss="squared_error"))
+    lab = SensitivityRun(net, space, [images], MeasurementOptions(loss="squared_error"))
     variants = lab.engine.variants
     expected = {
         bits: sum(float((variants.weight(name, bits) - getattr(net, name).weight.detach()).square().sum()) for name in "ab")
         for bits in (2, 4, 8)
     }
     assert {bits: lab._squared_error(unit, bits) for bits in (2, 4, 8)} == pytest.approx(expected)
-    found = Lab(net, space, [images], Setup(loss="squared_error", interpolate=True)).effects(curvature=False).losses
+    found = (
+        SensitivityRun(net, space, [images], MeasurementOptions(loss="squared_error", interpolate=True))
+        .effects(curvature=False)
+        .losses
+    )
     row = dict(zip((choice.weight for choice in space.units[unit].choices), found[lab.start[unit] :], strict=False))
     assert row[8] == pytest.approx(row[4] * expected[8] / expected[4])

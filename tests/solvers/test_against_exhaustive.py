@@ -6,10 +6,10 @@ from helpers import SOLVERS
 from problems import linear_relaxation, random_problem, with_limit
 
 from mpq_plugins import solve
-from mpq_plugins._solve import _Scaling
 from mpq_plugins.solvers import MILP, Auto, Exhaustive, Knapsack
-from mpq_plugins.solvers._blocks import Blocks
-from mpq_plugins.solvers._dual import relax
+from mpq_plugins.solvers.blocks import Blocks
+from mpq_plugins.solvers.dual import relax
+from mpq_plugins.solvers.solve import _Scaling
 
 SEEDS = range(72)  # times 0..3 limits: 288 problems
 

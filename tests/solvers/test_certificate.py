@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mpq_plugins import AbstractSolver, Problem, Solution, Status, solve
-from mpq_plugins._errors import InfeasibleBudgetError, SolverError
+from mpq_plugins.errors import InfeasibleBudgetError, SolverError
 from mpq_plugins.solvers import MILP, Auto, Exhaustive, Knapsack
 
 # Two units: 0 costs 1 or 4 and loses 5 or 1; 1 costs 2 or 3 and loses 3 or 2.

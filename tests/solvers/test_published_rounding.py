@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from mpq_plugins import Problem, Status, solve
-from mpq_plugins._errors import SolverError
+from mpq_plugins.errors import SolverError
 from mpq_plugins.solvers import Auto, PublishedRounding
 
 

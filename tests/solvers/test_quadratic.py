@@ -9,13 +9,13 @@ from problems import random_problem
 from scipy.optimize import minimize
 
 from mpq_plugins import Problem, Status, solve
-from mpq_plugins._errors import SolverError
-from mpq_plugins._solve import _Scaling
+from mpq_plugins.errors import SolverError
 from mpq_plugins.solvers import MILP, Auto, BranchAndBound, Exhaustive, Linearized, LocalSearch
-from mpq_plugins.solvers._convex import Simplices, convex
-from mpq_plugins.solvers._curvature import best_blocks
-from mpq_plugins.solvers._quadratic import Quadratic
-from mpq_plugins.solvers._relaxation import Relaxed
+from mpq_plugins.solvers.convex import Simplices, convex
+from mpq_plugins.solvers.curvature import best_blocks
+from mpq_plugins.solvers.quadratic import Quadratic
+from mpq_plugins.solvers.relaxation import Relaxed
+from mpq_plugins.solvers.solve import _Scaling
 
 KINDS = ("gram", "indefinite", "ties", "zero", "pairs only")
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mpq_plugins._errors import SolverError
-from mpq_plugins._problem import Problem
-from mpq_plugins._solution import Status
-from mpq_plugins._solve import solve
+from mpq_plugins.errors import SolverError
 from mpq_plugins.solvers import MILP, Auto, BranchAndBound, Exhaustive, Linearized, LocalSearch
+from mpq_plugins.solvers.problem import Problem
+from mpq_plugins.solvers.solution import Status
+from mpq_plugins.solvers.solve import solve
 
 LIMITED = (Auto, BranchAndBound, Linearized, LocalSearch, MILP)
 
@@ -50,8 +50,8 @@ def test_a_plan_that_was_cut_short_is_a_plan(solver):
 @pytest.mark.parametrize("solver", [BranchAndBound, Linearized, LocalSearch])
 def test_what_would_take_too_long_is_not_begun(solver, monkeypatch):
     """On 1,200 columns the dense algebra of a bound takes seconds: with no time left nothing of it is called."""
-    monkeypatch.setattr("mpq_plugins.solvers._tree.convex", lambda *_: pytest.fail("a bound was begun"))
-    monkeypatch.setattr("mpq_plugins.solvers._around._neighbours", lambda *_: pytest.fail("neighbours were listed"))
+    monkeypatch.setattr("mpq_plugins.solvers.tree.convex", lambda *_: pytest.fail("a bound was begun"))
+    monkeypatch.setattr("mpq_plugins.solvers.around._neighbours", lambda *_: pytest.fail("neighbours were listed"))
     problem = _problem(200, 6)
     solution = solve(problem, solver(time_limit_s=0.001))
     assert solution.status is Status.feasible

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mpq_plugins import BitConfig, Precision, find_layers
-from mpq_plugins._adapter import AbstractAdapter
-from mpq_plugins.digits import DigitsNet, digits
+from mpq_plugins.adapter.base import AbstractAdapter
+from mpq_plugins.cli.digits import DigitsNet, digits
 
 
 class Round(nn.Module):
@@ -84,8 +84,8 @@ def _brevitas(net: nn.Module) -> Case:
 
 def _nncf(net: nn.Module) -> Case:
     from mpq_nncf import NNCFAdapter
-    from mpq_nncf._codes import quantized_weight
-    from mpq_nncf._wiring import wiring_of
+    from mpq_nncf.codes import quantized_weight
+    from mpq_nncf.wiring import wiring_of
 
     bits = uniform(net, Precision(4, 4))
     module = _prepared(NNCFAdapter(), net, bits)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpq_plugins.training._average import Averaged
+from mpq_plugins.training.average import Averaged
 
 
 def net() -> nn.Module:

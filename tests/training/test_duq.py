@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mpq_plugins._errors import PrecisionError
+from mpq_plugins.errors import PrecisionError
 from mpq_plugins.training import DuQ, duq
 
 

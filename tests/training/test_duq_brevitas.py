@@ -7,15 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mpq_brevitas import BrevitasAdapter
-from mpq_brevitas import _brevitas_internals as brevitas
-from mpq_brevitas._calibrate import calibrate
-from mpq_brevitas._duq import DuQTensorQuant, duq_activation_quantizer, duq_weight_quantizer, fold_duq
-from mpq_brevitas._recipe import Recipe, attach_recipe
+from mpq_brevitas import brevitas_internals as brevitas
+from mpq_brevitas.calibrate import calibrate
+from mpq_brevitas.duq import DuQTensorQuant, duq_activation_quantizer, duq_weight_quantizer, fold_duq
+from mpq_brevitas.recipe import Recipe, attach_recipe
 from torch import nn
 
 from mpq_plugins import BitConfig, Precision, find_layers
-from mpq_plugins._adapter import attach_bits, bits_of
-from mpq_plugins._model import Batch
+from mpq_plugins.adapter.base import attach_bits, bits_of
+from mpq_plugins.model.run import Batch
 from mpq_plugins.training import duq, parameter_groups
 
 BITS = {"0": Precision(3, 8), "3": Precision(4, 5), "7": Precision(2, 3)}

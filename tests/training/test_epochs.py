@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset, WeightedRandomSampler
 
-from mpq_plugins._errors import DataError
-from mpq_plugins.training._epochs import Epoch
+from mpq_plugins.errors import DataError
+from mpq_plugins.training.epochs import Epoch
 
 NUMBERS = torch.arange(24.0)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mpq_plugins._errors import FormatError, ModelError
+from mpq_plugins.errors import FormatError, ModelError
 from mpq_plugins.training import Instability, output_shift
 
 

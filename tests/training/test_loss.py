@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from mpq_plugins import Batch
-from mpq_plugins._errors import DataError, TrainingError
+from mpq_plugins.errors import DataError, TrainingError
 from mpq_plugins.training import soft_cross_entropy
-from mpq_plugins.training._loss import Classification
-from mpq_plugins.training._refusals import check_loss
+from mpq_plugins.training.loss import Classification
+from mpq_plugins.training.refusals import check_loss
 
 LOGITS = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 TAUGHT = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))

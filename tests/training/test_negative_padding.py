@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mpq_plugins._errors import ModelError
+from mpq_plugins.errors import ModelError
 from mpq_plugins.training import HARDSWISH_OFFSET, DuQ, Shifted, folded_offset, negatively_padded, with_offset_in_bias
 
 LAYERS = {

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from small_nets import mobilenet_v3
 from torch import nn
 
 from mpq_plugins import find_layers
-from mpq_plugins.small_nets import mobilenet_v3
 from mpq_plugins.training import negatively_padded, with_negative_padding
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mpq_plugins._errors import FormatError, ModelError
+from mpq_plugins.errors import FormatError, ModelError
 from mpq_plugins.training import Profit, ProfitSchedule, parameter_groups
 
 # Two epochs to settle and to settle again, one for every other stage.

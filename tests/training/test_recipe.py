@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-from mpq_plugins._errors import FormatError, MPQError, TrainingError
+from mpq_plugins.errors import FormatError, MPQError, TrainingError
 from mpq_plugins.training import ProfitSchedule, TrainingRecipe
-from mpq_plugins.training._recipe import rate_factor
+from mpq_plugins.training.recipe import rate_factor
 
 OTHERS = {
     "method": "profit",

@@ -3,9 +3,9 @@
 import pytest
 
 from mpq_plugins import BitConfig, Precision
-from mpq_plugins._errors import ModelError
+from mpq_plugins.errors import ModelError
 from mpq_plugins.training import ProfitSchedule, stage_at
-from mpq_plugins.training._schedule import apportion
+from mpq_plugins.training.schedule import apportion
 
 
 def _bits(**layers):

@@ -11,7 +11,7 @@ from mpq_brevitas import BrevitasAdapter
 from torch import nn
 from training_cases import PROFIT, QAT, data, run, tensors
 
-from mpq_plugins._errors import DataError, TrainingError
+from mpq_plugins.errors import DataError, TrainingError
 from mpq_plugins.training import TrainingRecipe, parameter_groups, reestimate_batch_norm
 
 ADAPTERS = ("brevitas", "nncf")

@@ -15,7 +15,7 @@ import training_cases as cases
 from training_cases import PROFIT, QAT, Stopping, data, run, tensors, without_time
 
 from mpq_plugins import MPQError
-from mpq_plugins._errors import DataError, FormatError, TrainingError, WriteError
+from mpq_plugins.errors import DataError, FormatError, TrainingError, WriteError
 from mpq_plugins.training import Trained
 
 ADAPTERS = ("nncf", "brevitas")
@@ -86,9 +86,9 @@ def test_a_killed_process_goes_on(tmp_path):
 
 def test_a_checkpoint_half_written_counts_for_nothing(tmp_path, monkeypatch):
     """Killed between the module and its state, the run goes on from the epoch before, and the debris goes."""
-    monkeypatch.setattr("mpq_plugins.training._checkpoints._STATE", "missing/folder")  # no state can be written
-    monkeypatch.setattr("mpq_plugins._partial.shutil.rmtree", lambda *_, **__: None)  # nor cleaned up
-    monkeypatch.setattr("mpq_plugins.training._checkpoints.write_torch", lambda *_: stop())
+    monkeypatch.setattr("mpq_plugins.training.checkpoints._STATE", "missing/folder")  # no state can be written
+    monkeypatch.setattr("mpq_plugins.common.partial.shutil.rmtree", lambda *_, **__: None)  # nor cleaned up
+    monkeypatch.setattr("mpq_plugins.training.checkpoints.write_torch", lambda *_: stop())
     with pytest.raises(Stop):
         run("brevitas", QAT, folder=tmp_path)
     monkeypatch.undo()

@@ -13,7 +13,7 @@ from mpq_brevitas import BrevitasAdapter
 from torch import nn
 
 from mpq_plugins import BitConfig
-from mpq_plugins._model import call, tensors
+from mpq_plugins.model.run import call, tensors
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import onnx
 import pytest
-from mpq_brevitas._onnx_graph import OnnxGraph, attribute
+from mpq_brevitas.onnx_graph import OnnxGraph, attribute
 
 
 def _quantizers(graph):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from mpq_brevitas import BrevitasAdapter
-from mpq_brevitas._onnx_graph import OnnxGraph, attribute
+from mpq_brevitas.onnx_graph import OnnxGraph, attribute
 from torch import nn
 
 from mpq_plugins import BitConfig, Precision, build_space, find_layers
-from mpq_plugins._errors import AdapterError
+from mpq_plugins.errors import AdapterError
 
 
 class Joined(nn.Module):

@@ -6,7 +6,7 @@ from mpq_brevitas import BrevitasAdapter
 from torch import nn
 
 from mpq_plugins import BitConfig, Precision, find_layers, verify
-from mpq_plugins._errors import AdapterError, VerificationError
+from mpq_plugins.errors import AdapterError, VerificationError
 
 
 class Masked(nn.Module):

@@ -7,13 +7,13 @@ import pytest
 import torch
 from brevitas_nets import images, mixed_bits, network
 from mpq_brevitas import BrevitasAdapter
-from mpq_brevitas._onnx_graph import OnnxGraph
-from mpq_brevitas._recipe import recipe_of
+from mpq_brevitas.onnx_graph import OnnxGraph
+from mpq_brevitas.recipe import recipe_of
+from small_nets import mobilenet_v3
 from torch import nn
 
 from mpq_plugins import BitConfig, Precision, find_layers, verify
-from mpq_plugins._errors import AdapterError
-from mpq_plugins.small_nets import mobilenet_v3
+from mpq_plugins.errors import AdapterError
 
 
 class TestDuQ:

@@ -7,12 +7,12 @@ import pytest
 import torch
 from brevitas_nets import CASES, mixed_bits, network
 from mpq_brevitas import BrevitasAdapter
-from mpq_brevitas import _brevitas_internals as brevitas
+from mpq_brevitas import brevitas_internals as brevitas
 from torch import nn
 
 from mpq_plugins import BitConfig, Precision, find_layers
-from mpq_plugins._errors import AdapterError
-from mpq_plugins._model import Batch
+from mpq_plugins.errors import AdapterError
+from mpq_plugins.model.run import Batch
 from mpq_plugins.training import reestimate_batch_norm
 
 PLAIN = {"bias_correction": False, "batch_norm": "kept"}
@@ -65,7 +65,7 @@ class TestActivationRanges:
     def test_adds_share_a_threshold(self):
         """In the finn profile the operands of an add still have one scale after ranges were fitted to least error."""
         _, module = prepared("finn", "w3a4", activation_range="mse")
-        from mpq_brevitas._groups import activation_groups_of_graph
+        from mpq_brevitas.groups import activation_groups_of_graph
 
         shared = [group for group in activation_groups_of_graph(module) if len(group.quantizers) > 1]
         assert shared

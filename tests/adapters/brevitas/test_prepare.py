@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from brevitas_nets import ALL_PROFILES, CASES, Cnn, Residual, images, mixed_bits, network
-from mpq_brevitas import BrevitasAdapter, _version
+from mpq_brevitas import BrevitasAdapter, version
 from torch import nn
 
 from mpq_plugins import BitConfig, Precision, find_layers
-from mpq_plugins._errors import (
+from mpq_plugins.errors import (
     AdapterError,
     DataError,
     FingerprintError,
@@ -51,7 +51,7 @@ class TestModule:
 
     def test_reloaded_adds_still_share_their_scale(self, prepared, tmp_path):
         """After reloading, changing one quantizer's scale changes the one it is aligned with."""
-        from mpq_brevitas._groups import activation_groups_of_graph
+        from mpq_brevitas.groups import activation_groups_of_graph
 
         case = prepared("residual", "finn")
         loaded = case.adapter.load(case.model, case.adapter.save(case.module, tmp_path / "m.pt"), case.example)
@@ -318,16 +318,16 @@ class TestRefusals:
 
     def test_version(self, monkeypatch):
         """A Brevitas outside the known range, or none, is refused with what to install."""
-        monkeypatch.setattr(_version.importlib.metadata, "version", lambda _name: "0.14.0")
+        monkeypatch.setattr(version.importlib.metadata, "version", lambda _name: "0.14.0")
         with pytest.raises(AdapterError, match=r"0\.14\.0 is installed.*>=0\.13,<0\.14"):
-            _version.require_brevitas()
+            version.require_brevitas()
 
         def missing(_name):
-            raise _version.importlib.metadata.PackageNotFoundError
+            raise version.importlib.metadata.PackageNotFoundError
 
-        monkeypatch.setattr(_version.importlib.metadata, "version", missing)
+        monkeypatch.setattr(version.importlib.metadata, "version", missing)
         with pytest.raises(MissingExtraError, match=r"mpq-plugins\[brevitas\]"):
-            _version.require_brevitas()
+            version.require_brevitas()
 
 
 class TestGroups:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from brevitas_nets import ALL_PROFILES, CASES, network
 from mpq_brevitas import BrevitasAdapter
-from mpq_brevitas._inference_cost import of_one_image
+from mpq_brevitas.inference_cost import of_one_image
 
 from mpq_plugins import BitConfig, Precision, find_layers
-from mpq_plugins._errors import AdapterError, FormatError
+from mpq_plugins.errors import AdapterError, FormatError
 
 ARTIFACTS = [
     (name, profile, format)

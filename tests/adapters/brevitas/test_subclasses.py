@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from mpq_brevitas import BrevitasAdapter
-from mpq_brevitas import _brevitas_internals as brevitas
-from mpq_brevitas._subclasses import padding_of, plain_form
+from mpq_brevitas import brevitas_internals as brevitas
+from mpq_brevitas.subclasses import padding_of, plain_form
 from torch import nn
 from torchvision.models.video.resnet import Conv3DSimple
 
 import mpq_plugins as mpq
 from mpq_plugins import BitConfig, FloatLayersWarning, Precision, find_layers
-from mpq_plugins._errors import AdapterError
+from mpq_plugins.errors import AdapterError
 
 
 class Renamed(nn.Conv2d):

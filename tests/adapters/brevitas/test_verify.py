@@ -9,8 +9,8 @@ import torch
 from mpq_brevitas import BrevitasAdapter
 
 from mpq_plugins import BitConfig, Precision, find_layers, verify
-from mpq_plugins._errors import VerificationError
-from mpq_plugins.digits import digits, trained_digits_net
+from mpq_plugins.cli.digits import digits, trained_digits_net
+from mpq_plugins.errors import VerificationError
 
 
 @pytest.mark.parametrize(("name", "profile"), [("residual", "layerwise"), ("residual", "finn"), ("odd", "layerwise")])

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from mpq_nncf._fake_quantize import TorchFunctions, spare_compiling
+from mpq_nncf.fake_quantize import TorchFunctions, spare_compiling
 
 # 4 levels from -1 to 0.5: codes -2, -1, 0, 1 in steps of 0.5.
 LOW, EXTENT = torch.tensor([-1.0]), torch.tensor([1.5])
@@ -86,7 +86,7 @@ def test_nothing_is_compiled_on_the_cpu(tmp_path):
     """A fresh process quantizes through NNCF's own function, forward and backward, and its build folder stays empty."""
     code = """
 import torch
-from mpq_nncf._nncf_internals import private
+from mpq_nncf.nncf_internals import private
 private()
 from nncf.torch.quantization.quantize_functions import QuantizeSymmetric
 values, scale = torch.randn(8, requires_grad=True), torch.ones(1, requires_grad=True)

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import torch
 from mpq_nncf import NNCFAdapter
-from mpq_nncf._ir_storage import TYPES, pack, unpack
-from mpq_nncf._legacy_config import bitwidth_per_scope
+from mpq_nncf.ir_storage import TYPES, pack, unpack
+from mpq_nncf.legacy_config import bitwidth_per_scope
 from nncf_cases import make, mixed_bits
 from nncf_nets import N_CLASSES, Residual, images
 
 from mpq_plugins import BitConfig, Precision, find_layers, verify
-from mpq_plugins._adapter import bits_of
-from mpq_plugins._errors import FingerprintError, FormatError, UnknownLayerError, WriteError
-from mpq_plugins.digits import digits, trained_digits_net
+from mpq_plugins.adapter.base import bits_of
+from mpq_plugins.cli.digits import digits, trained_digits_net
+from mpq_plugins.errors import FingerprintError, FormatError, UnknownLayerError, WriteError
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from mpq_nncf import NNCFAdapter
 from torch import nn
 
 from mpq_plugins import BitConfig, Precision, find_layers, verify
-from mpq_plugins._errors import AdapterError
+from mpq_plugins.errors import AdapterError
 
 WIDTHS = {"0": 2, "2": 3, "5": 4, "7": 5}
 
@@ -47,7 +47,7 @@ def test_packed_weights(prepared, tmp_path):
 def test_a_runtime_without_the_types_is_told(prepared, tmp_path, monkeypatch):
     """Where onnxruntime loads neither type nothing is written, and the next step is named; INT4 alone is used without INT2."""
     _, module, x = prepared
-    loadable = __import__("mpq_nncf._onnx_packing", fromlist=["_"])
+    loadable = __import__("mpq_nncf.onnx_packing", fromlist=["_"])
     original = loadable._loadable
 
     def without(*names):

@@ -12,7 +12,7 @@ from mpq_nncf import NNCFAdapter
 from torch import nn
 
 from mpq_plugins import BitConfig, Precision, build_space, find_layers
-from mpq_plugins._errors import AdapterError, FormatError
+from mpq_plugins.errors import AdapterError, FormatError
 
 SCRIPT = """
     import json, sys

@@ -5,15 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from mpq_brevitas import BrevitasAdapter
-from mpq_brevitas._recipe import recipe_of
-from mpq_nncf import NNCFAdapter
-from mpq_nncf import _nncf_quantizers as nncf_quantizers
-from mpq_nncf._wiring import wiring_of
+from mpq_brevitas.recipe import recipe_of
+from mpq_nncf import NNCFAdapter, nncf_quantizers
+from mpq_nncf.wiring import wiring_of
 from nncf_nets import images
+from small_nets import InvertedResidual
 from torch import nn
 
 from mpq_plugins import BitConfig, Precision, find_layers, verify
-from mpq_plugins.small_nets import InvertedResidual
 from mpq_plugins.training import with_negative_padding
 
 READERS = ("block.depthwise.conv", "block.project.conv", "head")

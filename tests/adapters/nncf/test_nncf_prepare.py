@@ -9,18 +9,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mpq_nncf import NNCFAdapter
-from mpq_nncf import _nncf_internals as internals
-from mpq_nncf import _nncf_quantizers as nncf_quantizers
-from mpq_nncf._wiring import wiring_of
+from mpq_nncf import NNCFAdapter, nncf_quantizers
+from mpq_nncf import nncf_internals as internals
+from mpq_nncf.wiring import wiring_of
 from nncf_cases import mixed_bits
 from nncf_nets import Residual, images
 from torch import nn
 from torch.nn.utils import parametrizations
 
 from mpq_plugins import BitConfig, FloatLayersWarning, Precision, build_space, find_layers
-from mpq_plugins._errors import AdapterError, DataError, FingerprintError, UnknownLayerError
-from mpq_plugins._quantizer import mse_scale, quantize
+from mpq_plugins.errors import AdapterError, DataError, FingerprintError, UnknownLayerError
+from mpq_plugins.quantizers.uniform import mse_scale, quantize
 
 
 def uniform(model: nn.Module, example, precision: str) -> BitConfig:

@@ -8,18 +8,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from mpq_nncf import NNCFAdapter
-from mpq_nncf import _nncf_quantizers as nncf_quantizers
-from mpq_nncf._wiring import wiring_of
+from mpq_nncf import NNCFAdapter, nncf_quantizers
+from mpq_nncf.wiring import wiring_of
 from nncf_cases import calibration, make, mixed_bits
 from nncf_nets import images
 from torch import nn
 
 from mpq_plugins import BitConfig, Precision, find_layers, verify
-from mpq_plugins._adapter import bits_of
-from mpq_plugins._errors import AdapterError, DataError
-from mpq_plugins._histogram import Histogram
-from mpq_plugins._quantizer import mse_range
+from mpq_plugins.adapter.base import bits_of
+from mpq_plugins.errors import AdapterError, DataError
+from mpq_plugins.quantizers.histogram import Histogram
+from mpq_plugins.quantizers.uniform import mse_range
 
 PLAIN = {"bias_correction": False, "batch_norm": "kept"}
 

@@ -15,9 +15,9 @@ from nncf_nets import images, train
 from torch import nn
 
 from mpq_plugins import BitConfig, Budget, Precision, allocate, find_layers, verify
-from mpq_plugins._errors import AdapterError
 from mpq_plugins.costs import StoredSize
-from mpq_plugins.costs._stored_size import STORAGE, packed_bytes
+from mpq_plugins.costs.stored_size import STORAGE, packed_bytes
+from mpq_plugins.errors import AdapterError
 
 FORMATS = NNCFAdapter.formats
 NETS = ("residual", "zoo", "attention", "chain")

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from mpq_nncf import NNCFAdapter
-from mpq_nncf import _nncf_quantizers as nncf_quantizers
-from mpq_nncf._wiring import wiring_of
+from mpq_nncf import NNCFAdapter, nncf_quantizers
+from mpq_nncf.wiring import wiring_of
 from nncf_nets import images
 from torch import nn
 

@@ -1,0 +1,83 @@
+"""Post-training quantization, in one vocabulary for all frameworks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, final, get_args
+
+from mpq_plugins.errors import AdapterError
+
+WeightRange = Literal["mse", "max"]
+ActivationRange = Literal["default", "percentile", "max", "mse"]
+Equalization = Literal["none", "cross-layer", "smooth-quant"]
+Rounding = Literal["nearest", "gptq", "gpfq", "qronos", "learned"]
+BatchNorm = Literal["corrected", "re-estimated", "kept"]
+# Until release 0.1 a switch between the last two.
+_BEFORE = {True: "re-estimated", False: "kept"}
+
+
+@final
+@dataclass(frozen=True)
+class PTQ:
+    """How a float model becomes a quantized one without training; an adapter refuses what its framework lacks.
+
+    `weight_range`: of least squared error, or the largest magnitude. `activation_range`: of least squared error at the
+    quantizer's own width (the default wherever the adapter's scales allow it), a high percentile, or the largest magnitude.
+
+    `batch_norm`: what happens to running statistics. "corrected" moves the trained ones by what quantization did to the
+    calibration images; "re-estimated" takes those of the images, which must then look like the training data; "kept" leaves
+    them. `bias_correction`: biases that no batch normalisation reads take back what quantization adds to their layer's mean.
+
+    `equalization`: move ranges between layers ("cross-layer", Nagel et al. 2019) or from activations into weights
+    ("smooth-quant", Xiao et al. 2023). `rounding`: to the nearest code; by GPTQ (Frantar et al. 2023), GPFQ (Lybrand and Saab
+    2021) or Qronos (Zhang et al. 2025); or learned layer by layer in `rounding_steps` steps (AdaRound, Nagel et al. 2020).
+
+    `held_out`: the most calibration images that are held back, never more than an eighth of them. They judge `batch_norm`,
+    `bias_correction`, `equalization` and `rounding` by the outputs of the float network; what does not help there is not
+    kept. With 0, or fewer than 16 calibration images, everything is kept.
+    """
+
+    weight_range: WeightRange = "mse"
+    activation_range: ActivationRange = "default"
+    batch_norm: BatchNorm = "corrected"
+    bias_correction: bool = True
+    equalization: Equalization = "none"
+    rounding: Rounding = "nearest"
+    rounding_steps: int = 500
+    held_out: int = 32
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "weight_range": get_args(WeightRange),
+            "activation_range": get_args(ActivationRange),
+            "batch_norm": get_args(BatchNorm),
+            "equalization": get_args(Equalization),
+            "rounding": get_args(Rounding),
+        }
+        for name, choices in allowed.items():
+            if getattr(self, name) not in choices:
+                raise AdapterError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}.")
+        if not isinstance(self.bias_correction, bool):
+            raise AdapterError(f"bias_correction must be true or false, not {self.bias_correction!r}.")
+        for name, least in (("rounding_steps", 1), ("held_out", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise AdapterError(f"{name} must be a whole number of at least {least}, not {value!r}.")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> PTQ:
+        """From keyword options; raises `AdapterError` for one that does not exist.
+
+        `bn_reestimation`, the switch that `batch_norm` replaces, is still read.
+        """
+        if isinstance(options.get("bn_reestimation"), bool) and "batch_norm" not in options:
+            rest = {name: value for name, value in options.items() if name != "bn_reestimation"}
+            options = {**rest, "batch_norm": _BEFORE[options["bn_reestimation"]]}
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise AdapterError(
+                f"post-training quantization has no option {', '.join(map(repr, unknown))}; it has {', '.join(known)}."
+            )
+        return cls(**options)

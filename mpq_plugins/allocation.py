@@ -1,0 +1,339 @@
+"""The whole path from a float model and budgets to a bit configuration, in one call."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from mpq_plugins.adapter.base import AbstractAdapter
+from mpq_plugins.common.allocator import keeping_memory
+from mpq_plugins.common.plugins import make, resolve
+from mpq_plugins.costs.base import AbstractCost, Budget, options_of
+from mpq_plugins.costs.budgets import Budgets, as_budgets
+from mpq_plugins.errors import BudgetError, PluginError, SpaceError
+from mpq_plugins.model.discover import find_layers
+from mpq_plugins.model.layers import Inventory, Layer, skipped_layers
+from mpq_plugins.model.left_in_float import LeftInFloat
+from mpq_plugins.proxies.base import AbstractProxy
+from mpq_plugins.proxies.scores import Scores
+from mpq_plugins.solvers.base import AbstractSolver
+from mpq_plugins.solvers.problem import build_problem, check_reachable
+from mpq_plugins.solvers.selection import Measure, Selection, select_plan
+from mpq_plugins.solvers.solution import Solution
+from mpq_plugins.solvers.solve import solve
+from mpq_plugins.space.bits import BitConfig
+from mpq_plugins.space.precision import Precision, menu
+from mpq_plugins.space.space import AverageBits, Menus, Space, first_and_last
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mpq_plugins.model.run import Output
+
+AUTO_IMAGES = 32  # the least number for which corrections are sound
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A bit configuration with everything it was decided from: save the parts that are worth keeping."""
+
+    bits: BitConfig
+    scores: Scores
+    solution: Solution
+    selection: Selection | None = None
+
+    @property
+    def space(self) -> Space:
+        """The decision space, with what was skipped and pinned."""
+        return self.scores.space
+
+    @property
+    def average_bits(self) -> AverageBits:
+        """Weight bits per weight, over all searched layers and over those that are not pinned."""
+        return self.space.average_bits(self.bits.layers)
+
+
+def allocate(
+    model: nn.Module,
+    example: Any,
+    batches: Iterable[Any] = (),
+    *,
+    budgets: Budgets,
+    proxy: AbstractProxy | str = "auto",
+    choices: Menus | None = None,
+    adapter: AbstractAdapter | str | None = None,
+    solver: AbstractSolver | str | None = None,
+    pin: Mapping[str, Precision | str | int] | None = None,
+    pin_first_last: bool = False,
+    tie: Iterable[str | Sequence[str]] = (),
+    include: str | Sequence[str] = ("*",),
+    exclude: str | Sequence[str] = (),
+    strict: bool = False,
+    output: Output = None,
+    top_k: int = 1,
+    cache: str | Path | None = None,
+) -> Allocation:
+    """The best bit-width of every layer under `budgets`, by the losses of `proxy`.
+
+    `example` is one input as the model takes it, `batches` what the proxy looks at (see `Batch.of`). `budgets` are
+    `Budget`s, texts such as `"size=w4"`, or cost name -> limit, such as `{"size": "w4", "bops": "75G"}`. Plugins may be given
+    by name, as a class or as an object; the proxy "auto" is explained at `proxy_of`. `choices` default to what the adapter's
+    target really stores and runs. `output` says which of the model's outputs counts. With `top_k` > 1 the best plans by the
+    score are measured with the true loss of the quantized network, and the best of those is kept. Measurements are kept under
+    `cache`, so that an interrupted run goes on where it stopped and another budget needs no new ones. See `build_space` for
+    the rest, and for the warning of what stays in float.
+
+    Raises `InfeasibleBudgetError` before anything is scored, and what `build_space`, the proxy and `solve` raise.
+    """
+    from mpq_plugins.model.check import plain_model
+    from mpq_plugins.proxies.measuring import keeping_measurements
+
+    model = plain_model(model)
+    space = decision_space(
+        model,
+        example,
+        choices=choices,
+        adapter=adapter,
+        pin=pin,
+        pin_first_last=pin_first_last,
+        tie=tie,
+        include=include,
+        exclude=exclude,
+    )
+    LeftInFloat.of(space.layers, space.skipped).tell(strict=strict)
+
+    resolved = as_budgets(budgets)
+    check_reachable(space, resolved)
+    found = proxy_of(proxy, model, example, output) if isinstance(proxy, str) else resolve("proxies", proxy)
+    chosen = with_output(found, output)
+    method = None if solver is None else resolve("solvers", solver)
+    batches = list(batches) if top_k > 1 else batches
+    with keeping_measurements(cache):
+        with keeping_memory():
+            scores = checked_scores(chosen.score(model, space, batches), chosen)
+        measure = true_loss(model, scores.space, batches, chosen, output=output) if top_k > 1 else None
+        return solve_scores(scores, resolved, solver=method, top_k=top_k, measure=measure)
+
+
+def build_space(
+    model: nn.Module,
+    example: Any,
+    *,
+    choices: Menus | None = None,
+    adapter: AbstractAdapter | str | None = None,
+    pin: Mapping[str, Precision | str | int] | None = None,
+    pin_first_last: bool = False,
+    tie: Iterable[str | Sequence[str]] = (),
+    include: str | Sequence[str] = ("*",),
+    exclude: str | Sequence[str] = (),
+    strict: bool = False,
+) -> Space:
+    """The decision space of a model for a target.
+
+    `pin_first_last` holds the first and last layer at w8a8, as papers do: at equal size a measured score does better without
+    (benchmarks/real). The adapter removes
+    what its framework would leave in float, refuses precisions it cannot have, and ties the layers whose activation
+    quantizer it shares, so that what is asked for is what will be exported.
+
+    Warns with `FloatLayersWarning`, shares and reasons, where more than 1 % of the weights or of the multiply-accumulates
+    stays in float; `strict` raises `SpaceError` instead, unless the user excluded them.
+    """
+    space = decision_space(
+        model,
+        example,
+        choices=choices,
+        adapter=adapter,
+        pin=pin,
+        pin_first_last=pin_first_last,
+        tie=tie,
+        include=include,
+        exclude=exclude,
+    )
+    LeftInFloat.of(space.layers, space.skipped).tell(strict=strict)
+    return space
+
+
+def decision_space(
+    model: nn.Module,
+    example: Any,
+    *,
+    choices: Menus | None,
+    adapter: AbstractAdapter | str | None,
+    pin: Mapping[str, Precision | str | int] | None,
+    pin_first_last: bool,
+    tie: Iterable[str | Sequence[str]],
+    include: str | Sequence[str],
+    exclude: str | Sequence[str],
+) -> Space:
+    """`build_space` that does not tell what stays in float."""
+    target: AbstractAdapter | None = None if adapter is None else resolve("adapters", adapter)
+    inventory = find_layers(model, example, include=include, exclude=exclude)
+    share: tuple[tuple[str, ...], ...] = ()
+    if target is not None:
+        inventory = without(inventory, target.unconvertible(model, inventory, example))
+        known = {layer.name for layer in inventory}
+        groups = target.activation_groups(model, example)
+        share = tuple(group for group in (tuple(n for n in names if n in known) for names in groups) if len(group) > 1)
+        choices = choices or menu(target.weight_bits, target.activation_bits)
+    pins: dict[str, Precision | str | int] = {}
+    if pin_first_last:
+        pins.update(first_and_last(inventory))
+    pins.update(pin or {})
+    return Space.build(
+        inventory,
+        choices,
+        pin=pins,
+        tie=tie,
+        share_activations=share,
+        refuse=_accept if target is None else target.refuse,
+    )
+
+
+def proxy_of(
+    name: str, model: nn.Module, example: Any, output: Output = None, options: Mapping[str, Any] | None = None
+) -> AbstractProxy:
+    """The proxy called `name`; "auto" is `kl-divergence` for class logits [N, class], else `output-error`, on 32 images.
+
+    Probabilities and rows of length one (embeddings) are no logits.
+
+    It is what chose best on pretrained networks (benchmarks/real): measured with the corrections that `prepare` makes.
+    """
+    from mpq_plugins.model.run import are_class_logits, call, evaluating, select, telling_failures
+
+    options = options or {}
+    if name == "auto":
+        with evaluating(model), telling_failures(model):
+            outputs = select(call(model, example), output)
+        name = "kl-divergence" if are_class_logits(outputs) else "output-error"
+        options = {"n_images": AUTO_IMAGES, **options}
+    proxy: AbstractProxy = make("proxies", name, options)
+    return proxy
+
+
+def with_output(proxy: AbstractProxy, output: Output) -> AbstractProxy:
+    """The proxy looking at `output`, if it looks at outputs; None changes nothing."""
+    if output is None or not hasattr(proxy, "output"):
+        return proxy
+    return cast(AbstractProxy, replace(cast(Any, proxy), output=output))
+
+
+def checked_scores(scores: Any, proxy: AbstractProxy) -> Scores:
+    """The scores that a proxy returned; raises `PluginError` for anything else."""
+    if not isinstance(scores, Scores):
+        raise PluginError(
+            f"the proxy {getattr(proxy, 'name', type(proxy).__name__)!r} returned a {type(scores).__name__}, not Scores. "
+            "Return Scores(space, losses, self.recipe()), with one row of losses for each unit of the space."
+        )
+    return scores
+
+
+def true_loss(
+    model: nn.Module, space: Space, batches: Iterable[Any], proxy: AbstractProxy, *, output: Output = None
+) -> Measure:
+    """What measures plans over `space`: the loss of the quantized network, with the options of `proxy` where it has them.
+
+    `output` counts where `proxy` names none.
+    """
+    from mpq_plugins.proxies.measuring import MeasurementOptions, SensitivityRun
+
+    setup: MeasurementOptions = proxy.setup() if hasattr(proxy, "setup") else MeasurementOptions()
+    return SensitivityRun(model, space, batches, setup if setup.output is not None else replace(setup, output=output)).losses_at
+
+
+def solve_scores(
+    scores: Scores,
+    budgets: Budgets,
+    *,
+    solver: AbstractSolver | str | None = None,
+    top_k: int = 1,
+    measure: Measure | None = None,
+) -> Allocation:
+    """The best allocation for scores that exist already: no model, no data.
+
+    With `measure` (see `true_loss`) the best `top_k` plans are measured, and the best of those is kept.
+    """
+    if top_k < 1:
+        raise BudgetError(f"top_k is {top_k}, but at least one plan has to be kept. Give 1 to switch the selection off.")
+    resolved = as_budgets(budgets)
+    problem = build_problem(scores, resolved)
+    method: AbstractSolver | None = None if solver is None else resolve("solvers", solver)
+    solution = solve(problem, method, n_next=max(3, top_k - 1))
+    selection = None
+    if measure is not None and top_k > 1:
+        shortlist = replace(solution, next_best=solution.next_best[: top_k - 1])
+        solution, selection = select_plan(problem, scores.space, shortlist, measure)
+    labels = [problem.choices[column] for column in problem.columns(solution.choice)]
+    assignment = {
+        name: Precision.parse(label) for unit, label in zip(scores.space.units, labels, strict=True) for name in unit.layers
+    }
+    layers = {layer.name: assignment[layer.name] for layer in scores.space.layers}
+    bits = BitConfig(
+        layers=layers,
+        fingerprint=scores.space.fingerprint,
+        origin=_origin(scores, resolved, solution, layers) | ({} if selection is None else {"selection": selection.to_json()}),
+        costs=costs_of(scores.space, layers, [budget.cost for budget in resolved]),
+    )
+    return Allocation(bits, scores, solution, selection)
+
+
+def costs_of(space: Space, layers: Mapping[str, Precision], extra: Iterable[AbstractCost] = ()) -> dict[str, float]:
+    """Weight size and BOPs of an assignment, and every cost in `extra`, by name."""
+    from mpq_plugins.costs import BitOps, WeightSize
+
+    costs: dict[str, AbstractCost] = {cost.name: cost for cost in (WeightSize(), BitOps(), *extra)}
+    return {name: cost.at(space, layers) for name, cost in sorted(costs.items())}
+
+
+def without(inventory: Inventory, reasons: Mapping[str, str]) -> Inventory:
+    """The inventory with the layers in `reasons` (layer name -> reason) skipped; raises `SpaceError` if none is left."""
+    layers = tuple(layer for layer in inventory if layer.name not in reasons)
+    if not layers:
+        told = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
+        raise SpaceError(f"the framework would leave every layer in float ({told}). Use another adapter or model form.")
+    return Inventory(layers, (*inventory.skipped, *skipped_layers(inventory, reasons)), inventory.fingerprint)
+
+
+def _in_bits(budget: Budget, space: Space) -> dict[str, Any]:
+    """What a limit on the size of the weights means in bits per weight; nothing for other budgets."""
+    from mpq_plugins.costs import WeightSize
+
+    if not isinstance(budget.cost, WeightSize):
+        return {}
+    return {"average_bits": space.average_bits_of_size(budget.resolve(space)).to_json()}
+
+
+def _accept(layer: Layer, precision: Precision) -> str | None:
+    return None
+
+
+def _origin(scores: Scores, budgets: Sequence[Budget], solution: Solution, layers: Mapping[str, Precision]) -> dict[str, Any]:
+    space = scores.space
+    return {
+        "proxy": dict(scores.proxy),
+        "solver": solution.solver,
+        "budgets": [
+            {
+                "options": options_of(budget.cost),
+                "name": budget.cost.name,
+                "asked": budget.limit,
+                "limit": budget.resolve(space),
+                "unit": budget.cost.unit,
+                **_in_bits(budget, space),
+            }
+            for budget in budgets
+        ],
+        "status": solution.status.name,
+        "objective": solution.objective,
+        "bound": solution.bound,
+        "gap": solution.gap,
+        "shadow_prices": list(solution.shadow_prices),
+        "unused": list(solution.unused),
+        "average_bits": space.average_bits(layers).to_json(),
+        "pins": dict(space.pins),
+        "ties": [list(unit.layers) for unit in space.units if len(unit.layers) > 1],
+        "skipped": {item.name: item.reason for item in space.skipped},
+        "versions": {name: importlib.metadata.version(name) for name in ("mpq-plugins", "torch", "pulp")},
+    }

@@ -1,0 +1,1 @@
+"""Files, locks, progress, plug-ins by name: what every stage uses."""

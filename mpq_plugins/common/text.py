@@ -1,0 +1,37 @@
+"""Values written as text on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mpq_plugins.errors import PluginError
+
+
+def literal(text: str) -> Any:
+    """A boolean, whole number, number or the text itself."""
+    lowered = text.lower()
+    if lowered in ("true", "false"):
+        return lowered == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:  # also for thousands of digits
+            continue
+    return text
+
+
+def pairs_of(texts: Sequence[str]) -> dict[str, str]:
+    """Texts `KEY=VALUE` as a dict; raises `PluginError`."""
+    pairs = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise PluginError(f"{text!r} must be KEY=VALUE.")
+        pairs[key] = value
+    return pairs
+
+
+def values_of(texts: Sequence[str]) -> dict[str, Any]:
+    """The same with values read by `literal`; dashes in keys become underscores."""
+    return {key.replace("-", "_"): literal(value) for key, value in pairs_of(texts).items()}

@@ -1,0 +1,39 @@
+"""The interface of a score."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mpq_plugins.proxies.scores import Scores
+from mpq_plugins.space.space import Space
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class AbstractProxy(abc.ABC):
+    """Scores how much each unit suffers at each choice. Implementations are frozen dataclasses of their options."""
+
+    name: ClassVar[str]
+    needs_data: ClassVar[bool] = True
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether `score` reads labels; the options may decide that."""
+        return False
+
+    @abc.abstractmethod
+    def score(self, model: nn.Module, space: Space, batches: Iterable[Any] = ()) -> Scores:
+        """Losses of every choice in `space`.
+
+        `batches` are items that `Batch.of` reads. Raises `DataError` when data or labels are missing or activations are
+        not finite. The model is left as it was found.
+        """
+
+    def recipe(self) -> dict[str, Any]:
+        """Name and options: what `Scores.proxy` and a bit configuration's origin record."""
+        options: dict[str, Any] = dataclasses.asdict(self) if dataclasses.is_dataclass(self) else {}
+        return {"name": self.name, **options}

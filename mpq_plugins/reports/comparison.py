@@ -1,0 +1,159 @@
+"""Several proxies at the same budgets, through the same adapters, judged by accuracy; the controls always beside them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpq_plugins.adapter.base import AbstractAdapter
+from mpq_plugins.adapter.evaluate import accuracy
+from mpq_plugins.allocation import Allocation, checked_scores, solve_scores
+from mpq_plugins.common.files import write_json
+from mpq_plugins.common.plugins import make
+from mpq_plugins.common.progress import track
+from mpq_plugins.costs.budgets import Budgets, as_budgets
+from mpq_plugins.model.run import Output
+from mpq_plugins.proxies.scores import Scores
+from mpq_plugins.solvers.problem import check_reachable
+from mpq_plugins.space.bits import BitConfig
+from mpq_plugins.space.space import Space
+
+if TYPE_CHECKING:
+    from torch import nn
+
+CONTROLS = ("uniform", "constant", "random", "projection")
+FORMAT = "mpq-comparison/1"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One allocation, applied through one adapter. `seconds` is scoring, solving and applying."""
+
+    budget: str
+    proxy: str
+    family: str
+    adapter: str
+    accuracy: float
+    gap: float
+    seconds: float
+    bits: BitConfig
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as plain JSON values, bits as `w4a8` by layer."""
+        return {
+            "budget": self.budget,
+            "proxy": self.proxy,
+            "adapter": self.adapter,
+            "accuracy": self.accuracy,
+            "gap": self.gap,
+            "seconds": round(self.seconds, 3),
+            "costs": dict(self.bits.costs),
+            "bits": {name: str(precision) for name, precision in self.bits.layers.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The rows of a comparison, in order of budget, proxy and adapter."""
+
+    float_accuracy: float
+    rows: tuple[Row, ...]
+
+    def grouped(self) -> Iterator[list[Row]]:
+        """Rows that differ only in the seed, together."""
+        ordered = sorted(self.rows, key=lambda row: self._order(row))
+        for _, rows in groupby(ordered, key=lambda row: (row.budget, row.family, row.adapter)):
+            yield list(rows)
+
+    def _order(self, row: Row) -> tuple[int, int, int]:
+        def rank(attribute: str) -> int:
+            return list(dict.fromkeys(getattr(other, attribute) for other in self.rows)).index(getattr(row, attribute))
+
+        return rank("budget"), rank("family"), rank("adapter")
+
+    def to_json(self) -> dict[str, Any]:
+        """The comparison as plain JSON values."""
+        return {"format": FORMAT, "float_accuracy": self.float_accuracy, "rows": [row.to_json() for row in self.rows]}
+
+    def save(self, path: str | Path) -> Path:
+        """Write the comparison as JSON."""
+        return write_json(path, self.to_json())
+
+
+def compare(
+    model: nn.Module,
+    space: Space,
+    *,
+    example: Any,
+    calibration: Sequence[Any],
+    test: Sequence[Any],
+    budgets: Mapping[str, Budgets],
+    adapters: Mapping[str, AbstractAdapter],
+    proxies: Sequence[str] = ("ompq", "csmpq"),
+    n_seeds: int = 20,
+    output: Output = None,
+    on_applied: Callable[[str, str, Allocation, AbstractAdapter, nn.Module], None] | None = None,
+) -> Comparison:
+    """Score with every proxy and control, solve at every budget, apply through every adapter, measure the accuracy.
+
+    `calibration` serves the proxies and the adapters, `test` (labelled) only the accuracy. `budgets` maps a label to the
+    budgets that hold together. The random control runs with `n_seeds` seeds. Equal configurations are applied once.
+    `on_applied(budget, proxy, allocation, adapter, module)` sees every module once, while it is alive.
+    """
+    for together in budgets.values():
+        check_reachable(space, as_budgets(together))
+    scored = _scores(model, space, calibration, proxies, n_seeds)
+    jobs = [(b, name, a) for b in budgets for name in scored for a in adapters]
+    cache: dict[tuple[str, BitConfig], tuple[float, float]] = {}
+    rows = []
+    for budget, name, adapter_name in track(jobs, "applying"):
+        scores, scoring_seconds = scored[name]
+        start = time.perf_counter()
+        allocation = solve_scores(scores, budgets[budget])
+        key = (adapter_name, allocation.bits)
+        seconds = scoring_seconds + time.perf_counter() - start
+        if key not in cache:
+            adapter = adapters[adapter_name]
+            start = time.perf_counter()
+            module = adapter.prepare(model, allocation.bits, example, calibration)
+            applied_seconds = time.perf_counter() - start
+            cache[key] = accuracy(module, test, output=output), applied_seconds
+            if on_applied is not None:
+                on_applied(budget, name, allocation, adapter, module)
+        measured, applied_seconds = cache[key]
+        family = name.split("#")[0]
+        rows.append(
+            Row(
+                budget,
+                name,
+                family,
+                adapter_name,
+                measured,
+                allocation.solution.gap,
+                seconds + applied_seconds,
+                allocation.bits,
+            )
+        )
+    return Comparison(accuracy(model, test, output=output), tuple(rows))
+
+
+def _scores(
+    model: nn.Module, space: Space, batches: Sequence[Any], proxies: Sequence[str], n_seeds: int
+) -> dict[str, tuple[Scores, float]]:
+    recipes: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in proxies}
+    for control in CONTROLS:
+        if control == "random":
+            recipes.update({f"random#{seed}": ("random", {"seed": seed}) for seed in range(n_seeds)})
+        else:
+            recipes.setdefault(control, (control, {}))
+    scored = {}
+    for label, (name, options) in track(recipes.items(), "scoring"):
+        start = time.perf_counter()
+        proxy = make("proxies", name, options)
+        scores = checked_scores(proxy.score(model, space, batches), proxy)
+        scored[label] = scores, time.perf_counter() - start
+    return scored

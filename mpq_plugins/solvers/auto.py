@@ -1,0 +1,87 @@
+"""The solver to use when none is named."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import ClassVar, final
+
+import numpy as np
+
+from mpq_plugins.solvers.base import AbstractSolver
+from mpq_plugins.solvers.branch_and_bound import BranchAndBound
+from mpq_plugins.solvers.convex import Simplices, convex
+from mpq_plugins.solvers.exhaustive import Exhaustive
+from mpq_plugins.solvers.knapsack import Knapsack
+from mpq_plugins.solvers.linearized import Linearized, n_products
+from mpq_plugins.solvers.milp import MILP
+from mpq_plugins.solvers.problem import Problem
+from mpq_plugins.solvers.quadratic import Quadratic, has_pairs, without_pairs
+from mpq_plugins.solvers.solution import Solution, Status
+from mpq_plugins.solvers.time import check_time_limit
+
+_FEW_PLANS = 20_000
+_FEW_PRODUCTS = 1_500  # up to there a linearized program that is not convex takes seconds
+
+
+@final
+@dataclass(frozen=True)
+class Auto(AbstractSolver):
+    """Picks by the form of the problem; `Solution.solver` says which one answered and why.
+
+    Without pairwise losses: `Knapsack` for one limit or none, `MILP` for more, or where the dynamic program stays short of a
+    proof. With them: `Exhaustive` for few plans, `Linearized` for few products that are not convex, else `BranchAndBound`.
+    `pair_gap` is the relative gap asked for with pairwise losses.
+    """
+
+    name: ClassVar[str] = "auto"
+
+    time_limit_s: float = 60.0
+    gap: float = 1e-9
+    pair_gap: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_time_limit(self.time_limit_s)
+
+    def solve(self, problem: Problem) -> Solution:
+        """The best plan, by the solver that fits."""
+        if has_pairs(problem):
+            return self._quadratic(problem)
+        note = "" if problem.pairwise is None else ", no unit interacts with another"
+        return self._linear(without_pairs(problem), note)
+
+    def _linear(self, problem: Problem, note: str) -> Solution:
+        started = time.perf_counter()
+        program = MILP(time_limit_s=self.time_limit_s, gap=self.gap)
+        if len(problem.limits) > 1:
+            return _because(program.solve(problem), f"milp ({len(problem.limits)} limits{note})")
+        quick = Knapsack(gap=self.gap).solve(problem)
+        if quick.status is not Status.feasible:
+            return _because(quick, f"knapsack ({'one limit' if problem.limits else 'no limit'}{note})")
+        left = max(0.01, self.time_limit_s - (time.perf_counter() - started))
+        exact = replace(program, time_limit_s=left).solve(problem)
+        if exact.choice and exact.objective <= quick.objective:
+            return _because(replace(exact, bound=max(exact.bound, quick.bound)), f"milp (knapsack left a gap{note})")
+        return _because(replace(quick, bound=max(exact.bound, quick.bound)), f"knapsack (milp found nothing better{note})")
+
+    def _quadratic(self, problem: Problem) -> Solution:
+        n_plans = math.prod(int(size) for size in np.diff(problem.start))
+        if n_plans <= _FEW_PLANS:
+            return _because(Exhaustive().solve(problem), f"exhaustive ({n_plans:,} plans)")
+        products = n_products(problem)
+        if products <= _FEW_PRODUCTS and not _is_convex(problem):
+            program = Linearized(self.time_limit_s, self.pair_gap).solve(problem)
+            return _because(program, f"linearized (not convex, {products:,} products of choices)")
+        tree = BranchAndBound(self.time_limit_s, self.pair_gap).solve(problem)
+        return _because(tree, f"branch-and-bound (pairwise losses, {products:,} products of choices)")
+
+
+def _is_convex(problem: Problem) -> bool:
+    quadratic = Quadratic.of(problem)
+    form = convex(quadratic, Simplices.of(quadratic))
+    return not form.was_lacking
+
+
+def _because(solution: Solution, reason: str) -> Solution:
+    return replace(solution, solver=reason)

@@ -1,0 +1,23 @@
+"""The interface of a solver."""
+
+from __future__ import annotations
+
+import abc
+from typing import ClassVar
+
+from mpq_plugins.solvers.problem import Problem
+from mpq_plugins.solvers.solution import Solution
+
+
+class AbstractSolver(abc.ABC):
+    """Finds the best choice of every unit. Implementations are frozen dataclasses of their options."""
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def solve(self, problem: Problem) -> Solution:
+        """A plan with its status and a proven bound of the loss.
+
+        `solve` hands over a scaled problem and recomputes the objective, the usage and the gap from its own tables. Leave
+        `shadow_prices` and `next_best` empty to have them filled in. The limits of `problem` can be met one by one.
+        """

@@ -1,0 +1,174 @@
+"""The Lagrangian view of a problem: without its limits it falls apart into one small choice per unit or per group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from mpq_plugins.solvers.problem import Problem
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """The least priced loss: one choice per unit, and the least value of every slot, option and group."""
+
+    choice: np.ndarray  # [unit]
+    loss: float
+    usage: np.ndarray  # [limit]
+    slot_value: np.ndarray  # [slot]
+    option_value: np.ndarray  # [option]
+    group_value: np.ndarray  # [group]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Tables of a problem, laid out so that the least priced loss is found without a loop over units.
+
+    A slot holds the choices of one unit with one label, an option the slots that a group takes with one label. A unit that
+    need not agree with others is a group of one option with one slot. Labels that some unit of a group lacks are left out.
+    """
+
+    problem: Problem
+    loss: np.ndarray  # [slot, position], inf where a slot has fewer choices
+    cost: np.ndarray  # [limit, slot, position]
+    index: np.ndarray  # [slot, position], choice index within the unit, -1 where there is none
+    unit: np.ndarray  # [slot]
+    option: np.ndarray  # [slot]
+    group: np.ndarray  # [option]
+    options: np.ndarray  # [group, position], -1 where a group has fewer options
+    is_linked: bool
+
+    @classmethod
+    def of(cls, problem: Problem) -> Blocks:
+        """Lay out the tables of `problem`."""
+        if not problem.is_linked:
+            return cls._unlinked(problem)
+        return cls._linked(problem)
+
+    @classmethod
+    def _unlinked(cls, problem: Problem) -> Blocks:
+        columns = np.flatnonzero(_allowed(problem))
+        units = np.arange(problem.n_units)
+        return cls(problem, *_dense(problem, columns, problem.unit_of[columns]), units, units, units, units[:, None], False)
+
+    @classmethod
+    def _linked(cls, problem: Problem) -> Blocks:
+        _, group_of, sizes = np.unique(problem.group, return_inverse=True, return_counts=True)
+        free = sizes[group_of] == 1
+        group = np.where(free, -1 - np.arange(problem.n_units), problem.group)
+        columns = np.flatnonzero(_allowed(problem))
+        label = np.where(free[problem.unit_of], 0, problem.label)[columns]
+        unit = problem.unit_of[columns]
+        order = np.lexsort((label, unit))
+        columns, label, unit = columns[order], label[order], unit[order]
+        slots, slot_of = np.unique(np.stack([unit, label]), axis=1, return_inverse=True)
+        options, option_of_slot = np.unique(np.stack([group[slots[0]], slots[1]]), axis=1, return_inverse=True)
+        group_of_option = np.unique(options[0], return_inverse=True)[1]
+        return cls(
+            problem,
+            *_dense(problem, columns, slot_of.ravel()),
+            slots[0],
+            option_of_slot.ravel(),
+            group_of_option,
+            _padded_rows(group_of_option),
+            True,
+        )
+
+    @property
+    def n_groups(self) -> int:
+        """How many independent decisions there are."""
+        return len(self.options)
+
+    @cached_property
+    def limits(self) -> np.ndarray:  # [limit]
+        """The most that may be used of every cost, with the rounding that `Problem.is_feasible` forgives."""
+        # A tenth less than there, for sums that are taken in another order.
+        return np.array([row.limit * (1 + 0.9e-12) for row in self.problem.limits])
+
+    @cached_property
+    def slots_of_group(self) -> list[np.ndarray]:
+        """Slots of every group, in order of their units."""
+        order = np.argsort(self.group[self.option], kind="stable")
+        counts = np.bincount(self.group[self.option], minlength=self.n_groups)
+        return np.split(order, np.cumsum(counts)[:-1])
+
+    def minimum(self, prices: np.ndarray, *, with_loss: bool = True) -> Minimum:
+        """Least of loss + prices . cost (or of the costs alone) over all plans that agree within groups, limits left aside."""
+        priced = self.priced(prices, with_loss=with_loss)
+        position = np.argmin(priced, axis=1)
+        slots = np.arange(len(priced))
+        slot_value = priced[slots, position]
+        if self.is_linked:
+            option_value = np.bincount(self.option, weights=slot_value, minlength=len(self.group))
+            table = np.where(self.options >= 0, option_value[self.options], np.inf)
+            best = self.options[np.arange(self.n_groups), np.argmin(table, axis=1)]
+            group_value, slots = option_value[best], np.flatnonzero(best[self.group[self.option]] == self.option)
+        else:
+            option_value = group_value = slot_value
+        chosen = position[slots]
+        choice = np.empty(self.problem.n_units, dtype=int)
+        choice[self.unit[slots]] = self.index[slots, chosen]
+        loss = float(self.loss[slots, chosen].sum())
+        return Minimum(choice, loss, self.cost[:, slots, chosen].sum(axis=1), slot_value, option_value, group_value)
+
+    def priced(self, prices: np.ndarray, *, with_loss: bool = True) -> np.ndarray:  # [slot, position]
+        """loss + prices . cost (or the costs alone), inf where there is no choice."""
+        priced = self.loss if with_loss else np.where(self.index >= 0, 0.0, np.inf)
+        for price, cost in zip(prices, self.cost, strict=True):
+            if price:
+                priced = priced + price * cost
+        return priced
+
+    def bound(self, minimum: Minimum, prices: np.ndarray) -> float:
+        """Lower bound of the loss of every feasible plan, from the minimum at `prices`."""
+        return minimum.loss + float(prices @ (minimum.usage - self.limits))
+
+    def reduced_costs(self, minimum: Minimum, prices: np.ndarray) -> np.ndarray:  # [slot, position]
+        """How much forcing a choice raises the bound, at the least; inf where there is no choice."""
+        in_slot = self.priced(prices) - minimum.slot_value[:, None]
+        in_group = minimum.option_value - minimum.group_value[self.group]
+        costs: np.ndarray = np.maximum(in_slot, 0.0) + np.maximum(in_group, 0.0)[self.option][:, None]
+        return costs
+
+
+def _allowed(problem: Problem) -> np.ndarray:  # [choice of all units]
+    """Which choices have a label that every unit of their group can take."""
+    groups, group_of = np.unique(problem.group, return_inverse=True)
+    sizes = np.bincount(group_of)
+    if len(groups) == problem.n_units:
+        return np.ones(len(problem.loss), dtype=bool)
+    triples = np.unique(np.stack([group_of[problem.unit_of], problem.label, problem.unit_of]), axis=1)
+    pairs, units_with = np.unique(triples[:2], axis=1, return_counts=True)
+    common = {(int(g), int(v)) for g, v, n in zip(*pairs, units_with, strict=True) if n == sizes[g]}
+    alone = sizes[group_of] == 1
+    keys = zip(group_of[problem.unit_of].tolist(), problem.label.tolist(), strict=True)
+    agreed = np.fromiter((key in common for key in keys), dtype=bool, count=len(problem.loss))
+    allowed: np.ndarray = alone[problem.unit_of] | agreed
+    return allowed
+
+
+def _dense(problem: Problem, columns: np.ndarray, slot_of: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Loss, cost and choice index of `columns` (sorted by slot) as tables [slot, position]."""
+    counts = np.bincount(slot_of)
+    first = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(int)
+    position = np.arange(len(columns)) - first[slot_of]
+    shape = (len(counts), int(counts.max(initial=0)))
+    loss, index = np.full(shape, np.inf), np.full(shape, -1)
+    loss[slot_of, position] = problem.loss[columns]
+    index[slot_of, position] = columns - problem.start[problem.unit_of[columns]]
+    cost = np.zeros((len(problem.limits), *shape))
+    for row, limit in enumerate(problem.limits):
+        cost[row, slot_of, position] = limit.cost[columns]
+    return loss, cost, index
+
+
+def _padded_rows(group_of_option: np.ndarray) -> np.ndarray:  # [group, position]
+    """The options of every group, -1 where a group has fewer than the largest."""
+    counts = np.bincount(group_of_option)
+    order = np.argsort(group_of_option, kind="stable")
+    first = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(int)
+    rows = np.full((len(counts), int(counts.max(initial=0))), -1)
+    rows[group_of_option[order], np.arange(len(order)) - first[group_of_option[order]]] = order
+    return rows

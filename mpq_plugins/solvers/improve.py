@@ -1,0 +1,72 @@
+"""Feasible plans for several limits, before any program is built: they decide how much of it need not be built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from mpq_plugins.solvers.blocks import Blocks
+from mpq_plugins.solvers.secants import Relaxation
+
+_MOST_MOVES = 500
+
+
+def good_plan(blocks: Blocks, relaxation: Relaxation) -> np.ndarray | None:
+    """The best plan that improving the minima near the relaxation finds; None if none of them meets the limits."""
+    met = [minimum.choice for minimum in (*relaxation.seen, relaxation.cheap) if np.all(minimum.usage <= blocks.limits)]
+    dearer = _dearer(blocks, relaxation)
+    if dearer is not None:
+        met.append(dearer)
+    distinct = {choice.tobytes(): choice for choice in met}.values()
+    improved = [improve(blocks, choice) for choice in distinct if blocks.problem.is_feasible(choice)]
+    return min(improved, key=blocks.problem.objective, default=None)
+
+
+def improve(blocks: Blocks, choice: np.ndarray) -> np.ndarray:
+    """Change one unit at a time to what saves most loss within the limits, until nothing does."""
+    choice = choice.copy()
+    for _ in range(_MOST_MOVES):
+        slots, positions, gain = _moves(blocks, choice)
+        if not len(gain) or gain.max() <= 0:
+            break
+        at = int(np.argmax(gain))
+        choice[blocks.unit[slots[at]]] = blocks.index[slots[at], positions[at]]
+    return choice
+
+
+def reachable_losses(blocks: Blocks, choice: np.ndarray) -> np.ndarray:
+    """Losses of the plans that differ from `choice` in one unit and meet the limits, least first."""
+    return np.sort(blocks.problem.objective(choice) - _moves(blocks, choice)[2])
+
+
+def _moves(blocks: Blocks, choice: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Slot, position and saved loss of every feasible change of one unit that keeps its group in agreement."""
+    problem = blocks.problem
+    columns = problem.columns(choice)
+    label = problem.label[columns] if blocks.is_linked else None
+    candidates = (blocks.index >= 0) & (blocks.index != choice[blocks.unit][:, None])
+    if label is not None:
+        free = np.bincount(blocks.group[blocks.option], minlength=blocks.n_groups)[blocks.group[blocks.option]] == 1
+        at = problem.start[blocks.unit][:, None] + np.maximum(blocks.index, 0)
+        candidates &= free[:, None] | (problem.label[at] == label[blocks.unit][:, None])
+    for row, limit in enumerate(problem.limits):
+        left = blocks.limits[row] - problem.usage(choice)[row]
+        candidates &= blocks.cost[row] - limit.cost[columns][blocks.unit][:, None] <= left
+    slots, positions = np.nonzero(candidates)
+    return slots, positions, problem.loss[columns][blocks.unit[slots]] - blocks.loss[slots, positions]
+
+
+def _dearer(blocks: Blocks, relaxation: Relaxation) -> np.ndarray | None:
+    """The minimum at the least multiple of the prices where all limits are met."""
+    found = None
+    for factor in _growing(blocks):
+        minimum = blocks.minimum(relaxation.prices * factor)
+        if np.all(minimum.usage <= blocks.limits):
+            found = minimum.choice
+            break
+    return found
+
+
+def _growing(blocks: Blocks) -> Iterable[float]:
+    return (1.0 + 2.0**exponent for exponent in range(-20, 12))

@@ -1,0 +1,203 @@
+"""Iterated local search for quadratic problems: descend, kick, descend again."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mpq_plugins.solvers.milp import MILP
+from mpq_plugins.solvers.neighbourhood import Plan, best_group_move, best_move, best_of_option, best_two_moves
+from mpq_plugins.solvers.quadratic import Quadratic, without_pairs
+from mpq_plugins.solvers.solution import Status
+from mpq_plugins.solvers.time import is_over
+
+_MOST_MOVES = 10_000
+_SWEEPS = 30
+_HALVINGS = 24
+_MOST_KEPT = 256
+
+
+@dataclass
+class Pool:
+    """The best distinct plans met, by the positions of their columns."""
+
+    quadratic: Quadratic
+    loss_of: dict[bytes, float] = field(default_factory=dict)
+
+    def add(self, plan: Plan) -> None:
+        """Remember a feasible plan."""
+        plan = Plan.of(self.quadratic, plan.taken)  # sums that many moves have rounded are taken anew
+        if plan.is_feasible:
+            self.loss_of[plan.taken.astype(np.int64).tobytes()] = plan.loss
+            if len(self.loss_of) > 2 * _MOST_KEPT:
+                best = sorted(self.loss_of.items(), key=lambda item: item[1])[:_MOST_KEPT]
+                self.loss_of = dict(best)
+
+    @property
+    def best_loss(self) -> float:
+        """The least loss, inf while there is no plan."""
+        return min(self.loss_of.values(), default=np.inf)
+
+    @property
+    def best(self) -> Plan | None:
+        """The plan of least loss, None while there is none."""
+        if not self.loss_of:
+            return None
+        return self._plan(min(self.loss_of, key=lambda key: self.loss_of[key]))
+
+    def plans(self) -> list[Plan]:
+        """All of them, best first."""
+        return [self._plan(key) for key in sorted(self.loss_of, key=lambda key: self.loss_of[key])][:_MOST_KEPT]
+
+    def moved_to(self, restricted: Quadratic, taken: np.ndarray) -> Plan:
+        """The plan with the columns `taken` of a restriction of the quadratic problem, in any order."""
+        return Plan.of(self.quadratic, self.quadratic.positions(restricted.choice(taken)))
+
+    def _plan(self, key: bytes) -> Plan:
+        return Plan.of(self.quadratic, np.frombuffer(key, dtype=np.int64))
+
+
+def search(quadratic: Quadratic, *, kicks: int, seed: int, deadline: float) -> tuple[Pool, Status]:
+    """The best plans that starts, descents and kicks meet; the status is infeasible when it is proven that there is none.
+
+    Ends soon after `deadline`, a value of `time.perf_counter`.
+    """
+    pool = Pool(quadratic)
+    starts, status = _starts(quadratic, deadline)
+    for start in starts:
+        pool.add(descend(start, deadline))
+    best = pool.best
+    if best is None:
+        return pool, status
+    rng = np.random.default_rng(seed)
+    for _ in range(kicks):
+        if is_over(deadline):
+            break
+        kicked = repair(_kicked(best, rng))
+        if kicked is not None:
+            plan = descend(kicked, deadline)
+            pool.add(plan)
+            best = min(best, plan, key=lambda plan: plan.loss)
+    return pool, Status.feasible
+
+
+def descend(plan: Plan, deadline: float = np.inf) -> Plan:
+    """Take the best single, group or double move until none lowers the loss, or until `deadline`."""
+    for _ in range(_MOST_MOVES):
+        if is_over(deadline):
+            break
+        move = best_move(plan) or best_group_move(plan) or best_two_moves(plan)
+        if move is None:
+            break
+        plan = plan.moved(move[0])
+    return plan
+
+
+def repair(plan: Plan) -> Plan | None:
+    """Lower the excess over the limits, each time where that adds least loss per excess; None where that ends above them."""
+    quadratic = plan.quadratic
+    scale = 1 / np.maximum(np.abs(quadratic.limits), 1e-300)
+    for _ in range(len(quadratic.columns)):
+        if plan.is_feasible:
+            return plan
+        added, cost, same_label = plan.gains()
+        over = np.maximum(plan.used - quadratic.limits, 0.0) * scale
+        after = np.maximum((plan.used - quadratic.limits)[:, None] + cost, 0.0) * scale[:, None]
+        less = over.sum() - after.sum(axis=0)
+        useful = same_label & (less > 0)
+        if not useful.any():
+            return None
+        rate = np.where(useful, added / np.where(useful, less, 1.0), np.inf)
+        plan = plan.moved(np.array([int(np.argmin(rate))]))
+    return None
+
+
+def _starts(quadratic: Quadratic, deadline: float) -> tuple[list[Plan], Status]:
+    """The best plan without the pairs, and that of a coordinate descent on the priced loss."""
+    left = deadline - time.perf_counter()
+    linear = MILP(time_limit_s=max(0.1, left / 4), gap=1e-3).solve(without_pairs(quadratic.problem))
+    if linear.status is Status.infeasible:
+        return [], Status.infeasible
+    starts = [] if linear.choice and is_over(deadline) else _priced_descents(quadratic, deadline)
+    if linear.choice:
+        starts.append(Plan.of(quadratic, quadratic.positions(linear.choice)))
+    return starts, Status.no_answer
+
+
+def _priced_descents(quadratic: Quadratic, deadline: float) -> list[Plan]:
+    """Plans of least loss plus price times cost, at the least prices, found by halving, where the limits are met."""
+    span = np.ptp(quadratic.cost, axis=1)
+    price = np.where(span > 0, np.ptp(quadratic.loss) / np.where(span > 0, span, 1.0), 0.0)
+    plan = _least_alone(quadratic)
+    low, high = 0.0, None
+    found: list[Plan] = []
+    factor = 0.0
+    for _ in range(_HALVINGS):
+        if found and is_over(deadline):
+            break
+        plan = _coordinate_descent(plan, factor * price @ quadratic.cost)
+        if plan.is_feasible:
+            found.append(plan)
+            high = factor
+            if factor == 0.0:
+                break
+        else:
+            low = factor
+        factor = (low + high) / 2 if high is not None else max(1.0, 4 * factor)
+        if factor > 1e9:
+            break
+    repaired = repair(plan)
+    return sorted([*found, *([repaired] if repaired else [])], key=lambda plan: plan.loss)[:2]
+
+
+def _least_alone(quadratic: Quadratic) -> Plan:
+    options = quadratic.group_start
+    taken = np.zeros(quadratic.problem.n_units, dtype=int)
+    for option in options.tolist():
+        new = best_of_option(quadratic, option, quadratic.loss)
+        taken[quadratic.unit_of[new]] = new
+    return Plan.of(quadratic, taken)
+
+
+def _coordinate_descent(plan: Plan, price: np.ndarray) -> Plan:
+    """Every group in turn takes its best label and choices, given the others, until none changes."""
+    quadratic, taken, values = plan.quadratic, plan.taken.copy(), plan.field + price
+    bounds = np.append(quadratic.slot_start, len(quadratic.columns)).tolist()
+    options = [list(range(a, b)) for a, b in _ranges(quadratic.option_start, len(quadratic.slot_start))]
+    groups = [list(range(a, b)) for a, b in _ranges(quadratic.group_start, len(options))]
+    units = quadratic.unit_of
+    for _ in range(_SWEEPS):
+        changed = False
+        for group in groups:
+            tried = []
+            for option in group:
+                new = [bounds[slot] + int(values[bounds[slot] : bounds[slot + 1]].argmin()) for slot in options[option]]
+                tried.append((float(sum(values[at] for at in new)), new))
+            for at in min(tried)[1]:
+                old = taken[units[at]]
+                if at != old:
+                    values += quadratic.pairs[at] - quadratic.pairs[old]
+                    taken[units[at]] = at
+                    changed = True
+        if not changed:
+            break
+    return Plan.of(quadratic, taken)
+
+
+def _ranges(start: np.ndarray, end: int) -> list[tuple[int, int]]:
+    stops = np.append(start[1:], end)
+    return list(zip(start.tolist(), stops.tolist(), strict=True))
+
+
+def _kicked(plan: Plan, rng: np.random.Generator) -> Plan:
+    """The plan with a few groups at random labels and choices."""
+    quadratic = plan.quadratic
+    n_groups = len(quadratic.group_start)
+    most = max(4, n_groups // 5)
+    options = _ranges(quadratic.group_start, len(quadratic.option_start))
+    new = []
+    for group in rng.choice(n_groups, min(n_groups, int(rng.integers(3, most + 1))), replace=False).tolist():
+        new.append(best_of_option(quadratic, int(rng.integers(*options[group])), rng.random(len(quadratic.columns))))
+    return plan.moved(np.concatenate(new))

@@ -1,0 +1,88 @@
+"""The best plans after the best one."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+
+from mpq_plugins.solvers.around import plans_around
+from mpq_plugins.solvers.blocks import Blocks
+from mpq_plugins.solvers.core import nearest_plans
+from mpq_plugins.solvers.dual import relax
+from mpq_plugins.solvers.improve import reachable_losses
+from mpq_plugins.solvers.iterated_search import Pool
+from mpq_plugins.solvers.milp import best_within
+from mpq_plugins.solvers.neighbourhood import Plan
+from mpq_plugins.solvers.problem import Problem
+from mpq_plugins.solvers.program import Backend
+from mpq_plugins.solvers.quadratic import Quadratic
+from mpq_plugins.solvers.secants import Relaxation
+from mpq_plugins.solvers.solution import Status
+
+MOST_CHOICES = 4_000
+_MAX_STATES = 20_000
+_TIME_LIMIT_S = 2.0  # for all of them
+_PAIRED = 200  # choices that changes are built from
+
+
+def next_plans(problem: Problem, choice: tuple[int, ...], count: int, *, backend: Backend = "auto") -> list[tuple[int, ...]]:
+    """The `count` plans of least loss other than the optimum `choice`; fewer where a proof is out of reach.
+
+    With several limits, what a few seconds do not prove is filled up with the best plans one or two changes away. Empty for
+    more than `MOST_CHOICES` choices, where thousands of plans are as good as the best.
+    """
+    if count <= 0 or len(problem.loss) > MOST_CHOICES:
+        return []
+    blocks = Blocks.of(problem)
+    relaxation = relax(blocks, backend=backend)
+    reachable = reachable_losses(blocks, np.asarray(choice))
+    enough = float(reachable[count - 1]) if len(reachable) >= count else np.inf
+    if len(problem.limits) > 1:
+        proven = _by_cuts(blocks, relaxation, choice, count, enough, backend)
+        return [*proven, *_around(problem, relaxation, choice, {choice, *proven}, count - len(proven))]
+    return _by_program(blocks, relaxation, choice, count, enough)
+
+
+def _by_program(
+    blocks: Blocks, relaxation: Relaxation, choice: tuple[int, ...], count: int, enough: float
+) -> list[tuple[int, ...]]:
+    """All at once, by the dynamic program."""
+    # A rounding more than enough: the plan that sets the mark must itself be found.
+    reach = (enough - relaxation.value) * (1 + 1e-9) + 1e-9 * abs(enough)
+    found = nearest_plans(blocks, relaxation, gap=0.0, max_states=_MAX_STATES, n_plans=count + 1, threshold=reach)
+    proven = [tuple(plan.tolist()) for excess, plan in found.plans if excess <= found.cut_off]
+    return [plan for plan in proven if plan != choice][:count]
+
+
+def _by_cuts(
+    blocks: Blocks, relaxation: Relaxation, choice: tuple[int, ...], count: int, enough: float, backend: Backend
+) -> list[tuple[int, ...]]:
+    """One after the other, each by a program that the plans before are cut from."""
+    plans = [choice]
+    deadline = time.perf_counter() + _TIME_LIMIT_S
+    while len(plans) <= count and (left := deadline - time.perf_counter()) > 0:
+        outcome = best_within(blocks, relaxation, enough, without=tuple(plans), backend=backend, time_limit_s=left, gap=1e-9)
+        if outcome.choice is None or outcome.status is not Status.optimal:
+            break
+        plans.append(tuple(int(index) for index in outcome.choice))
+    return plans[1:]
+
+
+def _around(
+    problem: Problem, relaxation: Relaxation, choice: tuple[int, ...], without: set[tuple[int, ...]], count: int
+) -> list[tuple[int, ...]]:
+    """The best plans one or two changes from `choice` and from the best of those."""
+    if count <= 0:
+        return []
+    n = len(problem.loss)
+    everything = Quadratic.of(replace(problem, pairwise=np.zeros((n, n))))
+    now = problem.columns(choice)
+    priced = problem.loss + sum(price * row.cost for price, row in zip(relaxation.prices, problem.limits, strict=True))
+    near = np.argsort(np.abs(priced - priced[now][problem.unit_of]), kind="stable")[: len(now) + _PAIRED]
+    few = everything.restricted(np.isin(everything.columns, np.concatenate([now, near])))
+    pool = Pool(few)
+    pool.add(Plan.of(few, few.positions(choice)))
+    plans = [few.choice(plan.taken) for plan in plans_around(pool)]
+    return [plan for plan in plans if plan not in without][:count]

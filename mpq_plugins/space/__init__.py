@@ -1,0 +1,1 @@
+"""What may be decided: precisions, units of layers, bit configurations."""

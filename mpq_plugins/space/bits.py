@@ -1,0 +1,121 @@
+"""The bit configuration: the file that every adapter reads. Specified in docs/bit-config.md."""
+
+from __future__ import annotations
+
+from collections.abc import ItemsView, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mpq_plugins.common.files import check_keys, read_json, write_json
+from mpq_plugins.errors import FingerprintError, FormatError, PrecisionError
+from mpq_plugins.model.layers import Inventory, unknown_layer
+from mpq_plugins.space.precision import Precision
+
+FORMAT = "mpq-bits/1"
+
+
+class FrozenMapping(Mapping[str, Precision]):
+    """A mapping that cannot be changed in place, can be copied and pickled, and equals any mapping of the same items."""
+
+    def __init__(self, items: Mapping[str, Precision]) -> None:
+        self._items = dict(items)
+
+    def __getitem__(self, key: str) -> Precision:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __reversed__(self) -> Iterator[str]:
+        return reversed(self._items)
+
+    def items(self) -> ItemsView[str, Precision]:
+        """The items in order; views of a dict can be reversed, and cannot change it."""
+        return self._items.items()
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+
+@dataclass(frozen=True)
+class BitConfig:
+    """Layer name -> precision, for one model.
+
+    Precisions may be given as `"w4a8"` or as weight bits. Two configurations are equal when their layers are. `fingerprint`
+    is the model's (`Inventory.fingerprint`); `origin` records how the bits were chosen, `costs` what they cost (cost name ->
+    amount in its unit).
+    """
+
+    layers: Mapping[str, Precision]
+    fingerprint: str = field(compare=False)
+    origin: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    costs: Mapping[str, float] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        layers = {name: Precision.of(precision) for name, precision in self.layers.items()}
+        object.__setattr__(self, "layers", FrozenMapping(layers))
+
+    def __hash__(self) -> int:
+        return hash(tuple(sorted(self.layers.items())))
+
+    def __getitem__(self, layer: str) -> Precision:
+        return self.layers[layer]
+
+    def check(self, inventory: Inventory) -> None:
+        """Make sure that the configuration fits the model.
+
+        Raises `UnknownLayerError` for a layer the model lacks and `FingerprintError` for another model's configuration.
+        """
+        known = [layer.name for layer in inventory]
+        for name in self.layers:
+            if name not in known:
+                raise unknown_layer(name, known)
+        if not self.fingerprint:
+            raise FingerprintError(
+                f"the bit configuration does not say which model it is for: its fingerprint is empty, this model has "
+                f"{inventory.fingerprint}. Put that into it if it is meant for this model."
+            )
+        if self.fingerprint != inventory.fingerprint:
+            raise FingerprintError(
+                f"the bit configuration is for a model with fingerprint {self.fingerprint[:19]}..., this model has "
+                f"{inventory.fingerprint[:19]}...: its layer names match but some weight shapes or layers differ. "
+                "Allocate again for this model."
+            )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the configuration as JSON, atomically; equal configurations give equal bytes."""
+        bits = {name: {"weight": p.weight, "activation": p.activation} for name, p in self.layers.items()}
+        document = {"format": FORMAT, "fingerprint": self.fingerprint, "layers": bits}
+        return write_json(path, {**document, "origin": dict(self.origin), "costs": dict(self.costs)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> BitConfig:
+        """Read a configuration; raises `FormatError` and `PrecisionError` naming what is wrong and where."""
+        document = read_json(path, format=FORMAT)
+        allowed = {"format", "fingerprint", "layers", "origin", "costs"}
+        check_keys(document, allowed=allowed, required={"format", "fingerprint", "layers"}, where=str(path))
+        if not isinstance(document["layers"], dict) or not document["layers"]:
+            raise FormatError(f'{path}: "layers" must map layer names to bits and hold at least one layer.')
+        for key, kind in (("fingerprint", str), ("origin", dict), ("costs", dict)):
+            if not isinstance(document.get(key, kind()), kind):
+                wanted = "text" if kind is str else "an object"
+                raise FormatError(f'{path}: "{key}" must be {wanted}, not {document[key]!r}. Write the file again.')
+        return cls(
+            layers={name: _precision(path, name, bits) for name, bits in document["layers"].items()},
+            fingerprint=document["fingerprint"],
+            origin=document.get("origin", {}),
+            costs=document.get("costs", {}),
+        )
+
+
+def _precision(path: str | Path, name: str, bits: Any) -> Precision:
+    where = f"{path}: layer {name!r}"
+    check_keys(bits, allowed={"weight", "activation"}, required={"weight", "activation"}, where=where)
+    try:
+        return Precision(bits["weight"], bits["activation"])
+    except PrecisionError as error:
+        raise PrecisionError(f"{where}: {error}") from error

@@ -13,7 +13,7 @@ from mpq_brevitas import brevitas_internals as brevitas
 from mpq_brevitas import finn, layerwise
 from mpq_brevitas.recipe import Recipe, attach_recipe, recipe_of
 from mpq_brevitas.support import check_convertible
-from mpq_plugins.adapter.base import attach_bits, bits_of
+from mpq_plugins.adapter.base import attach_bits
 from mpq_plugins.adapter.checkpoint import check_same_model, read_checkpoint, write_checkpoint
 from mpq_plugins.errors import FormatError
 from mpq_plugins.model.discover import find_layers
@@ -27,7 +27,7 @@ def save(module: nn.Module, path: str | Path) -> Path:
         "recipe": json.dumps(recipe_of(module).to_json(), sort_keys=True),
         "state_dict": {name: tensor.detach() for name, tensor in module.state_dict().items()},
     }
-    return write_checkpoint(path, bits_of(module), contents, adapter=_ADAPTER)
+    return write_checkpoint(path, module, contents, adapter=_ADAPTER)
 
 
 def load(model: nn.Module, path: str | Path, example: Any) -> nn.Module:

@@ -17,6 +17,7 @@ from mpq_brevitas.modules import get_layer, rooted
 from mpq_brevitas.quantizers import activation_quantizer, weight_quantizer
 from mpq_brevitas.recipe import Recipe
 from mpq_brevitas.subclasses import make_plain
+from mpq_plugins.adapter.record import RECORD, record
 from mpq_plugins.errors import AdapterError
 from mpq_plugins.space.bits import BitConfig
 
@@ -32,9 +33,7 @@ class QuantizedGraph(brevitas.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedGraph:
         copied: QuantizedGraph = super().__deepcopy__(memo)
-        for name, value in vars(self).items():
-            if name.startswith("_mpq_"):
-                object.__setattr__(copied, name, value)
+        record(copied, **getattr(self, RECORD, {}))
         return copied
 
 

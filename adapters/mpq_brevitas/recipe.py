@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mpq_plugins.adapter.ptq import ActivationRange, WeightRange
+from mpq_plugins.adapter.record import record, recorded_fact
 from mpq_plugins.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -60,13 +61,12 @@ class Recipe:
 
 def attach_recipe(module: nn.Module, recipe: Recipe) -> nn.Module:
     """Let a quantized module remember its recipe; deepcopy keeps it."""
-    object.__setattr__(module, "_mpq_brevitas_recipe", recipe)
-    return module
+    return record(module, recipe=recipe)
 
 
 def recipe_of(module: nn.Module) -> Recipe:
     """The recipe of a quantized module; raises `AdapterError` for a module of another origin."""
-    recipe = getattr(module, "_mpq_brevitas_recipe", None)
+    recipe = recorded_fact(module, "recipe")
     if not isinstance(recipe, Recipe):
         raise AdapterError(
             f"{type(module).__name__} was not made by BrevitasAdapter's prepare() or load(). Call one of them first."

@@ -19,7 +19,7 @@ from mpq_nncf.ptq import from_json as ptq_from_json
 from mpq_nncf.ptq import to_json as ptq_to_json
 from mpq_nncf.quiet import quiet
 from mpq_nncf.wiring import attach_wiring, from_json, to_json, wiring_of
-from mpq_plugins.adapter.base import attach_bits, bits_of
+from mpq_plugins.adapter.base import attach_bits
 from mpq_plugins.adapter.checkpoint import check_same_model, read_checkpoint, write_checkpoint
 from mpq_plugins.errors import FormatError
 from mpq_plugins.model.discover import find_layers
@@ -38,7 +38,7 @@ def save(module: nn.Module, path: str | Path) -> Path:
         "options": options_to_json(options_of(module)),
         "state": dict(module.state_dict()),
     }
-    return write_checkpoint(path, bits_of(module), contents, adapter=_ADAPTER)
+    return write_checkpoint(path, module, contents, adapter=_ADAPTER)
 
 
 def has_zero_points(module: nn.Module) -> bool:

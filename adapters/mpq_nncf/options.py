@@ -8,22 +8,20 @@ from typing import Any
 
 from torch import nn
 
+from mpq_plugins.adapter.record import record, recorded_fact
 from mpq_plugins.common.files import check_keys, of_kinds, parse_json
 
-_ATTRIBUTE = "_mpq_nncf_options"
 _NAMES = ("merge_branches", "asymmetric")
 
 
 def attach_options(module: nn.Module, options: Mapping[str, bool]) -> nn.Module:
     """Let a quantized module remember the options that it was prepared with; deepcopy keeps them."""
-    object.__setattr__(module, _ATTRIBUTE, dict(options))
-    return module
+    return record(module, options=dict(options))
 
 
 def options_of(module: nn.Module) -> Mapping[str, bool]:
     """The options that a module was prepared with; none for checkpoints older than this record."""
-    options: Mapping[str, bool] = getattr(module, _ATTRIBUTE, {})
-    return options
+    return recorded_fact(module, "options") or {}
 
 
 def to_json(options: Mapping[str, bool]) -> str:

@@ -10,10 +10,9 @@ from typing import Any
 from torch import nn
 
 from mpq_plugins.adapter.ptq import PTQ
+from mpq_plugins.adapter.record import record, recorded_fact
 from mpq_plugins.errors import AdapterError
 from mpq_plugins.model.layers import Layer
-
-_ATTRIBUTE = "_mpq_nncf_ptq"
 
 
 def check_supported(ptq: PTQ, layers: Sequence[Layer]) -> None:
@@ -37,14 +36,12 @@ def check_supported(ptq: PTQ, layers: Sequence[Layer]) -> None:
 
 def attach_ptq(module: nn.Module, ptq: PTQ) -> nn.Module:
     """Let a quantized module remember how its ranges are fitted; deepcopy keeps it."""
-    object.__setattr__(module, _ATTRIBUTE, ptq)
-    return module
+    return record(module, ptq=ptq)
 
 
 def ptq_of(module: nn.Module) -> PTQ:
     """How the module's ranges are fitted; the defaults for checkpoints older than this record."""
-    ptq: PTQ = getattr(module, _ATTRIBUTE, PTQ())
-    return ptq
+    return recorded_fact(module, "ptq") or PTQ()
 
 
 def to_json(ptq: PTQ) -> str:

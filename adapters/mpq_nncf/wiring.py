@@ -9,10 +9,9 @@ from typing import Any
 from torch import nn
 
 from mpq_nncf import nncf_quantizers, nncf_setup
+from mpq_plugins.adapter.record import record, recorded_fact
 from mpq_plugins.errors import AdapterError
 from mpq_plugins.model.layers import Layer
-
-_ATTRIBUTE = "_mpq_wiring"
 
 
 @dataclass(frozen=True)
@@ -30,13 +29,12 @@ Wiring = Mapping[str, LayerWiring]
 
 def attach_wiring(module: nn.Module, wiring: Wiring) -> nn.Module:
     """Let a quantized module remember its wiring; deepcopy keeps it."""
-    object.__setattr__(module, _ATTRIBUTE, dict(wiring))
-    return module
+    return record(module, wiring=dict(wiring))
 
 
 def wiring_of(module: nn.Module) -> Wiring:
     """The wiring of a module of this adapter; raises `AdapterError` for any other."""
-    wiring: Wiring | None = getattr(module, _ATTRIBUTE, None)
+    wiring: Wiring | None = recorded_fact(module, "wiring")
     if wiring is None:
         raise AdapterError(f"{type(module).__name__} was not made by NNCFAdapter.prepare() or load(). Use what they return.")
     return wiring

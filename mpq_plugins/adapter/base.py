@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from mpq_plugins.adapter.record import record, recorded_fact
 from mpq_plugins.adapter.stages import guard_stages
 from mpq_plugins.errors import AdapterError, FingerprintError
 from mpq_plugins.model.layers import Inventory, Layer, unknown_layer
@@ -150,14 +151,12 @@ def not_defaults(adapter: AbstractAdapter) -> dict[str, Any]:
 
 def is_prepared(module: nn.Module) -> bool:
     """Whether an adapter made the module: it has bits."""
-    return isinstance(getattr(module, "_mpq_bits", None), BitConfig)
+    return isinstance(recorded_fact(module, "bits"), BitConfig)
 
 
 def bits_of(module: nn.Module) -> BitConfig:
     """The bit configuration that a quantized module was prepared with, inside wrappers too."""
-    from mpq_plugins.model.check import unwrapped
-
-    bits = getattr(unwrapped(module), "_mpq_bits", None)
+    bits = recorded_fact(module, "bits")
     if not isinstance(bits, BitConfig):
         raise AdapterError(f"{type(module).__name__} was not made by an adapter's prepare() or load(). Call that first.")
     return bits
@@ -165,8 +164,7 @@ def bits_of(module: nn.Module) -> BitConfig:
 
 def attach_bits(module: nn.Module, bits: BitConfig) -> nn.Module:
     """Let a quantized module remember the bit configuration it was prepared with; deepcopy keeps it."""
-    object.__setattr__(module, "_mpq_bits", bits)
-    return module
+    return record(module, bits=bits)
 
 
 def check_switch(old: BitConfig, new: BitConfig) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from mpq_plugins.adapter.base import bits_of
+from mpq_plugins.adapter.record import recorded_fact
 from mpq_plugins.common.files import check_keys, parse_json
 from mpq_plugins.common.tensor_files import read_torch, write_torch
 from mpq_plugins.errors import FingerprintError, FormatError, MPQError
@@ -14,14 +16,21 @@ from mpq_plugins.model.layers import Inventory
 from mpq_plugins.space.bits import BitConfig
 from mpq_plugins.space.precision import Precision
 
+if TYPE_CHECKING:
+    from torch import nn
+
 FORMAT = "mpq-module/1"
 
 
-def write_checkpoint(path: str | Path, bits: BitConfig, contents: dict[str, Any], *, adapter: str) -> Path:
-    """Write `contents` and the bits of a module prepared by `adapter`."""
+def write_checkpoint(path: str | Path, module: nn.Module, contents: dict[str, Any], *, adapter: str) -> Path:
+    """Write `contents`, the bits and the origin of a module prepared by `adapter`."""
+    bits = bits_of(module)
     layers = {name: [precision.weight, precision.activation] for name, precision in bits.layers.items()}
     saved = {"layers": layers, "fingerprint": bits.fingerprint, "origin": dict(bits.origin), "costs": dict(bits.costs)}
     document = {"format": FORMAT, "adapter": adapter, "bits": json.dumps(saved), **contents}
+    origin = recorded_fact(module, "origin")
+    if origin is not None:
+        document.update(origin=json.dumps(origin.facts), example=origin.example)
     return write_torch(path, document)
 
 

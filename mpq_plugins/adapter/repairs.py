@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from mpq_plugins.adapter.ptq import PTQ
+from mpq_plugins.adapter.record import record, recorded_fact
 from mpq_plugins.model.quick import quick
 from mpq_plugins.model.run import Batch, are_class_logits, call, evaluating, tensors
 from mpq_plugins.quantizers.batch_norm import AbstractSite, Recorded, correct_by_difference
 from mpq_plugins.space.bits import BitConfig
 
 _LOG = logging.getLogger("mpq_plugins.ptq")
-_ATTRIBUTE = "_mpq_repairs"
 _OF_NORMS, _OF_BIASES = "batch_norm=corrected", "bias_correction=true"
 _FINE, _ENOUGH = 8, 64  # bits of weights, and the images that tell what those do
 _LEAST_IMAGES = 16  # of which some can be held back
@@ -255,11 +255,9 @@ def better(option: str, judge: Judge, plain: nn.Module, changed: nn.Module) -> t
 
 def attach_repairs(module: nn.Module, repairs: Sequence[Repair]) -> nn.Module:
     """Let a quantized module remember what its repairs were worth; deepcopy keeps it."""
-    object.__setattr__(module, _ATTRIBUTE, tuple(repairs))
-    return module
+    return record(module, repairs=tuple(repairs))
 
 
 def repairs_of(module: nn.Module) -> tuple[Repair, ...]:
     """What the repairs of a prepared module were worth; empty where none was judged, and for loaded modules."""
-    found: tuple[Repair, ...] = getattr(module, _ATTRIBUTE, ())
-    return found
+    return recorded_fact(module, "repairs") or ()

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from mpq_plugins.adapter.record import prepared_inside
 from mpq_plugins.common.files import disk_refusal
 from mpq_plugins.errors import AdapterError, FormatError, MPQError, VerificationError, WriteError
 
@@ -80,12 +81,12 @@ def _guarded(stage: str, method: Callable[..., Any]) -> Callable[..., Any]:
     def guarded(self: Any, *args: Any, **options: Any) -> Any:
         import torch
 
-        from mpq_plugins.model.check import model_for_adapter, unwrapped
+        from mpq_plugins.model.check import model_for_adapter
 
         # What is made under inference mode can neither be trained nor told to have changed.
         usual = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
         with usual, telling(f"{getattr(self, 'name', type(self).__name__)}: {what}", advice, error_type):
-            for stages, key, made in ((_OF_MODELS, "model", model_for_adapter), (_OF_MODULES, "module", unwrapped)):
+            for stages, key, made in ((_OF_MODELS, "model", model_for_adapter), (_OF_MODULES, "module", prepared_inside)):
                 if stage in stages and args:
                     args = (made(args[0]), *args[1:])
                 elif stage in stages and key in options:

@@ -10,7 +10,8 @@ from torch.nn.parameter import is_lazy
 
 from mpq_plugins.errors import ModelError
 
-_WHOLE = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # the module inside is all there is
+# The module inside is all there is.
+_WHOLE = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
 _SHARDED = frozenset(("FullyShardedDataParallel", "FSDPModule"))  # told by name: importing them needs a distributed torch
 _FLOATS = (torch.float32, torch.float64)
 

@@ -47,6 +47,9 @@ if TYPE_CHECKING:
     from mpq_plugins.model.run import Batch as Batch
     from mpq_plugins.proxies.base import AbstractProxy as AbstractProxy
     from mpq_plugins.proxies.scores import Scores as Scores
+    from mpq_plugins.quantized import Exported as Exported
+    from mpq_plugins.quantized import QuantizedModel as QuantizedModel
+    from mpq_plugins.quantized import quantize as quantize
     from mpq_plugins.solvers.base import AbstractSolver as AbstractSolver
     from mpq_plugins.solvers.problem import Limit as Limit
     from mpq_plugins.solvers.problem import Problem as Problem
@@ -74,6 +77,7 @@ _HOME = {
     "Budget": "costs.base",
     "BudgetError": "errors",
     "DataError": "errors",
+    "Exported": "quantized",
     "FewImagesWarning": "errors",
     "FingerprintError": "errors",
     "FloatLayersWarning": "errors",
@@ -91,6 +95,7 @@ _HOME = {
     "Precision": "space.precision",
     "PrecisionError": "errors",
     "Problem": "solvers.problem",
+    "QuantizedModel": "quantized",
     "Repair": "adapter.repairs",
     "Scores": "proxies.scores",
     "Solution": "solvers.solution",
@@ -110,6 +115,7 @@ _HOME = {
     "find_layers": "model.discover",
     "first_and_last": "space.space",
     "menu": "space.precision",
+    "quantize": "quantized",
     "repairs_of": "adapter.repairs",
     "residual_ties": "space.space",
     "solve": "solvers.solve",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpq_plugins.adapter.base import bits_of
-from mpq_plugins.adapter.record import recorded_fact
+from mpq_plugins.adapter.record import Origin, recorded_fact
 from mpq_plugins.common.files import check_keys, parse_json
 from mpq_plugins.common.tensor_files import read_torch, write_torch
 from mpq_plugins.errors import FingerprintError, FormatError, MPQError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 FORMAT = "mpq-module/1"
+_MIB = 2**20
 
 
 def write_checkpoint(path: str | Path, module: nn.Module, contents: dict[str, Any], *, adapter: str) -> Path:
@@ -29,8 +30,8 @@ def write_checkpoint(path: str | Path, module: nn.Module, contents: dict[str, An
     saved = {"layers": layers, "fingerprint": bits.fingerprint, "origin": dict(bits.origin), "costs": dict(bits.costs)}
     document = {"format": FORMAT, "adapter": adapter, "bits": json.dumps(saved), **contents}
     origin = recorded_fact(module, "origin")
-    if origin is not None:
-        document.update(origin=json.dumps(origin.facts), example=origin.example)
+    if isinstance(origin, Origin):
+        document.update(origin=json.dumps(origin.facts), example=small(origin.example))
     return write_torch(path, document)
 
 
@@ -41,18 +42,43 @@ def read_checkpoint(
 
     Raises `FormatError`.
     """
-    document = read_torch(path, "checkpoint", "Give the file that save() or `mpq apply` wrote")
-    found = (document.get("format"), document.get("adapter")) if isinstance(document, dict) else (None, None)
+    document = _read(path)
+    found = (document.get("format"), document.get("adapter"))
     if found != (FORMAT, adapter):
         raise FormatError(
             f"{path} has format {found[0]!r} of adapter {found[1]!r}, expected {FORMAT!r} of {adapter!r}. "
             "Load it with the adapter that saved it."
         )
     every = {"format", "adapter", "bits", *keys}
-    check_keys(document, allowed=every | optional, required=every, where=str(path))
+    check_keys(document, allowed=every | optional | {"origin", "example"}, required=every, where=str(path))
     return _bits(document["bits"], where=f"{path}: its bits"), {
         key: document[key] for key in (*keys, *optional) if key in document
     }
+
+
+def read_origin(path: str | Path) -> tuple[str, Origin | None]:
+    """The adapter that wrote a checkpoint, and how its module came about where the file says so; raises `FormatError`."""
+    document = _read(path)
+    if document.get("format") != FORMAT or not isinstance(document.get("adapter"), str):
+        raise FormatError(f"{path} has format {document.get('format')!r}, expected {FORMAT!r}. Give a file of save().")
+    if "origin" not in document:
+        return document["adapter"], None
+    facts = parse_json(document["origin"], where=f"{path}: its origin")
+    check_keys(facts, allowed={"options", "command"}, required={"options", "command"}, where=f"{path}: its origin")
+    return document["adapter"], Origin(facts, document["example"])
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    document = read_torch(path, "checkpoint", "Give the file that save() or `mpq apply` wrote")
+    return document if isinstance(document, dict) else {}
+
+
+def small(example: Any) -> Any:
+    """An example to be kept in a file: its first row where all of it takes more than a megabyte."""
+    from mpq_plugins.model.run import Batch, tensors
+
+    n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors(example))
+    return Batch(example).part(0, 1).inputs if n_bytes > _MIB else example
 
 
 def _bits(text: Any, *, where: str) -> BitConfig:

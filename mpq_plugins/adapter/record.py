@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,3 +36,21 @@ def prepared_inside(module: Any) -> Any:
         if inside is module:
             return module
         module = inside
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How a module came about, as far as another command must know: plain JSON facts, and an example of its input.
+
+    `facts` are the `options` of its adapter, and the `command` that made it: option name -> value, empty outside the
+    command line.
+    """
+
+    facts: Mapping[str, Any]
+    example: Any
+
+    @classmethod
+    def of(cls, adapter: Any, example: Any, command: Mapping[str, Any] | None = None) -> Origin:
+        """The origin of a module of `adapter`, whose options are those of a dataclass."""
+        options: dict[str, Any] = asdict(adapter) if is_dataclass(adapter) and not isinstance(adapter, type) else {}
+        return cls({"options": options, "command": dict(command or {})}, example)

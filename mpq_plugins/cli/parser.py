@@ -237,11 +237,11 @@ def _count(text: str) -> int:
     return number
 
 
-def _add_model(parser: argparse.ArgumentParser, *, batch_size: int = 32) -> None:
+def _add_model(parser: argparse.ArgumentParser, *, batch_size: int = 32, required: bool = True) -> None:
     group = parser.add_argument_group("model and data")
     group.add_argument(
         "--model",
-        required=True,
+        required=required,
         metavar="SPEC",
         help="torchvision:NAME, timm:NAME, file.py:BUILD or module:BUILD; options after '?': NAME?num_classes=10",
     )
@@ -249,7 +249,7 @@ def _add_model(parser: argparse.ArgumentParser, *, batch_size: int = 32) -> None
     group.add_argument(
         "--negative-padding",
         action="store_true",
-        help="shift hard swishes so that they quantize unsigned, and pad with -3/8 (PROFIT); give it to every verb",
+        help="shift hard swishes so that they quantize unsigned, and pad with -3/8 (PROFIT); files remember it",
     )
     group.add_argument("--data", metavar="SPEC", help="digits, imagefolder:DIR, file.py:LOADER or module:LOADER")
     group.add_argument("--input", metavar="SHAPE", help="input shape such as 1x3x224x224 (default: from the data)")
@@ -369,8 +369,8 @@ def _add_solve(verbs: Any) -> None:
 def _add_apply(verbs: Any) -> None:
     parser = _verb(verbs, "apply", "quantize the model as a bit configuration says: calibrate, correct biases and batch norm")
     parser.add_argument("bits_file", metavar="BITS", help="bit configuration")
-    _add_model(parser)
-    _add_adapter(parser, required=True)
+    _add_model(parser, required=False)
+    _add_adapter(parser, required=False)
     _add_ptq(parser)
     parser.add_argument("--out", default="module.pt", metavar="FILE", help="quantized module to write (default module.pt)")
     parser.add_argument("--evaluate", action="store_true", help="measure the accuracy on all of --data, before and after")
@@ -390,8 +390,8 @@ def _add_ptq(parser: argparse.ArgumentParser) -> None:
 def _add_train(verbs: Any) -> None:
     parser = _verb(verbs, "train", "quantization-aware training at the bits of a configuration, with or without PROFIT")
     parser.add_argument("bits_file", metavar="BITS", help="bit configuration")
-    _add_model(parser, batch_size=128)
-    _add_adapter(parser, required=True)
+    _add_model(parser, batch_size=128, required=False)
+    _add_adapter(parser, required=False)
     _add_ptq(parser)
     group = parser.add_argument_group("training")
     group.add_argument("--recipe", metavar="FILE", help="training recipe (JSON); what follows overrides it")
@@ -413,8 +413,8 @@ def _add_train(verbs: Any) -> None:
 def _add_export(verbs: Any) -> None:
     parser = _verb(verbs, "export", "export a quantized module, read the file back and verify it")
     parser.add_argument("module_file", metavar="MODULE", help="file that `mpq apply` or `mpq train` wrote")
-    _add_model(parser)
-    _add_adapter(parser, required=True)
+    _add_model(parser, required=False)
+    _add_adapter(parser, required=False)
     parser.add_argument("--format", metavar="NAME", help="see `mpq plugins ADAPTER` (default: the adapter's first)")
     parser.add_argument("--out", required=True, metavar="FILE", help="artifact to write")
     parser.add_argument("--report", metavar="FILE", help="verification report to write")
@@ -427,7 +427,7 @@ def _add_verify(verbs: Any) -> None:
     parser = _verb(verbs, "verify", "read an exported file back and compare it with a bit configuration")
     parser.add_argument("artifact", metavar="ARTIFACT", help="exported file")
     parser.add_argument("bits_file", metavar="BITS", help="bit configuration that was asked for")
-    _add_adapter(parser, required=True)
+    _add_adapter(parser, required=False)
     parser.add_argument("--report", metavar="FILE", help="verification report to write")
 
 

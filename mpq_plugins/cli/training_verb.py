@@ -9,11 +9,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mpq_plugins.cli.known import bits_and_command, command_of
 from mpq_plugins.cli.options import adapter_of, model_of
 from mpq_plugins.common.console import console as make_console
 from mpq_plugins.common.text import values_of
 from mpq_plugins.errors import DataError
-from mpq_plugins.space.bits import BitConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,9 +30,10 @@ def train(options: Namespace) -> int:
     from mpq_plugins.reports import plot_training
     from mpq_plugins.training import train as run
 
+    bits = bits_and_command(options)
     if options.data is None:
         raise DataError("training needs data. Add --data: digits, imagefolder:DIR, file.py:LOADER or module:LOADER.")
-    bits, adapter, recipe = BitConfig.load(options.bits_file), adapter_of(options), _recipe(options)
+    adapter, recipe = adapter_of(options), _recipe(options)
     shape = parse_shape(options.input) if options.input else None
     source: dict[str, Any] = {"batch_size": options.batch_size}
     if options.data.startswith("imagefolder:"):
@@ -64,6 +65,7 @@ def train(options: Namespace) -> int:
         options=values_of(options.ptq),
         folder=options.out,
         tensorboard=options.tensorboard,
+        command=command_of(options),
         on_epoch=lambda record: console.print(_line(record, recipe.epochs)),
     )
     if int(os.environ.get("RANK", "0")):  # of several processes the first one reports

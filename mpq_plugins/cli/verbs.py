@@ -6,6 +6,7 @@ import difflib
 import json
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,9 @@ from rich.console import Console
 from rich.text import Text
 
 from mpq_plugins.adapter.base import AbstractAdapter, bits_of, check_prepared_with
+from mpq_plugins.adapter.record import Origin, record
 from mpq_plugins.allocation import checked_scores, proxy_of, solve_scores, true_loss, with_output
+from mpq_plugins.cli.known import adapter_of_artifact, adapter_of_module, bits_and_command, command_of
 from mpq_plugins.cli.options import adapter_of, cache_of, data_of, model_of, space_of, take, words
 from mpq_plugins.cli.training_verb import train as train
 from mpq_plugins.common.console import console
@@ -102,7 +105,8 @@ def apply(options: Namespace) -> int:
     from mpq_plugins.model.discover import find_layers
     from mpq_plugins.model.run import check_like
 
-    bits, adapter = BitConfig.load(options.bits_file), adapter_of(options)
+    bits = bits_and_command(options)
+    adapter = adapter_of(options)
     model, example = model_of(options)
     calibration = list(take(data_of(options), options.images))
     inventory = find_layers(model, example)
@@ -118,7 +122,7 @@ def apply(options: Namespace) -> int:
     if options.evaluate:  # Before the long work, so that missing labels are told at once.
         result["float_accuracy"] = accuracy(model, data_of(options), output=options.output)
     module = adapter.prepare(model, bits, example, calibration, **values_of(options.ptq))
-    adapter.save(module, options.out)
+    adapter.save(record(module, origin=Origin.of(adapter, example, command_of(options))), options.out)
     result["repairs"] = [made.to_json() for made in repairs_of(module)]
     result["advice"] = _advice(adapter, model, example, bits)
     if options.evaluate:
@@ -141,8 +145,8 @@ def export(options: Namespace) -> int:
     from mpq_plugins.adapter.evaluate import accuracy, exported_accuracy, output_index
     from mpq_plugins.adapter.verify import verify as verify_artifact
 
-    adapter = adapter_of(options)
-    model, example = model_of(options)
+    adapter, example = adapter_of_module(options)
+    model, example = model_of(options, example)
     module = adapter.load(model, options.module_file, example)
     # An option that is given is meant, be it the default.
     check_prepared_with(adapter.prepared_with(module), values_of(options.adapter_option), options.module_file)
@@ -165,7 +169,7 @@ def verify(options: Namespace) -> int:
     """`mpq verify`."""
     from mpq_plugins.adapter.verify import verify as verify_artifact
 
-    report = verify_artifact(adapter_of(options), options.artifact, BitConfig.load(options.bits_file))
+    report = verify_artifact(adapter_of_artifact(options), options.artifact, BitConfig.load(options.bits_file))
     return _report_verification(options, report)
 
 
@@ -296,7 +300,9 @@ def _solve_and_report(options: Namespace, scores: Scores, budgets: Sequence[Budg
     solver = make("solvers", options.solver, values_of(options.solver_option))
     top_k = options.top_k if measure is not None else 1
     allocation = solve_scores(scores, budgets, solver=solver, top_k=top_k, measure=measure)
-    allocation.bits.save(options.out)
+    bits = allocation.bits
+    command = command_of(options)
+    (replace(bits, origin={**bits.origin, "command": command}) if command else bits).save(options.out)
     if options.plot:
         plot_allocation(allocation, options.plot)
     if options.json:

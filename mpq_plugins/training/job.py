@@ -9,6 +9,7 @@ from typing import Any, final
 from torch import nn
 
 from mpq_plugins.adapter.base import AbstractAdapter
+from mpq_plugins.adapter.record import Origin
 from mpq_plugins.model.run import Batch, Output
 from mpq_plugins.space.bits import BitConfig
 from mpq_plugins.training.epochs import TrainingData
@@ -33,6 +34,7 @@ class Job:
     loss: Loss | None
     output: Output
     options: Mapping[str, Any]
+    origin: Origin
 
     @property
     def still(self) -> frozenset[str]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mpq_plugins.adapter.base import AbstractAdapter, bits_of, is_prepared
 from mpq_plugins.adapter.evaluate import accuracy
+from mpq_plugins.adapter.record import Origin, record
 from mpq_plugins.common.progress import track
 from mpq_plugins.common.tensor_files import read_torch, write_torch
 from mpq_plugins.errors import DataError, TrainingError
@@ -75,6 +76,7 @@ def train(
     folder: str | Path | None = None,
     tensorboard: bool = False,
     on_epoch: Callable[[EpochRecord], None] | None = None,
+    command: Mapping[str, Any] | None = None,
 ) -> Trained:
     """Prepare the float `model` at `bits` through `adapter` and train it; the model itself stays as it is.
 
@@ -83,7 +85,8 @@ def train(
     `calibration` are batches for ranges and statistics (default: the first 8 of the data), `evaluation` labelled batches
     whose accuracy is reported after every epoch and selects nothing. `teacher` is a float network for distillation. `loss`
     takes the module's result and the batch, in place of the recipe's cross-entropy. `options` are those of
-    `adapter.prepare`. Devices, mixed precision and processes are those of Hugging Face accelerate (`accelerate launch`).
+    `adapter.prepare`, `command` options of the command line that its checkpoints keep. Devices, mixed precision and
+    processes are those of Hugging Face accelerate (`accelerate launch`).
 
     With a `folder` each epoch leaves a checkpoint there, and the same call goes on where it was stopped, to the same weights
     on a CPU as if it never had been. Random numbers are seeded from the recipe and the epoch (Python's, numpy's, torch's, a
@@ -101,7 +104,8 @@ def train(
         example = calibration[0].inputs if example is None else example
         bits.check(find_layers(model, example))
         own = dict(options or {})
-        job = Job(model, bits, data, adapter, recipe, example, calibration, evaluation, teacher, loss, output, own)
+        origin = Origin.of(adapter, example, command)
+        job = Job(model, bits, data, adapter, recipe, example, calibration, evaluation, teacher, loss, output, own, origin)
         return _Run(job, accelerator, kept, tensorboard=tensorboard).to_the_end(on_epoch or (lambda _: None))
 
 
@@ -338,7 +342,7 @@ class _Run:
     def _save_module(self, path: Path) -> None:
         assert self.module is not None  # an epoch is done
         if is_prepared(self.module):
-            self.job.adapter.save(self.module, path)
+            self.job.adapter.save(record(self.module, origin=self.job.origin), path)
         else:
             write_torch(path, self.module.state_dict())
 
@@ -382,7 +386,7 @@ class _Run:
             _LOG.warning("batch_norm=re-estimated changes nothing: no normalisation of the module has statistics to estimate")
         if self.metrics is not None:
             assert self.folder is not None  # metrics are written into it
-            self.job.adapter.save(module, self.folder.path / "module.pt")
+            self.job.adapter.save(record(module, origin=self.job.origin), self.folder.path / "module.pt")
         self.accelerator.wait_for_everyone()
         return Trained(module, tuple(self.history), self.profit.instability)
 

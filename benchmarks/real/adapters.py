@@ -35,7 +35,7 @@ def cell(case: Case, name: str, text: str) -> dict[str, Any]:
     try:
         adapter = make("adapters", name)
         inventory = find_layers(case.net, case.example)
-        left = adapter.unconvertible(case.net, inventory)
+        left = adapter.unconvertible(case.net, inventory, case.example)
         pins = first_and_last(inventory)
         layers = {layer.name: Precision.parse(str(pins.get(layer.name, text))) for layer in inventory if layer.name not in left}
         share = sum(layer.n_weights for layer in inventory if layer.name in layers) / sum(

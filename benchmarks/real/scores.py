@@ -30,6 +30,7 @@ from mpq_plugins.proxies.sensitivity import AbstractSensitivity
 MENUS = {"2,4,8": (2, 4, 8), "2-6,8": (2, 3, 4, 5, 6, 8)}
 AVERAGES = (5, 4, 3, 2.5)
 PINS = ("free", "pinned")
+DEFAULTS = ("kl-divergence", "output-error")  # of `mpq allocate`: the first that the network has
 SECOND = ("right", "cosine_least", "kl")  # the figure that stands behind the main one
 
 
@@ -232,7 +233,25 @@ def tables(cells: Cells, net: str, main: str) -> list[str]:
                 shown = [_shown(rows[name].get(average), main, best[average]) for average in averages]
                 lines.append(f"| {name} | {'-' if own_seconds is None else own_seconds} | " + " | ".join(shown) + " |")
         parts.append("\n".join(lines))
-    return parts
+    return [*parts, _behind(found, main)] if found else []
+
+
+def _behind(found: Mapping[tuple[str, str], Mapping[str, Mapping[str, list[dict[str, Any]]]]], main: str) -> str:
+    """Where the default of `mpq allocate` is behind another row by more than two standard errors, seed by seed."""
+    lines = []
+    for (chosen, held), rows in sorted(found.items()):
+        default = next((name for name in DEFAULTS if name in rows), None)
+        for name, row in rows.items():
+            for average in row if default is not None and name != default else ():
+                both = [[value["figures"][main] for value in own.get(average, [])] for own in (rows[default or ""], row)]
+                if len(both[0]) == len(both[1]) > 1:
+                    gaps = np.subtract(*both)
+                    if gaps.mean() > 2 * gaps.std(ddof=1) / len(gaps) ** 0.5:
+                        ours, theirs = (f"{np.mean(values):.3g}" for values in both)
+                        lines.append(f"- {{{chosen}}}, {held}, {average}: {default} {ours}, {name} {theirs}")
+    return "\n".join(
+        ["The default is behind by more than two standard errors of the difference:", "", *(lines or ["- nowhere"])]
+    )
 
 
 def _mean(found: Sequence[Mapping[str, Any]], main: str) -> float:

@@ -249,8 +249,8 @@ def test_replacing_a_file_is_told(folder, capsys):
     ("name", "told"),
     [
         ("nncf", ["formats: openvino-compact, openvino-fast, onnx", "merge_branches = True", "true or false"]),
-        ("brevitas", ["formats: qonnx, qcdq", "profile = 'layerwise'", "'layerwise' or 'finn'"]),
-        ("clado", ["tier = 'gram'", "'fisher' or 'gram' or 'exact'", "E[(p - y) . r]"]),
+        ("brevitas", ["formats: qonnx, qcdq", "profile = 'layerwise'", "one of layerwise, finn"]),
+        ("clado", ["tier = 'gram'", "one of fisher, gram, exact", "E[(p - y) . r]"]),
         ("stored_size", ["target = ", "unit: B"]),
         ("milp", ["backend = "]),
     ],

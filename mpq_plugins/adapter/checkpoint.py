@@ -9,19 +9,16 @@ from typing import Any
 
 from mpq_plugins.common.files import check_keys, parse_json
 from mpq_plugins.common.tensor_files import read_torch, write_torch
-from mpq_plugins.errors import FingerprintError, FormatError, MPQError
+from mpq_plugins.errors import FingerprintError, FormatError, PrecisionError
 from mpq_plugins.model.layers import Inventory
 from mpq_plugins.space.bits import BitConfig
-from mpq_plugins.space.precision import Precision
 
 FORMAT = "mpq-module/1"
 
 
 def write_checkpoint(path: str | Path, bits: BitConfig, contents: dict[str, Any], *, adapter: str) -> Path:
     """Write `contents` and the bits of a module prepared by `adapter`."""
-    layers = {name: [precision.weight, precision.activation] for name, precision in bits.layers.items()}
-    saved = {"layers": layers, "fingerprint": bits.fingerprint, "origin": dict(bits.origin), "costs": dict(bits.costs)}
-    document = {"format": FORMAT, "adapter": adapter, "bits": json.dumps(saved), **contents}
+    document = {"format": FORMAT, "adapter": adapter, "bits": json.dumps(bits.to_json()), **contents}
     return write_torch(path, document)
 
 
@@ -41,21 +38,13 @@ def read_checkpoint(
         )
     every = {"format", "adapter", "bits", *keys}
     check_keys(document, allowed=every | optional, required=every, where=str(path))
-    return _bits(document["bits"], where=f"{path}: its bits"), {
-        key: document[key] for key in (*keys, *optional) if key in document
-    }
-
-
-def _bits(text: Any, *, where: str) -> BitConfig:
-    """Inverse of what `write_checkpoint` makes of a bit configuration."""
-    saved = parse_json(text if isinstance(text, str) else "", where=where)
-    keys = {"layers", "fingerprint", "origin", "costs"}
-    check_keys(saved, allowed=keys, required=keys, where=where)
+    where = f"{path}: its bits"
+    text = document["bits"]
     try:
-        layers = {name: Precision(*precision) for name, precision in saved.pop("layers").items()}
-    except (AttributeError, TypeError, MPQError) as error:
-        raise FormatError(f"{where} are no pairs of bit-widths: {error}. Write the file again.") from error
-    return BitConfig(layers, **saved)
+        bits = BitConfig.from_json(parse_json(text if isinstance(text, str) else "", where=where), where=where)
+    except PrecisionError as error:
+        raise FormatError(f"{error} The file was edited by hand; write it again.") from error
+    return bits, {key: document[key] for key in (*keys, *optional) if key in document}
 
 
 def check_same_model(path: str | Path, bits: BitConfig, inventory: Inventory) -> None:

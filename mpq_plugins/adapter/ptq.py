@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, final, get_args
+from typing import Annotated, Any, Literal, final
 
+from mpq_plugins.common.values import Bounds, Count, check_values
 from mpq_plugins.errors import AdapterError
 
 WeightRange = Literal["mse", "max"]
@@ -44,26 +45,11 @@ class PTQ:
     bias_correction: bool = True
     equalization: Equalization = "none"
     rounding: Rounding = "nearest"
-    rounding_steps: int = 500
-    held_out: int = 32
+    rounding_steps: Annotated[int, Bounds(least=1)] = 500
+    held_out: Count = 32
 
     def __post_init__(self) -> None:
-        allowed = {
-            "weight_range": get_args(WeightRange),
-            "activation_range": get_args(ActivationRange),
-            "batch_norm": get_args(BatchNorm),
-            "equalization": get_args(Equalization),
-            "rounding": get_args(Rounding),
-        }
-        for name, choices in allowed.items():
-            if getattr(self, name) not in choices:
-                raise AdapterError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}.")
-        if not isinstance(self.bias_correction, bool):
-            raise AdapterError(f"bias_correction must be true or false, not {self.bias_correction!r}.")
-        for name, least in (("rounding_steps", 1), ("held_out", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise AdapterError(f"{name} must be a whole number of at least {least}, not {value!r}.")
+        check_values(PTQ, vars(self), AdapterError)
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> PTQ:

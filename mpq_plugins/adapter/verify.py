@@ -13,7 +13,7 @@ import numpy as np
 
 from mpq_plugins.adapter.base import AbstractAdapter, bits_of
 from mpq_plugins.common.files import write_json
-from mpq_plugins.common.plugins import make
+from mpq_plugins.common.plugins import make, resolve_all
 from mpq_plugins.costs.base import AbstractCost, format_amount
 from mpq_plugins.errors import FormatError, PluginError, VerificationError
 from mpq_plugins.model.layers import Layer
@@ -386,7 +386,7 @@ def _budget_checks(
 
     recorded = bits.origin.get("budgets", ())
     layers = {layer: found.layers[layer.name] for layer in find_layers(model, inputs) if layer.name in found.layers}
-    own = {cost.name: cost for cost in costs}
+    own = {cost.name: cost for cost in resolve_all("costs", costs)}
     return tuple(_budget_check(row, layers, own) for row in recorded)
 
 

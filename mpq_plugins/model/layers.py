@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mpq_plugins.common.files import read_fields
-from mpq_plugins.errors import UnknownLayerError
+from mpq_plugins.common.values import Count
+from mpq_plugins.errors import SpaceError, UnknownLayerError
 
 
 @dataclass(frozen=True)
@@ -26,18 +27,18 @@ class Layer:
     name: str
     kind: str
     weight_name: str
-    weight_shape: tuple[int, ...]
-    n_weights: int
-    n_biases: int
-    n_norm_parameters: int
-    out_channels: int
-    groups: int
-    macs: int
-    n_calls: int
-    input_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]
-    n_input_elements: int
-    n_output_elements: int
+    weight_shape: tuple[Count, ...]
+    n_weights: Count
+    n_biases: Count
+    n_norm_parameters: Count
+    out_channels: Count
+    groups: Count
+    macs: Count
+    n_calls: Count
+    input_shape: tuple[Count, ...]
+    output_shape: tuple[Count, ...]
+    n_input_elements: Count
+    n_output_elements: Count
     functional: bool = False
     aliases: tuple[str, ...] = ()
     shares_weight_with: str | None = None
@@ -65,8 +66,8 @@ class Skipped:
 
     name: str
     reason: str
-    n_weights: int = 0
-    macs: int = 0
+    n_weights: Count = 0
+    macs: Count = 0
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,12 @@ def unknown_layer(name: str, known: Sequence[str]) -> UnknownLayerError:
 
 
 def patterns_of(patterns: str | Iterable[str]) -> tuple[str, ...]:
-    """Patterns as a tuple; one string is one pattern, not its characters."""
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    """Patterns as a tuple; one string is one pattern, not its characters. Raises `SpaceError` for anything but texts."""
+    found = (patterns,) if isinstance(patterns, str) or not isinstance(patterns, Iterable) else tuple(patterns)
+    wrong = [pattern for pattern in found if not isinstance(pattern, str)]
+    if wrong:
+        raise SpaceError(f"{wrong[0]!r} is no name or pattern of layers. Give texts, such as ('conv1', 'layer4.*').")
+    return found
 
 
 def matching(pattern: str, names: Sequence[str]) -> tuple[str, ...]:

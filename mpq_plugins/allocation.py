@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from mpq_plugins.adapter.base import AbstractAdapter
 from mpq_plugins.common.allocator import keeping_memory
+from mpq_plugins.common.html import html_table
 from mpq_plugins.common.plugins import resolve
-from mpq_plugins.costs.base import AbstractCost, Budget, options_of
+from mpq_plugins.costs.base import AbstractCost, Budget, format_amount, options_of
 from mpq_plugins.costs.budgets import Budgets, as_budgets
 from mpq_plugins.errors import BudgetError, PluginError, SpaceError
 from mpq_plugins.model.discover import find_layers
@@ -49,6 +50,35 @@ class Allocation:
     def space(self) -> Space:
         """The decision space, with what was skipped and pinned."""
         return self.scores.space
+
+    def __repr__(self) -> str:
+        return "\n  ".join(
+            [
+                f"Allocation by {self.scores.proxy.get('name', '')}, {self.solution.solver}: {self.solution.status.name}, "
+                f"gap {self.solution.gap:.1e}",
+                self.bits.summary(),
+                f"weight bits on average: {self.average_bits}",
+                self._costs(),
+            ]
+        )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (layer.name, f"{layer.n_weights:,}", self.bits[layer.name].weight, self.bits[layer.name].activation)
+            for layer in self.space.layers
+        ]
+        first, *_, average, costs = repr(self).split("\n")
+        return html_table(first, ("layer", "weights", "weight bits", "activation bits"), rows, (average, costs))
+
+    def _costs(self) -> str:
+        """Every cost, beside its limit where it has one."""
+        limits = {row["name"]: row for row in self.bits.origin["budgets"]}
+        units = {"size": "B", "bops": "BOPs", **{name: row["unit"] for name, row in limits.items()}}
+        return ", ".join(
+            f"{name} {format_amount(amount, units[name])}"
+            + (f" of {format_amount(limits[name]['limit'], units[name])}" if name in limits else "")
+            for name, amount in self.bits.costs.items()
+        )
 
     @property
     def average_bits(self) -> AverageBits:

@@ -13,6 +13,7 @@ import numpy as np
 
 from mpq_plugins.adapter.base import AbstractAdapter, bits_of
 from mpq_plugins.common.files import write_json
+from mpq_plugins.common.html import html_table
 from mpq_plugins.common.plugins import make, resolve_all
 from mpq_plugins.costs.base import AbstractCost, format_amount
 from mpq_plugins.errors import FormatError, PluginError, VerificationError
@@ -129,6 +130,22 @@ class Verification:
     outputs: OutputCheck | None = None
     budgets: tuple[BudgetCheck, ...] = ()
     fingerprints: tuple[str, str] | None = None
+
+    def __repr__(self) -> str:
+        problems, n_codes = self.problems, sum(check.n_codes or 0 for check in self.layers)
+        found = f"{len(problems)} problems" if problems else "holds what was asked for"
+        facts = [f"Verification of {self.artifact} ({self.adapter}): {found}", f"{len(self.layers)} layers, {n_codes:,} codes"]
+        if self.outputs is not None:
+            facts.append(f"outputs differ by {self.outputs.mean_relative:.1e}, {self.outputs.allowed:.1e} are allowed")
+        return "\n  ".join([*facts, *(text[:200] for text in problems[: 5 - len(facts)])])
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (one.name, one.asked, one.found or "float", one.n_codes or "", one.n_different if one.n_codes else "")
+            for one in self.layers
+        ]
+        header = ("layer", "asked", "found", "codes", "different")
+        return html_table(repr(self).split("\n")[0], header, rows, [*self.problems, *map(str, self.budgets)])
 
     @property
     def problems(self) -> tuple[str, ...]:

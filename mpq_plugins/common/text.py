@@ -8,6 +8,12 @@ from typing import Any
 from mpq_plugins.errors import PluginError
 
 
+def listed(words: Iterable[object], most: int = 3) -> str:
+    """The first words joined by commas, and how many more there are."""
+    found = list(map(str, words))
+    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
+
+
 def literal(text: str) -> Any:
     """A boolean, whole number, number or the text itself."""
     lowered = text.lower()

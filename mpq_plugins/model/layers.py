@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mpq_plugins.common.files import read_fields
+from mpq_plugins.common.html import html_table
+from mpq_plugins.common.text import listed
 from mpq_plugins.common.values import Count
 from mpq_plugins.errors import SpaceError, UnknownLayerError
 
@@ -88,6 +90,21 @@ class Inventory:
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    def __repr__(self) -> str:
+        n_weights, macs = distinct_weights(self.layers), sum(layer.macs for layer in self.layers)
+        facts = f"{len(self.layers)} layers, {n_weights:,} weights, {macs:,} MACs, {self.fingerprint[:19]}..."
+        return f"Inventory: {facts}\n  layers: {listed(layer.name for layer in self.layers)}" + (
+            f"\n  skipped: {listed(item.name for item in self.skipped)}" if self.skipped else ""
+        )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (layer.name, layer.kind, "x".join(map(str, layer.weight_shape)), f"{layer.n_weights:,}", f"{layer.macs:,}")
+            for layer in self.layers
+        ]
+        skipped = [f"skipped {item.name}: {item.reason}" for item in self.skipped]
+        return html_table(f"{len(rows)} layers", ("layer", "kind", "weight", "weights", "MACs"), rows, skipped)
 
     def __getitem__(self, name: str) -> Layer:
         for layer in self.layers:

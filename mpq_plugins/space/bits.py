@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mpq_plugins.common.files import check_keys, of_kinds, read_json, write_json
+from mpq_plugins.common.html import html_table
+from mpq_plugins.common.text import listed
 from mpq_plugins.errors import FingerprintError, FormatError, PrecisionError
 from mpq_plugins.model.layers import Inventory, unknown_layer
 from mpq_plugins.space.precision import Precision
@@ -66,6 +68,23 @@ class BitConfig:
 
     def __getitem__(self, layer: str) -> Precision:
         return self.layers[layer]
+
+    def __repr__(self) -> str:
+        costs = ", ".join(f"{name} {amount:,.0f}" for name, amount in self.costs.items())
+        facts = f"BitConfig: {len(self.layers)} layers, {self.fingerprint[:19]}...\n  {self.summary()}"
+        return facts + (f"\n  costs: {costs}" if costs else "")
+
+    def _repr_html_(self) -> str:
+        rows = [(name, precision.weight, precision.activation) for name, precision in self.layers.items()]
+        return html_table(self.summary(), ("layer", "weight bits", "activation bits"), rows)
+
+    def summary(self) -> str:
+        """Which layers have which precision, in one line: `w8a8: conv1, fc; w4a8: conv2, conv3, conv4 and 9 more`."""
+        names: dict[Precision, list[str]] = {}
+        for name, precision in sorted(self.layers.items(), key=lambda item: item[1], reverse=True):
+            names.setdefault(precision, []).append(name)
+        told = [f"{precision}: {listed(members)}" for precision, members in names.items()]
+        return "; ".join(told[:4]) + (f"; and {len(told) - 4} more precisions" if len(told) > 4 else "")
 
     def check(self, inventory: Inventory) -> None:
         """Make sure that the configuration fits the model.

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from mpq_plugins.common.files import check_keys, of_kinds, read_fields
-from mpq_plugins.common.text import pairs_of
+from mpq_plugins.common.text import listed, pairs_of
 from mpq_plugins.errors import FormatError, PluginError, SpaceError
 from mpq_plugins.model.layers import Inventory, Layer, Skipped, matching, patterns_of, skipped_layers
 from mpq_plugins.space.precision import Menu, Precision, Width, as_menu, menu
@@ -73,6 +73,12 @@ class Space:
     fingerprint: str
     skipped: tuple[Skipped, ...] = ()
     pins: Mapping[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        n_choices = sum(len(unit.choices) for unit in self.units)
+        facts = f"Space: {len(self.layers)} layers, {len(self.units)} units, {n_choices} choices, {self.fingerprint[:19]}..."
+        parts = {"units": [unit.name for unit in self.units], "pinned": self.pins, "skipped": [s.name for s in self.skipped]}
+        return "\n  ".join([facts, *(f"{what}: {listed(names)}" for what, names in parts.items() if names)])
 
     def __hash__(self) -> int:
         return hash((self.layers, self.units, self.fingerprint))

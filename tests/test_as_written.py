@@ -155,6 +155,7 @@ def test_a_cost_given_as_an_object_goes_all_the_way(tmp_path):
     path = adapter.export(module, tmp_path / "file.onnx", EXAMPLE)
     report = verify(adapter, path, bits, module=module, inputs=EXAMPLE, model=model).check()
     assert report.budgets[0].found is None
+    assert verify("brevitas", path, bits).check().layers == verify(BrevitasAdapter, path, bits).layers
     assert "not checked" in str(report.budgets[0])
     assert json.loads(report.save(tmp_path / "report.json").read_text())["budgets"][0]["found"] is None
     checked = verify(adapter, path, bits, module=module, inputs=EXAMPLE, model=model, costs=[Latency()]).budgets[0]
@@ -278,6 +279,7 @@ def test_a_text_is_never_split_into_characters(wrong):
     [
         (lambda: ProfitSchedule(widths="85"), "widths must be a list, each a whole number of at least 2, not '85'"),
         (lambda: BitConfig("0", ""), "map names to precisions, not '0'"),
+        (lambda: allocate(net(), EXAMPLE, "digits", budgets="size=w4"), "'digits' is a text, not batches"),
         (lambda: menu("a,b"), "'a,b' is no list of bits"),
         (lambda: menu(2.5), "2.5 is no list of bits"),
         (lambda: resolve_all("costs", "size,sise"), "'sise'"),

@@ -14,8 +14,6 @@ ActivationRange = Literal["default", "percentile", "max", "mse"]
 Equalization = Literal["none", "cross-layer", "smooth-quant"]
 Rounding = Literal["nearest", "gptq", "gpfq", "qronos", "learned"]
 BatchNorm = Literal["corrected", "re-estimated", "kept"]
-# Until release 0.1 a switch between the last two.
-_BEFORE = {True: "re-estimated", False: "kept"}
 
 
 @final
@@ -57,9 +55,7 @@ class PTQ:
 
         `bn_reestimation`, the switch that `batch_norm` replaces, is still read.
         """
-        if isinstance(options.get("bn_reestimation"), bool) and "batch_norm" not in options:
-            rest = {name: value for name, value in options.items() if name != "bn_reestimation"}
-            options = {**rest, "batch_norm": _BEFORE[options["bn_reestimation"]]}
+        options = with_batch_norm(options)
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(options) - set(known))
         if unknown:
@@ -67,3 +63,11 @@ class PTQ:
                 f"post-training quantization has no option {', '.join(map(repr, unknown))}; it has {', '.join(known)}."
             )
         return cls(**options)
+
+
+def with_batch_norm(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with `batch_norm` in place of `bn_reestimation`, the switch that it was until release 0.1."""
+    if not isinstance(options.get("bn_reestimation"), bool) or "batch_norm" in options:
+        return dict(options)
+    rest = {name: value for name, value in options.items() if name != "bn_reestimation"}
+    return {**rest, "batch_norm": "re-estimated" if options["bn_reestimation"] else "kept"}

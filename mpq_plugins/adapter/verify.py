@@ -14,7 +14,7 @@ import numpy as np
 from mpq_plugins.adapter.base import AbstractAdapter, bits_of
 from mpq_plugins.common.files import write_json
 from mpq_plugins.common.html import html_table
-from mpq_plugins.common.plugins import make, resolve_all
+from mpq_plugins.common.plugins import make, resolve, resolve_all
 from mpq_plugins.costs.base import AbstractCost, format_amount
 from mpq_plugins.errors import FormatError, PluginError, VerificationError
 from mpq_plugins.model.layers import Layer
@@ -232,7 +232,7 @@ class Verification:
 
 
 def verify(
-    adapter: AbstractAdapter,
+    adapter: AbstractAdapter | type[AbstractAdapter] | str,
     path: str | Path,
     bits: BitConfig,
     *,
@@ -240,7 +240,7 @@ def verify(
     inputs: Any = None,
     model: nn.Module | None = None,
     tolerance: float = 1e-3,
-    costs: Iterable[AbstractCost] = (),
+    costs: Iterable[AbstractCost | str] | AbstractCost | str = (),
 ) -> Verification:
     """Read an exported file back and compare it with the bit configuration.
 
@@ -250,14 +250,15 @@ def verify(
     records are checked against the bits found, by the registered costs and by `costs`. Raises `FormatError` when the file
     cannot be read; the comparison itself never raises: see `Verification.check`.
     """
-    found = adapter.read_bits(path)
+    target: AbstractAdapter = resolve("adapters", adapter)
+    found = target.read_bits(path)
     is_other = found.fingerprint not in ("", bits.fingerprint)  # empty: the file does not say
     return Verification(
         artifact=str(path),
-        adapter=adapter.name,
-        layers=_layer_checks(adapter, path, bits, found, module),
+        adapter=target.name,
+        layers=_layer_checks(target, path, bits, found, module),
         unexpected=tuple(sorted(set(found.layers) - set(bits.layers))),
-        outputs=None if module is None or inputs is None else _compare_outputs(adapter, path, module, inputs, tolerance),
+        outputs=None if module is None or inputs is None else _compare_outputs(target, path, module, inputs, tolerance),
         budgets=() if model is None or inputs is None else _budget_checks(model, inputs, bits, found, costs),
         fingerprints=(bits.fingerprint, found.fingerprint) if is_other else None,
     )
@@ -397,7 +398,7 @@ def compare_outputs(found: Sequence[np.ndarray], expected: Sequence[np.ndarray],
 
 
 def _budget_checks(
-    model: nn.Module, inputs: Any, bits: BitConfig, found: BitConfig, costs: Iterable[AbstractCost]
+    model: nn.Module, inputs: Any, bits: BitConfig, found: BitConfig, costs: Iterable[AbstractCost | str] | AbstractCost | str
 ) -> tuple[BudgetCheck, ...]:
     from mpq_plugins.model.discover import find_layers
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mpq_plugins.adapter.base import AbstractAdapter, bits_of, is_prepared
 from mpq_plugins.adapter.evaluate import accuracy
+from mpq_plugins.common.plugins import resolve
 from mpq_plugins.common.progress import track
 from mpq_plugins.common.tensor_files import read_torch, write_torch
 from mpq_plugins.errors import DataError, TrainingError
@@ -63,7 +64,7 @@ def train(
     bits: BitConfig,
     data: TrainingData,
     *,
-    adapter: AbstractAdapter,
+    adapter: AbstractAdapter | type[AbstractAdapter] | str,
     recipe: TrainingRecipe | None = None,
     example: Any = None,
     calibration: Iterable[Any] = (),
@@ -101,7 +102,20 @@ def train(
         example = calibration[0].inputs if example is None else example
         bits.check(find_layers(model, example))
         own = dict(options or {})
-        job = Job(model, bits, data, adapter, recipe, example, calibration, evaluation, teacher, loss, output, own)
+        job = Job(
+            model,
+            bits,
+            data,
+            resolve("adapters", adapter),
+            recipe,
+            example,
+            calibration,
+            evaluation,
+            teacher,
+            loss,
+            output,
+            own,
+        )
         return _Run(job, accelerator, kept, tensorboard=tensorboard).to_the_end(on_epoch or (lambda _: None))
 
 

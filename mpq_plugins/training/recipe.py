@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, final
 
+from mpq_plugins.adapter.ptq import BatchNorm, with_batch_norm
 from mpq_plugins.common.files import check_keys, read_fields, read_json, write_json
 from mpq_plugins.common.values import Bounds, check_values
 from mpq_plugins.errors import TrainingError
@@ -17,12 +18,9 @@ from mpq_plugins.training.schedule import ProfitSchedule, Stage
 FORMAT = "mpq-recipe/1"
 Method = Literal["qat", "profit"]
 MixedPrecision = Literal["no", "bf16", "fp16"]
-BatchNorm = Literal["kept", "re-estimated", "corrected"]
 Positive = Annotated[float, Bounds(above=0)]
 Amount = Annotated[float, Bounds(least=0)]
 Share = Annotated[float, Bounds(least=0, below=1)]
-# Recipes written before it have a switch, `bn_reestimation`.
-_BEFORE = {True: "re-estimated", False: "kept"}
 
 
 @final
@@ -81,9 +79,7 @@ class TrainingRecipe:
 
         `bn_reestimation`, the switch that `batch_norm` replaces, is still read.
         """
-        if isinstance(document.get("bn_reestimation"), bool) and "batch_norm" not in document:
-            rest = {name: value for name, value in document.items() if name != "bn_reestimation"}
-            document = {**rest, "batch_norm": _BEFORE[document["bn_reestimation"]]}
+        document = with_batch_norm(document)
         names = {item.name for item in fields(cls)}
         check_keys(document, allowed={*names, "format"}, required=set(), where=where)
         values = {name: value for name, value in document.items() if name != "format"}

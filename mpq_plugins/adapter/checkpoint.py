@@ -38,13 +38,17 @@ def read_checkpoint(
         )
     every = {"format", "adapter", "bits", *keys}
     check_keys(document, allowed=every | optional, required=every, where=str(path))
-    where = f"{path}: its bits"
-    text = document["bits"]
+    return _bits(document["bits"], where=f"{path}: its bits"), {
+        key: document[key] for key in (*keys, *optional) if key in document
+    }
+
+
+def _bits(text: Any, *, where: str) -> BitConfig:
+    """The bits in the text of a checkpoint; raises `FormatError`."""
     try:
-        bits = BitConfig.from_json(parse_json(text if isinstance(text, str) else "", where=where), where=where)
+        return BitConfig.from_json(parse_json(text if isinstance(text, str) else "", where=where), where=where)
     except PrecisionError as error:
         raise FormatError(f"{error} The file was edited by hand; write it again.") from error
-    return bits, {key: document[key] for key in (*keys, *optional) if key in document}
 
 
 def check_same_model(path: str | Path, bits: BitConfig, inventory: Inventory) -> None:

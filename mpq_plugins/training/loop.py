@@ -92,7 +92,7 @@ def train(
     are, and so do, in a model in training mode, the statistics of parts that are in evaluation mode.
     Raises `TrainingError` when the loss is not finite, `DataError`, `ModelError`, `AdapterError`, `MissingExtraError`.
     """
-    recipe = recipe or TrainingRecipe()
+    recipe, target = recipe or TrainingRecipe(), resolve("adapters", adapter)
     if tensorboard and folder is None:
         raise TrainingError("TensorBoard's files need a folder to lie in, and none was given. Give folder= (--out).")
     kept = None if folder is None else TrainingFolder(folder)
@@ -102,20 +102,7 @@ def train(
         example = calibration[0].inputs if example is None else example
         bits.check(find_layers(model, example))
         own = dict(options or {})
-        job = Job(
-            model,
-            bits,
-            data,
-            resolve("adapters", adapter),
-            recipe,
-            example,
-            calibration,
-            evaluation,
-            teacher,
-            loss,
-            output,
-            own,
-        )
+        job = Job(model, bits, data, target, recipe, example, calibration, evaluation, teacher, loss, output, own)
         return _Run(job, accelerator, kept, tensorboard=tensorboard).to_the_end(on_epoch or (lambda _: None))
 
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from mpq_plugins.adapter.base import AbstractAdapter
 from mpq_plugins.common.allocator import keeping_memory
-from mpq_plugins.common.plugins import make, resolve
-from mpq_plugins.costs.base import AbstractCost, Budget, options_of
+from mpq_plugins.common.html import html_table
+from mpq_plugins.common.plugins import resolve
+from mpq_plugins.costs.base import AbstractCost, Budget, format_amount, options_of
 from mpq_plugins.costs.budgets import Budgets, as_budgets
 from mpq_plugins.errors import BudgetError, PluginError, SpaceError
 from mpq_plugins.model.discover import find_layers
@@ -21,12 +22,12 @@ from mpq_plugins.proxies.base import AbstractProxy
 from mpq_plugins.proxies.scores import Scores
 from mpq_plugins.solvers.base import AbstractSolver
 from mpq_plugins.solvers.problem import build_problem, check_reachable
-from mpq_plugins.solvers.selection import Measure, Selection, select_plan
+from mpq_plugins.solvers.selection import Measure, Selection, in_space, select_plan
 from mpq_plugins.solvers.solution import Solution
 from mpq_plugins.solvers.solve import solve
 from mpq_plugins.space.bits import BitConfig
 from mpq_plugins.space.precision import Precision, menu
-from mpq_plugins.space.space import AverageBits, Menus, Space, first_and_last
+from mpq_plugins.space.space import AverageBits, Menus, Pins, Space, Ties, first_and_last, pins_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,6 +51,35 @@ class Allocation:
         """The decision space, with what was skipped and pinned."""
         return self.scores.space
 
+    def __repr__(self) -> str:
+        return "\n  ".join(
+            [
+                f"Allocation by {self.scores.proxy.get('name', '')}, {self.solution.solver}: {self.solution.status.name}, "
+                f"gap {self.solution.gap:.1e}",
+                self.bits.summary(),
+                f"weight bits on average: {self.average_bits}",
+                self._costs(),
+            ]
+        )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (layer.name, f"{layer.n_weights:,}", self.bits[layer.name].weight, self.bits[layer.name].activation)
+            for layer in self.space.layers
+        ]
+        first, *_, average, costs = repr(self).split("\n")
+        return html_table(first, ("layer", "weights", "weight bits", "activation bits"), rows, (average, costs))
+
+    def _costs(self) -> str:
+        """Every cost, beside its limit where it has one."""
+        limits = {row["name"]: row for row in self.bits.origin["budgets"]}
+        units = {"size": "B", "bops": "BOPs", **{name: row["unit"] for name, row in limits.items()}}
+        return ", ".join(
+            f"{name} {format_amount(amount, units[name])}"
+            + (f" of {format_amount(limits[name]['limit'], units[name])}" if name in limits else "")
+            for name, amount in self.bits.costs.items()
+        )
+
     @property
     def average_bits(self) -> AverageBits:
         """Weight bits per weight, over all searched layers and over those that are not pinned."""
@@ -64,11 +94,11 @@ def allocate(
     budgets: Budgets,
     proxy: AbstractProxy | str = "auto",
     choices: Menus | None = None,
-    adapter: AbstractAdapter | str | None = None,
+    adapter: AbstractAdapter | type[AbstractAdapter] | str | None = None,
     solver: AbstractSolver | str | None = None,
-    pin: Mapping[str, Precision | str | int] | None = None,
+    pin: Pins | None = None,
     pin_first_last: bool = False,
-    tie: Iterable[str | Sequence[str]] = (),
+    tie: Ties = (),
     include: str | Sequence[str] = ("*",),
     exclude: str | Sequence[str] = (),
     strict: bool = False,
@@ -92,7 +122,7 @@ def allocate(
     from mpq_plugins.proxies.measuring import keeping_measurements
 
     model = plain_model(model)
-    space = decision_space(
+    space = build_space(
         model,
         example,
         choices=choices,
@@ -102,13 +132,11 @@ def allocate(
         tie=tie,
         include=include,
         exclude=exclude,
+        strict=strict,
     )
-    LeftInFloat.of(space.layers, space.skipped).tell(strict=strict)
-
     resolved = as_budgets(budgets)
     check_reachable(space, resolved)
-    found = proxy_of(proxy, model, example, output) if isinstance(proxy, str) else resolve("proxies", proxy)
-    chosen = with_output(found, output)
+    chosen = with_output(proxy_of(proxy, model, example, output), output)
     method = None if solver is None else resolve("solvers", solver)
     batches = list(batches) if top_k > 1 else batches
     with keeping_measurements(cache):
@@ -123,10 +151,10 @@ def build_space(
     example: Any,
     *,
     choices: Menus | None = None,
-    adapter: AbstractAdapter | str | None = None,
-    pin: Mapping[str, Precision | str | int] | None = None,
+    adapter: AbstractAdapter | type[AbstractAdapter] | str | None = None,
+    pin: Pins | None = None,
     pin_first_last: bool = False,
-    tie: Iterable[str | Sequence[str]] = (),
+    tie: Ties = (),
     include: str | Sequence[str] = ("*",),
     exclude: str | Sequence[str] = (),
     strict: bool = False,
@@ -141,34 +169,6 @@ def build_space(
     Warns with `FloatLayersWarning`, shares and reasons, where more than 1 % of the weights or of the multiply-accumulates
     stays in float; `strict` raises `SpaceError` instead, unless the user excluded them.
     """
-    space = decision_space(
-        model,
-        example,
-        choices=choices,
-        adapter=adapter,
-        pin=pin,
-        pin_first_last=pin_first_last,
-        tie=tie,
-        include=include,
-        exclude=exclude,
-    )
-    LeftInFloat.of(space.layers, space.skipped).tell(strict=strict)
-    return space
-
-
-def decision_space(
-    model: nn.Module,
-    example: Any,
-    *,
-    choices: Menus | None,
-    adapter: AbstractAdapter | str | None,
-    pin: Mapping[str, Precision | str | int] | None,
-    pin_first_last: bool,
-    tie: Iterable[str | Sequence[str]],
-    include: str | Sequence[str],
-    exclude: str | Sequence[str],
-) -> Space:
-    """`build_space` that does not tell what stays in float."""
     target: AbstractAdapter | None = None if adapter is None else resolve("adapters", adapter)
     inventory = find_layers(model, example, include=include, exclude=exclude)
     share: tuple[tuple[str, ...], ...] = ()
@@ -178,11 +178,8 @@ def decision_space(
         groups = target.activation_groups(model, example)
         share = tuple(group for group in (tuple(n for n in names if n in known) for names in groups) if len(group) > 1)
         choices = choices or menu(target.weight_bits, target.activation_bits)
-    pins: dict[str, Precision | str | int] = {}
-    if pin_first_last:
-        pins.update(first_and_last(inventory))
-    pins.update(pin or {})
-    return Space.build(
+    pins = {**(first_and_last(inventory) if pin_first_last else {}), **pins_of(pin)}
+    space = Space.build(
         inventory,
         choices,
         pin=pins,
@@ -190,12 +187,20 @@ def decision_space(
         share_activations=share,
         refuse=_accept if target is None else target.refuse,
     )
+    LeftInFloat.of(space.layers, space.skipped).tell(strict=strict)
+    return space
 
 
 def proxy_of(
-    name: str, model: nn.Module, example: Any, output: Output = None, options: Mapping[str, Any] | None = None
+    given: AbstractProxy | str,
+    model: nn.Module,
+    example: Any,
+    output: Output = None,
+    options: Mapping[str, Any] | None = None,
 ) -> AbstractProxy:
-    """The proxy called `name`; "auto" is `kl-divergence` for class logits [N, class], else `output-error`, on 32 images.
+    """The proxy that was given or named.
+
+    "auto" is `kl-divergence` for class logits [N, class], else `output-error`, on 32 images.
 
     Probabilities and rows of length one (embeddings) are no logits.
 
@@ -204,12 +209,12 @@ def proxy_of(
     from mpq_plugins.model.run import are_class_logits, call, evaluating, select, telling_failures
 
     options = options or {}
-    if name == "auto":
+    if given == "auto":
         with evaluating(model), telling_failures(model):
             outputs = select(call(model, example), output)
-        name = "kl-divergence" if are_class_logits(outputs) else "output-error"
+        given = "kl-divergence" if are_class_logits(outputs) else "output-error"
         options = {"n_images": AUTO_IMAGES, **options}
-    proxy: AbstractProxy = make("proxies", name, options)
+    proxy: AbstractProxy = resolve("proxies", given, options)
     return proxy
 
 
@@ -259,17 +264,12 @@ def solve_scores(
         raise BudgetError(f"top_k is {top_k}, but at least one plan has to be kept. Give 1 to switch the selection off.")
     resolved = as_budgets(budgets)
     problem = build_problem(scores, resolved)
-    method: AbstractSolver | None = None if solver is None else resolve("solvers", solver)
-    solution = solve(problem, method, n_next=max(3, top_k - 1))
+    solution = solve(problem, solver, n_next=max(3, top_k - 1))
     selection = None
     if measure is not None and top_k > 1:
         shortlist = replace(solution, next_best=solution.next_best[: top_k - 1])
         solution, selection = select_plan(problem, scores.space, shortlist, measure)
-    labels = [problem.choices[column] for column in problem.columns(solution.choice)]
-    assignment = {
-        name: Precision.parse(label) for unit, label in zip(scores.space.units, labels, strict=True) for name in unit.layers
-    }
-    layers = {layer.name: assignment[layer.name] for layer in scores.space.layers}
+    layers = scores.space.assignment(in_space(problem, scores.space, solution.choice))
     bits = BitConfig(
         layers=layers,
         fingerprint=scores.space.fingerprint,

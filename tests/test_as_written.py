@@ -22,6 +22,7 @@ from mpq_plugins import (
     Scores,
     Space,
     allocate,
+    build_problem,
     build_space,
     find_layers,
     menu,
@@ -29,12 +30,14 @@ from mpq_plugins import (
     verify,
 )
 from mpq_plugins.common.files import write_json
+from mpq_plugins.common.plugins import resolve_all
 from mpq_plugins.costs import BitOps, WeightSize
 from mpq_plugins.costs.budgets import as_budgets
 from mpq_plugins.errors import BudgetError, FormatError, MPQError, PluginError, PrecisionError
 from mpq_plugins.proxies import CLADO, Constant, WeightError
 from mpq_plugins.solvers import MILP
 from mpq_plugins.solvers.problem import check_reachable
+from mpq_plugins.training import ProfitSchedule
 
 EXAMPLE = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
 
@@ -48,6 +51,26 @@ def net():
 def space():
     """48 and 24 weights."""
     return Space.build(find_layers(net(), EXAMPLE), menu((2, 4, 8)))
+
+
+@pytest.mark.parametrize("both", ["size=w4,bops=60%", ["size=w4", "bops=60%"], {"size": "w4", "bops": "60%"}])
+def test_several_budgets_in_every_form(both):
+    """One text with a comma, a list, a mapping."""
+    assert as_budgets(both) == (Budget("size", "w4"), Budget(BitOps, "60%"))
+
+
+def test_bits_and_compression_are_sizes(space):
+    """In a `Budget` as in a text: 3.5 bits of 72 weights, and an eighth of 32."""
+    assert Budget("bits", 3.5) == as_budgets({"bits": 3.5})[0] == Budget("size", "3.5 bits")
+    assert Budget("compression", "8x").resolve(space) == 72 * 4 / 8
+
+
+@pytest.mark.parametrize("budgets", ["size=w4", ["size=w4"], {"size": "w4"}, Budget("size", "w4")])
+def test_the_steps_of_a_search_take_budgets_in_every_form(space, budgets):
+    """One column of a problem, with the limit of 4 bits for each of 72 weights."""
+    check_reachable(space, budgets)
+    scores = Scores(space, ((0.0,) * 3,) * 2, {})
+    assert [limit.limit for limit in build_problem(scores, budgets).limits] == [36.0]
 
 
 @pytest.mark.parametrize("budgets", ["size=w4", ["size=w4"], {"size": "w4"}, Budget("size", "w4"), [Budget(WeightSize, "w4")]])
@@ -132,6 +155,7 @@ def test_a_cost_given_as_an_object_goes_all_the_way(tmp_path):
     path = adapter.export(module, tmp_path / "file.onnx", EXAMPLE)
     report = verify(adapter, path, bits, module=module, inputs=EXAMPLE, model=model).check()
     assert report.budgets[0].found is None
+    assert verify("brevitas", path, bits).check().layers == verify(BrevitasAdapter, path, bits).layers
     assert "not checked" in str(report.budgets[0])
     assert json.loads(report.save(tmp_path / "report.json").read_text())["budgets"][0]["found"] is None
     checked = verify(adapter, path, bits, module=module, inputs=EXAMPLE, model=model, costs=[Latency()]).budgets[0]
@@ -219,6 +243,60 @@ def test_solve_takes_the_name_of_a_solver():
 def test_menus_of_numbers_and_texts(choices):
     """Weight bits with activations of 8 bits."""
     assert build_space(net(), EXAMPLE, choices=choices).units[0].choices == menu((2, 4, 8))
+
+
+@pytest.mark.parametrize("weight", [(2, 4, 8), "2,4,8", ["2", "4", "8"], range(2, 9, 2)])
+def test_bit_widths_in_every_form(weight):
+    """Numbers and texts; activations alike."""
+    least = [Precision(2, 8), Precision(4, 8), *([Precision(6, 8)] if isinstance(weight, range) else []), Precision(8, 8)]
+    assert menu(weight) == menu(weight, 8) == menu(weight, "8") == tuple(least)
+
+
+@pytest.mark.parametrize("pins", [{"0": "w8a8"}, {"0": 8}, "0=w8a8", ["0=w8"], ("0=8",)])
+def test_pins_in_every_form(pins):
+    """A mapping, a text, a list of texts, as the command line has them."""
+    found = build_space(net(), EXAMPLE, pin=pins)
+    assert (dict(found.pins), found.units[0].choices) == ({"0": "w8a8"}, (Precision(8, 8),))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"tie": "02"}, {"tie": ["0", "2"]}, {"tie": 3}, {"tie": [3]}, {"pin": "0"}, {"pin": 3}, {"pin": ["0"]},
+        {"include": 3}, {"exclude": [0]}, {"exclude": None}, {"exclude": "02"}, {"include": "02"},
+    ],
+)  # fmt: skip
+def test_a_text_is_never_split_into_characters(wrong):
+    """What would tie, pin or exclude layers 0 and 2 one by one is an error that shows what was given."""
+    with pytest.raises(MPQError) as error:
+        build_space(net(), EXAMPLE, **wrong)
+    value = next(iter(wrong.values()))
+    assert repr(value[0] if isinstance(value, list) else value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: ProfitSchedule(widths="85"), "widths must be a list, each a whole number of at least 2, not '85'"),
+        (lambda: BitConfig("0", ""), "map names to precisions, not '0'"),
+        (lambda: allocate(net(), EXAMPLE, "digits", budgets="size=w4"), "'digits' is a text, not batches"),
+        (lambda: menu("a,b"), "'a,b' is no list of bits"),
+        (lambda: menu(2.5), "2.5 is no list of bits"),
+        (lambda: resolve_all("costs", "size,sise"), "'sise'"),
+        (lambda: resolve_all("costs", 3), "'3' (int) is none of the costs"),
+    ],
+)
+def test_texts_and_numbers_in_place_of_lists_are_told(make, told):
+    """The value and what it should be."""
+    with pytest.raises(MPQError) as error:
+        make()
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize("costs", ["size", ["size"], WeightSize, WeightSize(), (WeightSize,), "size,"])
+def test_lists_of_plugins_in_every_form(costs):
+    """Names, classes, objects; one alone is a list."""
+    assert resolve_all("costs", costs) == (WeightSize(),)
 
 
 @pytest.mark.parametrize("pin", [8, "8", "w8", "w8a8", Precision(8, 8), np.int64(8)])

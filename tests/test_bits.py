@@ -57,6 +57,21 @@ def test_every_damage_is_named(bits, tmp_path, change, error, text):
         BitConfig.load(path)
 
 
+@pytest.mark.parametrize("older", [[4, 8], "w4a8", {"weight": 4, "activation": 8}])
+def test_every_form_that_files_ever_had_is_read(bits, older):
+    """Pairs in checkpoints and texts in training folders of release 0.1 mean what the one form of today means."""
+    document = {"fingerprint": bits.fingerprint, "layers": {"0": older, "1": {"weight": 8, "activation": 8}}}
+    assert BitConfig.from_json(document, where="a file") == bits
+    assert bits.to_json()["layers"]["0"] == {"weight": 4, "activation": 8}
+
+
+@pytest.mark.parametrize("wrong", [[4], [4, 8, 8], ["4", "8"], [4, 9], "4", "w9", None, 4, {"weight": 4}])
+def test_what_is_no_form_of_a_precision_is_refused(bits, wrong):
+    """By the name of the layer and of the file."""
+    with pytest.raises((FormatError, PrecisionError), match="a file: layer '0'"):
+        BitConfig.from_json({"fingerprint": bits.fingerprint, "layers": {"0": wrong}}, where="a file")
+
+
 def test_a_truncated_file_and_a_missing_one_are_errors(bits, tmp_path):
     """Half a file says that it is cut off; no file says so."""
     path = bits.save(tmp_path / "bits.json")

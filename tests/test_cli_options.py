@@ -249,8 +249,8 @@ def test_replacing_a_file_is_told(folder, capsys):
     ("name", "told"),
     [
         ("nncf", ["formats: openvino-compact, openvino-fast, onnx", "merge_branches = True", "true or false"]),
-        ("brevitas", ["formats: qonnx, qcdq", "profile = 'layerwise'", "'layerwise' or 'finn'"]),
-        ("clado", ["tier = 'gram'", "'fisher' or 'gram' or 'exact'", "E[(p - y) . r]"]),
+        ("brevitas", ["formats: qonnx, qcdq", "profile = 'layerwise'", "one of layerwise, finn"]),
+        ("clado", ["tier = 'gram'", "one of fisher, gram, exact", "E[(p - y) . r]"]),
         ("stored_size", ["target = ", "unit: B"]),
         ("milp", ["backend = "]),
     ],
@@ -281,3 +281,40 @@ def test_random_weights_are_told_where_they_count(capsys, monkeypatch, verb, is_
     given = {"model": "torchvision:resnet18", "weights": None, "input": "1x2", "negative_padding": False, "device": "cpu"}
     options.model_of(Namespace(verb=verb, **given))
     assert ("the weights are random" in capsys.readouterr().err) is is_told
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--bits", "2", "4", "8", "--tie", "conv1,conv2", "--exclude", "fc"],
+        ["--bits", "2,4,8", "--tie", "conv1", "conv2", "--exclude=fc"],
+        ["--bits", "2,4", "8", "--tie", "conv1", "conv2", "--exclude", "fc"],
+    ],
+)
+def test_lists_with_spaces_and_with_commas_are_the_same(folder, capsys, words):
+    """Both spellings give the bits, the tie and the layer left in float."""
+    (folder / "nets.py").write_text(
+        "from collections import OrderedDict\nfrom torch import nn\n\ndef net():\n"
+        "    return nn.Sequential(OrderedDict((n, nn.Linear(4, 4)) for n in ('conv1', 'conv2', 'conv3', 'fc')))\n"
+    )
+    common = ["--model", "nets.py:net", "--input", "1x4", "--proxy", "weight-error", "--budget", "size=w4,bops=70%"]
+    code, _, err = run(capsys, "allocate", *common, "--pin", "conv3=w8", *words)
+    bits = BitConfig.load("bits.json")
+    assert (code, [row["name"] for row in bits.origin["budgets"]]) == (0, ["size", "bops"]), err
+    assert list(bits.layers) == ["conv1", "conv2", "conv3"]
+    assert (bits.origin["ties"], bits.origin["pins"]) == ([["conv1", "conv2"]], {"conv3": "w8a8"})
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--budget", "size=w4", "bops=60%"], ["`mpq allocate` does not take bops=60%", "--budget size=w4 --budget bops=60%"]),
+        (["--bit", "2,4"], ["does not take --bit 2,4", "mpq allocate --help"]),
+        (["--bits", "2", "x"], ["'2,x' is no list of bits"]),
+    ],
+)
+def test_words_that_belong_to_no_option_are_told_in_our_words(folder, capsys, words, told):
+    """The word, and how an option with several values is written."""
+    code, _, err = run(capsys, "allocate", *COMMON[:4], *words)
+    assert code == 2
+    assert all(text in err for text in told), err

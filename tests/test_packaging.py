@@ -98,7 +98,7 @@ def test_public_names_are_sorted_and_exist():
 
 
 def test_every_documented_error_can_be_imported():
-    """Every class of the tree in `_errors` is a public name, and all but the warning derive from `MPQError`."""
+    """Every class of the tree in `mpq_plugins.errors` is a public name, and all but the warning derive from `MPQError`."""
     classes = {name: value for name, value in vars(errors).items() if isinstance(value, type)}
     assert classes.keys() <= set(mpq_plugins.__all__)
     assert all(name in (errors.__doc__ or "") and getattr(mpq_plugins, name) is value for name, value in classes.items())

@@ -50,7 +50,7 @@ def export(module: nn.Module, path: str | Path, example: Any, *, format: str) ->
         "profile": recipe.profile,
         "fingerprint": bits.fingerprint,
         "layers": {
-            name: {**vars(precision), "weight_shape": list(get_layer(module, name).weight.shape)}
+            name: {**precision.to_json(), "weight_shape": list(get_layer(module, name).weight.shape)}
             for name, precision in bits.layers.items()
         },
     }

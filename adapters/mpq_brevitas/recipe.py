@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from mpq_plugins.adapter.ptq import ActivationRange, WeightRange
 from mpq_plugins.adapter.record import record, recorded_fact
+from mpq_plugins.common.values import check_values
 from mpq_plugins.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -17,14 +18,6 @@ Profile = Literal["layerwise", "finn"]
 QuantizerKind = Literal["uniform", "duq"]
 Scales = Literal["float", "power-of-two"]
 WeightScale = Literal["learned", "statistics"]
-_ALLOWED = {
-    "profile": get_args(Profile),
-    "weight_range": get_args(WeightRange),
-    "activation_range": get_args(ActivationRange),
-    "quantizer": get_args(QuantizerKind),
-    "scales": get_args(Scales),
-    "weight_scale": get_args(WeightScale),
-}
 
 
 @dataclass(frozen=True)
@@ -45,9 +38,7 @@ class Recipe:
     weight_scale: WeightScale = "learned"
 
     def __post_init__(self) -> None:
-        for name, allowed in _ALLOWED.items():
-            if getattr(self, name) not in allowed:
-                raise AdapterError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}.")
+        check_values(Recipe, vars(self), AdapterError)
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Recipe:
@@ -56,7 +47,7 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as plain JSON values."""
-        return {**{name: getattr(self, name) for name in _ALLOWED}, "signed": dict(self.signed)}
+        return {**vars(self), "signed": dict(self.signed)}
 
 
 def attach_recipe(module: nn.Module, recipe: Recipe) -> nn.Module:

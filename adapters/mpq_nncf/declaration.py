@@ -41,8 +41,7 @@ class Declaration:
         """One line of JSON."""
         layers = {
             name: {
-                "weight": layer.precision.weight,
-                "activation": layer.precision.activation,
+                **layer.precision.to_json(),
                 "shape": list(layer.shape),
                 "stored_as": layer.stored_as,
             }

@@ -11,10 +11,9 @@ from mpq_plugins.adapter.base import bits_of
 from mpq_plugins.adapter.record import Origin, recorded_fact
 from mpq_plugins.common.files import check_keys, parse_json
 from mpq_plugins.common.tensor_files import read_torch, write_torch
-from mpq_plugins.errors import FingerprintError, FormatError, MPQError
+from mpq_plugins.errors import FingerprintError, FormatError, PrecisionError
 from mpq_plugins.model.layers import Inventory
 from mpq_plugins.space.bits import BitConfig
-from mpq_plugins.space.precision import Precision
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,9 +25,7 @@ _MIB = 2**20
 def write_checkpoint(path: str | Path, module: nn.Module, contents: dict[str, Any], *, adapter: str) -> Path:
     """Write `contents`, the bits and the origin of a module prepared by `adapter`."""
     bits = bits_of(module)
-    layers = {name: [precision.weight, precision.activation] for name, precision in bits.layers.items()}
-    saved = {"layers": layers, "fingerprint": bits.fingerprint, "origin": dict(bits.origin), "costs": dict(bits.costs)}
-    document = {"format": FORMAT, "adapter": adapter, "bits": json.dumps(saved), **contents}
+    document = {"format": FORMAT, "adapter": adapter, "bits": json.dumps(bits.to_json()), **contents}
     origin = recorded_fact(module, "origin")
     if isinstance(origin, Origin):
         document.update(origin=json.dumps(origin.facts), example=small(origin.example))
@@ -82,15 +79,11 @@ def small(example: Any) -> Any:
 
 
 def _bits(text: Any, *, where: str) -> BitConfig:
-    """Inverse of what `write_checkpoint` makes of a bit configuration."""
-    saved = parse_json(text if isinstance(text, str) else "", where=where)
-    keys = {"layers", "fingerprint", "origin", "costs"}
-    check_keys(saved, allowed=keys, required=keys, where=where)
+    """The bits in the text of a checkpoint; raises `FormatError`."""
     try:
-        layers = {name: Precision(*precision) for name, precision in saved.pop("layers").items()}
-    except (AttributeError, TypeError, MPQError) as error:
-        raise FormatError(f"{where} are no pairs of bit-widths: {error}. Write the file again.") from error
-    return BitConfig(layers, **saved)
+        return BitConfig.from_json(parse_json(text if isinstance(text, str) else "", where=where), where=where)
+    except PrecisionError as error:
+        raise FormatError(f"{error} The file was edited by hand; write it again.") from error
 
 
 def check_same_model(path: str | Path, bits: BitConfig, inventory: Inventory) -> None:

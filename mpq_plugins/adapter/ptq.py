@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, final, get_args
+from typing import Annotated, Any, Literal, final
 
+from mpq_plugins.common.values import Bounds, Count, check_values
 from mpq_plugins.errors import AdapterError
 
 WeightRange = Literal["mse", "max"]
@@ -13,8 +14,6 @@ ActivationRange = Literal["default", "percentile", "max", "mse"]
 Equalization = Literal["none", "cross-layer", "smooth-quant"]
 Rounding = Literal["nearest", "gptq", "gpfq", "qronos", "learned"]
 BatchNorm = Literal["corrected", "re-estimated", "kept"]
-# Until release 0.1 a switch between the last two.
-_BEFORE = {True: "re-estimated", False: "kept"}
 
 
 @final
@@ -44,26 +43,11 @@ class PTQ:
     bias_correction: bool = True
     equalization: Equalization = "none"
     rounding: Rounding = "nearest"
-    rounding_steps: int = 500
-    held_out: int = 32
+    rounding_steps: Annotated[int, Bounds(least=1)] = 500
+    held_out: Count = 32
 
     def __post_init__(self) -> None:
-        allowed = {
-            "weight_range": get_args(WeightRange),
-            "activation_range": get_args(ActivationRange),
-            "batch_norm": get_args(BatchNorm),
-            "equalization": get_args(Equalization),
-            "rounding": get_args(Rounding),
-        }
-        for name, choices in allowed.items():
-            if getattr(self, name) not in choices:
-                raise AdapterError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}.")
-        if not isinstance(self.bias_correction, bool):
-            raise AdapterError(f"bias_correction must be true or false, not {self.bias_correction!r}.")
-        for name, least in (("rounding_steps", 1), ("held_out", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise AdapterError(f"{name} must be a whole number of at least {least}, not {value!r}.")
+        check_values(PTQ, vars(self), AdapterError)
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> PTQ:
@@ -71,9 +55,7 @@ class PTQ:
 
         `bn_reestimation`, the switch that `batch_norm` replaces, is still read.
         """
-        if isinstance(options.get("bn_reestimation"), bool) and "batch_norm" not in options:
-            rest = {name: value for name, value in options.items() if name != "bn_reestimation"}
-            options = {**rest, "batch_norm": _BEFORE[options["bn_reestimation"]]}
+        options = with_batch_norm(options)
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(options) - set(known))
         if unknown:
@@ -81,3 +63,11 @@ class PTQ:
                 f"post-training quantization has no option {', '.join(map(repr, unknown))}; it has {', '.join(known)}."
             )
         return cls(**options)
+
+
+def with_batch_norm(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with `batch_norm` in place of `bn_reestimation`, the switch that it was until release 0.1."""
+    if not isinstance(options.get("bn_reestimation"), bool) or "batch_norm" in options:
+        return dict(options)
+    rest = {name: value for name, value in options.items() if name != "bn_reestimation"}
+    return {**rest, "batch_norm": "re-estimated" if options["bn_reestimation"] else "kept"}

@@ -13,7 +13,8 @@ import numpy as np
 
 from mpq_plugins.adapter.base import AbstractAdapter, bits_of
 from mpq_plugins.common.files import write_json
-from mpq_plugins.common.plugins import make
+from mpq_plugins.common.html import html_table
+from mpq_plugins.common.plugins import make, resolve, resolve_all
 from mpq_plugins.costs.base import AbstractCost, format_amount
 from mpq_plugins.errors import FormatError, PluginError, VerificationError
 from mpq_plugins.model.layers import Layer
@@ -130,6 +131,22 @@ class Verification:
     budgets: tuple[BudgetCheck, ...] = ()
     fingerprints: tuple[str, str] | None = None
 
+    def __repr__(self) -> str:
+        problems, n_codes = self.problems, sum(check.n_codes or 0 for check in self.layers)
+        found = f"{len(problems)} problems" if problems else "holds what was asked for"
+        facts = [f"Verification of {self.artifact} ({self.adapter}): {found}", f"{len(self.layers)} layers, {n_codes:,} codes"]
+        if self.outputs is not None:
+            facts.append(f"outputs differ by {self.outputs.mean_relative:.1e}, {self.outputs.allowed:.1e} are allowed")
+        return "\n  ".join([*facts, *(text[:200] for text in problems[: 5 - len(facts)])])
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (one.name, one.asked, one.found or "float", one.n_codes or "", one.n_different if one.n_codes else "")
+            for one in self.layers
+        ]
+        header = ("layer", "asked", "found", "codes", "different")
+        return html_table(repr(self).split("\n")[0], header, rows, [*self.problems, *map(str, self.budgets)])
+
     @property
     def problems(self) -> tuple[str, ...]:
         """What is wrong, one sentence each; empty when the file holds what was asked for."""
@@ -215,7 +232,7 @@ class Verification:
 
 
 def verify(
-    adapter: AbstractAdapter,
+    adapter: AbstractAdapter | type[AbstractAdapter] | str,
     path: str | Path,
     bits: BitConfig,
     *,
@@ -223,7 +240,7 @@ def verify(
     inputs: Any = None,
     model: nn.Module | None = None,
     tolerance: float = 1e-3,
-    costs: Iterable[AbstractCost] = (),
+    costs: Iterable[AbstractCost | str] | AbstractCost | str = (),
 ) -> Verification:
     """Read an exported file back and compare it with the bit configuration.
 
@@ -233,14 +250,15 @@ def verify(
     records are checked against the bits found, by the registered costs and by `costs`. Raises `FormatError` when the file
     cannot be read; the comparison itself never raises: see `Verification.check`.
     """
-    found = adapter.read_bits(path)
+    target: AbstractAdapter = resolve("adapters", adapter)
+    found = target.read_bits(path)
     is_other = found.fingerprint not in ("", bits.fingerprint)  # empty: the file does not say
     return Verification(
         artifact=str(path),
-        adapter=adapter.name,
-        layers=_layer_checks(adapter, path, bits, found, module),
+        adapter=target.name,
+        layers=_layer_checks(target, path, bits, found, module),
         unexpected=tuple(sorted(set(found.layers) - set(bits.layers))),
-        outputs=None if module is None or inputs is None else _compare_outputs(adapter, path, module, inputs, tolerance),
+        outputs=None if module is None or inputs is None else _compare_outputs(target, path, module, inputs, tolerance),
         budgets=() if model is None or inputs is None else _budget_checks(model, inputs, bits, found, costs),
         fingerprints=(bits.fingerprint, found.fingerprint) if is_other else None,
     )
@@ -380,13 +398,13 @@ def compare_outputs(found: Sequence[np.ndarray], expected: Sequence[np.ndarray],
 
 
 def _budget_checks(
-    model: nn.Module, inputs: Any, bits: BitConfig, found: BitConfig, costs: Iterable[AbstractCost]
+    model: nn.Module, inputs: Any, bits: BitConfig, found: BitConfig, costs: Iterable[AbstractCost | str] | AbstractCost | str
 ) -> tuple[BudgetCheck, ...]:
     from mpq_plugins.model.discover import find_layers
 
     recorded = bits.origin.get("budgets", ())
     layers = {layer: found.layers[layer.name] for layer in find_layers(model, inputs) if layer.name in found.layers}
-    own = {cost.name: cost for cost in costs}
+    own = {cost.name: cost for cost in resolve_all("costs", costs)}
     return tuple(_budget_check(row, layers, own) for row in recorded)
 
 

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpq_plugins.adapter.base import AbstractAdapter
-from mpq_plugins.allocation import decision_space
+from mpq_plugins.allocation import build_space
 from mpq_plugins.common.files import check_place
 from mpq_plugins.common.plugins import make
-from mpq_plugins.common.text import pairs_of, values_of
+from mpq_plugins.common.text import values_of, words_of
 from mpq_plugins.errors import DataError, ModelError, WriteError
-from mpq_plugins.model.left_in_float import LeftInFloat
 from mpq_plugins.space.precision import menu
 
 if TYPE_CHECKING:
@@ -158,49 +157,23 @@ def space_of(options: Namespace, model: nn.Module, example: Any) -> Space:
     from mpq_plugins.space.space import residual_ties
 
     adapter = adapter_of(options) if options.adapter else None
-    ties: list[Sequence[str]] = [words(text) for text in options.tie]
+    ties: list[Sequence[str]] = [words_of(group) for group in options.tie]
     if options.tie_residual:
         ties += residual_ties(find_layers(model, example))
     choices = None
     if options.bits or options.activation_bits:
-        weight = numbers(options.bits) if options.bits else (adapter.weight_bits if adapter else range(2, 9))
-        activation = (
-            numbers(options.activation_bits) if options.activation_bits else (adapter.activation_bits if adapter else (8,))
-        )
+        weight = ",".join(options.bits) or (adapter.weight_bits if adapter else range(2, 9))
+        activation = ",".join(options.activation_bits) or (adapter.activation_bits if adapter else (8,))
         choices = menu(weight, activation)
-    space = decision_space(
+    return build_space(
         model,
         example,
         choices=choices,
         adapter=adapter,
-        pin=pairs_of(options.pin),
+        pin=options.pin,
         pin_first_last=options.pin_first_last,
         tie=ties,
         include=options.include or ("*",),
         exclude=options.exclude,
+        strict=options.strict,
     )
-    tell_floats(LeftInFloat.of(space.layers, space.skipped), strict=options.strict)
-    return space
-
-
-def tell_floats(left: LeftInFloat, *, strict: bool) -> None:
-    """Print on stderr what stays in float where it is much; when `strict`, raise `SpaceError` instead."""
-    if strict:
-        left.check()
-    if left.is_much:
-        print(f"warning: {left}", file=sys.stderr)
-
-
-def words(text: str) -> list[str]:
-    """The words between commas."""
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """The whole numbers of a list such as `2,3,8`."""
-    from mpq_plugins.errors import PrecisionError
-
-    try:
-        return tuple(int(word) for word in words(text))
-    except ValueError as error:
-        raise PrecisionError(f"{text!r} is no list of bits. Write whole numbers joined by commas, such as 2,3,4,8.") from error

@@ -29,7 +29,12 @@ EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INFEASIBLE, EXIT_INTERRUPTED = 0, 1, 2, 3
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code."""
     try:
-        options = _parser().parse_args(_with_config(list(sys.argv[1:] if arguments is None else arguments)))
+        options, rest = _parser().parse_known_args(_with_config(list(sys.argv[1:] if arguments is None else arguments)))
+        if rest:
+            raise UsageError(
+                f"`mpq {options.verb}` does not take {' '.join(rest)}. Repeat an option for each of its values, such as "
+                f"--budget size=w4 --budget bops=60%, and quote patterns. `mpq {options.verb} --help` lists all options."
+            )
         return _run(options)
     except InfeasibleBudgetError as error:
         return _fail(error, EXIT_INFEASIBLE)
@@ -274,23 +279,31 @@ def _add_adapter(parser: argparse.ArgumentParser, *, required: bool) -> None:
 
 def _add_space(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("decision space")
-    group.add_argument("--bits", metavar="LIST", help="weight bits, e.g. 2,3,4,8 (default: what the adapter stores)")
-    group.add_argument("--activation-bits", metavar="LIST", help="activation bits, e.g. 4,8 (default: the adapter's, or 8)")
-    group.add_argument("--pin", action="append", default=[], metavar="GLOB=w8a8", help="fix layers to a precision")
+    group.add_argument(
+        "--bits",
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="weight bits, e.g. 2 3 4 8 or 2,3,4,8 (default: what the adapter stores)",
+    )
+    group.add_argument(
+        "--activation-bits", nargs="+", default=[], metavar="N", help="activation bits, e.g. 4 8 (default: the adapter's, or 8)"
+    )
+    group.add_argument("--pin", action="extend", nargs="+", default=[], metavar="GLOB=w8a8", help="fix layers to a precision")
     group.add_argument(
         "--pin-first-last",
         action=argparse.BooleanOptionalAction,
         default=False,
         help="hold the first and last layer at w8a8 (default: no, a measured score does better without)",
     )
-    group.add_argument("--tie", action="append", default=[], metavar="GLOB,GLOB", help="layers that take one precision")
+    group.add_argument("--tie", action="append", nargs="+", default=[], metavar="GLOB", help="layers that take one precision")
     group.add_argument(
         "--tie-residual",
         action="store_true",
         help="tie each down-sampling shortcut with its block's last layer, as OMPQ",
     )
-    group.add_argument("--include", action="append", default=[], metavar="GLOB", help="search only these layers")
-    group.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="keep these layers in float")
+    group.add_argument("--include", action="extend", nargs="+", default=[], metavar="GLOB", help="search only these layers")
+    group.add_argument("--exclude", action="extend", nargs="+", default=[], metavar="GLOB", help="keep these layers in float")
     _add_strict(group)
 
 
@@ -435,7 +448,9 @@ def _add_compare(verbs: Any) -> None:
     parser = _verb(verbs, "compare", "apply several proxies and all controls at the same budgets and measure the accuracy")
     _add_model(parser)
     _add_adapter(parser, required=True)
-    parser.add_argument("--proxies", default="ompq,csmpq", metavar="LIST", help="proxies to compare (default ompq,csmpq)")
+    parser.add_argument(
+        "--proxies", nargs="+", default=["ompq", "csmpq"], metavar="NAME", help="proxies to compare (default ompq,csmpq)"
+    )
     parser.add_argument("--seeds", type=_count, default=20, metavar="N", help="seeds of the random control (default 20)")
     _add_space(parser)
     parser.add_argument(
@@ -453,7 +468,9 @@ def _add_plugins(verbs: Any) -> None:
 def _add_demo(verbs: Any) -> None:
     parser = _verb(verbs, "demo", "EfficientNet-Lite0 in 8, 4 and mixed bits, through both adapters, in minutes")
     parser.add_argument("--out", default="mpq-demo", metavar="DIR", help="folder for all files (default mpq-demo)")
-    parser.add_argument("--adapters", default="nncf,brevitas", metavar="LIST", help="adapters to go through (default both)")
+    parser.add_argument(
+        "--adapters", nargs="+", default=["nncf", "brevitas"], metavar="NAME", help="adapters to go through (default both)"
+    )
     parser.add_argument(
         "--network",
         choices=("efficientnet-lite0", "digits"),

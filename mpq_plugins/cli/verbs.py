@@ -17,11 +17,11 @@ from mpq_plugins.adapter.base import AbstractAdapter, bits_of, check_prepared_wi
 from mpq_plugins.adapter.record import Origin, record
 from mpq_plugins.allocation import checked_scores, proxy_of, solve_scores, true_loss, with_output
 from mpq_plugins.cli.known import adapter_of_artifact, adapter_of_module, bits_and_command, command_of
-from mpq_plugins.cli.options import adapter_of, cache_of, data_of, model_of, space_of, take, words
+from mpq_plugins.cli.options import adapter_of, cache_of, data_of, model_of, space_of, take
 from mpq_plugins.cli.training_verb import train as train
 from mpq_plugins.common.console import console
 from mpq_plugins.common.plugins import KINDS, Kind, described, make, names
-from mpq_plugins.common.text import values_of
+from mpq_plugins.common.text import values_of, words_of
 from mpq_plugins.costs.base import Budget, format_amount
 from mpq_plugins.costs.budgets import as_budgets
 from mpq_plugins.errors import AdapterError, DataError, PluginError
@@ -189,7 +189,7 @@ def compare(options: Namespace) -> int:
         test=data_of(options),  # type: ignore[arg-type]  # any re-iterable serves
         budgets={text: as_budgets([text]) for text in options.budget or ["size=w4"]},
         adapters={options.adapter: adapter_of(options)},
-        proxies=words(options.proxies),
+        proxies=words_of(options.proxies),
         n_seeds=options.seeds,
         output=options.output,
     )
@@ -253,7 +253,7 @@ def _plugin(options: Namespace) -> int:
 
 def demo(options: Namespace) -> int:
     """`mpq demo`."""
-    folder, adapters = Path(options.out), words(options.adapters)
+    folder, adapters = Path(options.out), words_of(options.adapters)
     if options.network == "digits":
         from mpq_plugins.cli.digits_demo import run_digits_demo
 

@@ -8,12 +8,12 @@ import json
 import math
 import os
 import re
-import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mpq_plugins.common.partial import partial_folder
+from mpq_plugins.common.values import check_values, shown, takes
 from mpq_plugins.errors import FormatError, WriteError
 
 _DEEPEST = 64  # nested lists and objects; ours have at most a dozen
@@ -234,52 +234,23 @@ def check_keys(document: object, *, allowed: set[str], required: set[str], where
 
 
 def of_kinds(document: Mapping[str, Any], kinds: Mapping[str, type], *, where: str) -> None:
-    """Refuse values of another kind than their key's; true is no whole number. Raises `FormatError`."""
+    """Refuse values of another kind than their key's, as far as the keys are there; raises `FormatError`."""
     for key, kind in kinds.items():
-        if not _is_a(document[key], kind):
-            raise FormatError(
-                f"{where}: {key!r} must be {_KINDS[kind]}, not {str(document[key])[:60]!r}. Write the file again."
-            )
+        if key in document and not takes(kind, document[key]):
+            raise FormatError(f'{where}: "{key}" must be {shown(kind)}, not {repr(document[key])[:60]}. Write the file again.')
 
 
 Record = TypeVar("Record")
-_KINDS: dict[type, str] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    list: "a list",
-    dict: "an object",
-}
 
 
 def read_fields(record: type[Record], document: Any, *, where: str) -> Record:
     """A dataclass of plain values from a JSON object: lists become tuples, every value is checked against its field's type.
 
-    Whole numbers are not negative. Raises `FormatError`.
+    Raises `FormatError`.
     """
     found = dataclasses.fields(record)  # type: ignore[arg-type]  # a dataclass, which types cannot say
     missing = dataclasses.MISSING
     required = {field.name for field in found if field.default is missing and field.default_factory is missing}
     check_keys(document, allowed={field.name for field in found}, required=required, where=where)
-    hints, values = typing.get_type_hints(record), {}
-    for name, value in document.items():
-        if not _fits(value, hints[name]):
-            raise FormatError(f"{where}: {name!r} cannot be {str(value)[:60]!r}. The file was edited by hand; write it again.")
-        values[name] = tuple(value) if isinstance(value, list) else value
-    return record(**values)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    arguments = typing.get_args(hint)
-    if typing.get_origin(hint) is tuple:  # tuple[X, ...]
-        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
-    if arguments:  # X | None
-        return any(_fits(value, argument) for argument in arguments)
-    return _is_a(value, hint) and not (hint is int and value < 0)
-
-
-def _is_a(value: Any, kind: type) -> bool:
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
+    check_values(record, document, FormatError, where=where)
+    return record(**{name: tuple(value) if isinstance(value, list) else value for name, value in document.items()})

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import importlib
 import importlib.metadata
 import inspect
-import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from mpq_plugins.common.files import plain_value
+from mpq_plugins.common.text import words_of
+from mpq_plugins.common.values import check_values, hints_of, shown
 from mpq_plugins.errors import MissingExtraError, PluginError
 
 Kind = Literal["proxies", "costs", "solvers", "adapters"]
@@ -44,7 +44,8 @@ def make(kind: Kind, name: str, options: Mapping[str, Any] | None = None) -> Any
         ) from error
     except AttributeError as error:
         raise PluginError(f"{kind} plugin {name!r} points to {points[name].value}, which does not exist: {error}.") from error
-    _check_options(name, factory, options or {})
+    if isinstance(factory, type) and dataclasses.is_dataclass(factory):
+        check_values(factory, options or {}, PluginError, where=name)
     try:
         return factory(**(options or {}))
     except TypeError as error:
@@ -73,6 +74,15 @@ def resolve(kind: Kind, given: Any, options: Mapping[str, Any] | None = None) ->
     )
 
 
+def resolve_all(kind: Kind, given: Any) -> tuple[Any, ...]:
+    """The plugins of a list, each as `resolve` takes it; one alone, and names joined by commas, are lists too."""
+    if isinstance(given, str):
+        given = words_of(given)
+    elif isinstance(given, (type, _base(kind))) or not isinstance(given, Iterable):
+        given = (given,)
+    return tuple(resolve(kind, item) for item in given)
+
+
 def described(plugin: Any) -> dict[str, Any]:
     """What a plugin says of itself, as plain JSON values: its text, what it offers, its options with defaults and values."""
     kind = type(plugin)
@@ -83,14 +93,11 @@ def described(plugin: Any) -> dict[str, Any]:
     if isinstance(getattr(kind, "unit", None), str):
         facts["unit"] = kind.unit
     fields = dataclasses.fields(plugin) if dataclasses.is_dataclass(plugin) else ()
-    try:
-        hints = typing.get_type_hints(kind)
-    except NameError:  # a type that only a type checker can see
-        hints = {}
+    hints = hints_of(kind)
     facts["options"] = {
         field.name: {
             "default": plain_value(getattr(plugin, field.name)),
-            "takes": _shown(hints[field.name]) if field.name in hints else str(field.type),
+            "takes": shown(hints[field.name]) if field.name in hints else str(field.type),
         }
         for field in fields
     }
@@ -107,43 +114,6 @@ def _base(kind: Kind) -> type:
     }[kind]
     base: type = getattr(importlib.import_module(f"mpq_plugins.{home}"), name)
     return base
-
-
-def _check_options(name: str, factory: Any, options: Mapping[str, Any]) -> None:
-    """Refuse values that the field of an option does not take: text for a number, a word that is none of its words."""
-    if not dataclasses.is_dataclass(factory):
-        return
-    with contextlib.suppress(NameError):  # a type that only a type checker can see
-        hints = typing.get_type_hints(factory)
-        for field in dataclasses.fields(factory):
-            if field.name in options and not _takes(hints[field.name], options[field.name]):
-                wanted, given = _shown(hints[field.name]), options[field.name]
-                raise PluginError(f"{name}: {field.name} must be {wanted}, not {given!r}. Its default is {field.default!r}.")
-
-
-def _takes(hint: Any, value: Any) -> bool:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return value in arguments
-    if origin in (typing.Union, types.UnionType):
-        return any(_takes(argument, value) for argument in arguments)
-    if origin is Callable:
-        return callable(value)
-    if hint in (int, float):  # True is an int to Python, and a whole number is as good as a float.
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return not isinstance(hint, type) or isinstance(value, hint)
-
-
-def _shown(hint: Any) -> str:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return " or ".join(map(repr, arguments))
-    if origin is Callable:
-        return "a function"
-    if arguments:
-        return " or ".join(map(_shown, arguments))
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}
-    return words.get(hint, str(hint))
 
 
 def require(package: str, extra: str) -> Any:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from mpq_plugins.errors import PluginError
+
+
+def listed(words: Iterable[object], most: int = 3) -> str:
+    """The first words joined by commas, and how many more there are."""
+    found = list(map(str, words))
+    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
 
 
 def literal(text: str) -> Any:
@@ -21,17 +27,23 @@ def literal(text: str) -> Any:
     return text
 
 
-def pairs_of(texts: Sequence[str]) -> dict[str, str]:
+def words_of(texts: str | Iterable[str]) -> list[str]:
+    """The words of a text, or of several, between commas."""
+    texts = [texts] if isinstance(texts, str) else texts
+    return [word.strip() for text in texts for word in str(text).split(",") if word.strip()]
+
+
+def pairs_of(texts: str | Iterable[str]) -> dict[str, str]:
     """Texts `KEY=VALUE` as a dict; raises `PluginError`."""
     pairs = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
+    for text in [texts] if isinstance(texts, str) else texts:
+        key, equals, value = str(text).partition("=")
         if not equals:
             raise PluginError(f"{text!r} must be KEY=VALUE.")
         pairs[key] = value
     return pairs
 
 
-def values_of(texts: Sequence[str]) -> dict[str, Any]:
+def values_of(texts: str | Iterable[str]) -> dict[str, Any]:
     """The same with values read by `literal`; dashes in keys become underscores."""
     return {key.replace("-", "_"): literal(value) for key, value in pairs_of(texts).items()}

@@ -90,15 +90,19 @@ class Budget:
     - `"60%"` is a share of the cost with every unit at w8a8;
     - `"3.5 bits"` (weight bits on average over all searched layers) and `"8x"` (smaller than in 32-bit floats) are sizes.
 
-    The cost may be given by name. Raises `BudgetError` for a limit that is neither a number nor text.
+    The cost may be given by name; `bits` and `compression` are other ways to say `size`. Raises `BudgetError` for a
+    limit that is neither a number nor text.
     """
 
     cost: AbstractCost
     limit: float | str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "cost", resolve("costs", self.cost))
+        cost: Any = self.cost
         given: Any = self.limit
+        if cost in ("bits", "compression"):
+            cost, given = "size", f"{given} bits" if cost == "bits" else f"{str(given).rstrip('xX')}x"
+        object.__setattr__(self, "cost", resolve("costs", cost))
         if getattr(given, "shape", None) == () and hasattr(given, "item"):
             given = given.item()  # a number of numpy's or torch's
         if isinstance(given, bool) or not isinstance(given, (Real, str)):

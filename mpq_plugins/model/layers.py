@@ -10,7 +10,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mpq_plugins.common.files import read_fields
-from mpq_plugins.errors import UnknownLayerError
+from mpq_plugins.common.html import html_table
+from mpq_plugins.common.text import listed
+from mpq_plugins.common.values import Count
+from mpq_plugins.errors import SpaceError, UnknownLayerError
 
 
 @dataclass(frozen=True)
@@ -26,18 +29,18 @@ class Layer:
     name: str
     kind: str
     weight_name: str
-    weight_shape: tuple[int, ...]
-    n_weights: int
-    n_biases: int
-    n_norm_parameters: int
-    out_channels: int
-    groups: int
-    macs: int
-    n_calls: int
-    input_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]
-    n_input_elements: int
-    n_output_elements: int
+    weight_shape: tuple[Count, ...]
+    n_weights: Count
+    n_biases: Count
+    n_norm_parameters: Count
+    out_channels: Count
+    groups: Count
+    macs: Count
+    n_calls: Count
+    input_shape: tuple[Count, ...]
+    output_shape: tuple[Count, ...]
+    n_input_elements: Count
+    n_output_elements: Count
     functional: bool = False
     aliases: tuple[str, ...] = ()
     shares_weight_with: str | None = None
@@ -65,8 +68,8 @@ class Skipped:
 
     name: str
     reason: str
-    n_weights: int = 0
-    macs: int = 0
+    n_weights: Count = 0
+    macs: Count = 0
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,21 @@ class Inventory:
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    def __repr__(self) -> str:
+        n_weights, macs = distinct_weights(self.layers), sum(layer.macs for layer in self.layers)
+        facts = f"{len(self.layers)} layers, {n_weights:,} weights, {macs:,} MACs, {self.fingerprint[:19]}..."
+        return f"Inventory: {facts}\n  layers: {listed(layer.name for layer in self.layers)}" + (
+            f"\n  skipped: {listed(item.name for item in self.skipped)}" if self.skipped else ""
+        )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (layer.name, layer.kind, "x".join(map(str, layer.weight_shape)), f"{layer.n_weights:,}", f"{layer.macs:,}")
+            for layer in self.layers
+        ]
+        skipped = [f"skipped {item.name}: {item.reason}" for item in self.skipped]
+        return html_table(f"{len(rows)} layers", ("layer", "kind", "weight", "weights", "MACs"), rows, skipped)
 
     def __getitem__(self, name: str) -> Layer:
         for layer in self.layers:
@@ -129,8 +147,12 @@ def unknown_layer(name: str, known: Sequence[str]) -> UnknownLayerError:
 
 
 def patterns_of(patterns: str | Iterable[str]) -> tuple[str, ...]:
-    """Patterns as a tuple; one string is one pattern, not its characters."""
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    """Patterns as a tuple; one string is one pattern, not its characters. Raises `SpaceError` for anything but texts."""
+    found = (patterns,) if isinstance(patterns, str) or not isinstance(patterns, Iterable) else tuple(patterns)
+    wrong = [pattern for pattern in found if not isinstance(pattern, str)]
+    if wrong:
+        raise SpaceError(f"{wrong[0]!r} is no name or pattern of layers. Give texts, such as ('conv1', 'layer4.*').")
+    return found
 
 
 def matching(pattern: str, names: Sequence[str]) -> tuple[str, ...]:

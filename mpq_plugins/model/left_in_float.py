@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 from mpq_plugins.errors import FloatLayersWarning, SpaceError
@@ -68,12 +70,17 @@ class LeftInFloat:
         if unasked.is_much:
             raise SpaceError(f"{unasked}\nExclude what shall stay in float, change the model, or leave strict off.")
 
-    def tell(self, *, strict: bool, stacklevel: int = 2) -> None:
-        """Warn with `FloatLayersWarning` where much stays in float; when `strict`, raise what `check` raises instead."""
+    def tell(self, *, strict: bool) -> None:
+        """Warn with `FloatLayersWarning` where much stays in float; when `strict`, raise what `check` raises instead.
+
+        The warning is at the line of the user that led here.
+        """
         if strict:
             self.check()
         if self.is_much:
-            warnings.warn(f"{self}\nstrict=True makes this an error.", FloatLayersWarning, stacklevel=stacklevel + 1)
+            frames = inspect.stack(context=0)
+            level = next((i for i, one in enumerate(frames) if not _is_ours(one.frame)), len(frames))
+            warnings.warn(f"{self}\nstrict=True makes this an error.", FloatLayersWarning, stacklevel=level + 1)
 
     def to_json(self) -> dict[str, Any]:
         """The shares and the reasons as plain JSON values."""
@@ -101,3 +108,7 @@ def _percent(share: float) -> str:
 
 def _named(names: tuple[str, ...]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _is_ours(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__", "")).startswith("mpq_plugins.")

@@ -117,7 +117,9 @@ def labels_of(batch: Batch) -> Tensor:
 
 
 def batches_of(loader: Iterable[Any]) -> Iterator[Batch]:
-    """Every item of `loader` as a `Batch`."""
+    """Every item of `loader` as a `Batch`; raises `DataError` for a text."""
+    if isinstance(loader, str):
+        raise DataError(f"{loader!r} is a text, not batches. Give a DataLoader, or a list of what the model takes.")
     return (Batch.of(item) for item in loader)
 
 

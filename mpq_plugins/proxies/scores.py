@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from mpq_plugins.common.files import check_keys, read_json, write_json
+from mpq_plugins.common.html import html_table
+from mpq_plugins.common.text import listed
 from mpq_plugins.errors import FormatError, MPQError
 from mpq_plugins.space.space import Space
 
@@ -41,6 +43,24 @@ class Scores:
                 raise FormatError(f"the loss of {unit.name} is not finite: {list(losses)}. Score again on finite data.")
         if self.pairwise is not None:
             _check_pairwise(self.pairwise, sum(map(len, self.loss)))
+
+    def __repr__(self) -> str:
+        options = [f"{name}={value!r}" for name, value in self.proxy.items() if name != "name"]
+        losses = [loss for row in self.loss for loss in row]
+        pairs = "" if self.pairwise is None else " and of their pairs"
+        return (
+            f"Scores by {self.proxy.get('name', 'no proxy')}({listed(options, 12)[:300]})\n"
+            f"  losses of {len(losses)} choices{pairs} of {len(self.loss)} units: {min(losses):.3g} to {max(losses):.3g}"
+        )
+
+    def _repr_html_(self) -> str:
+        header = sorted({choice for unit in self.space.units for choice in unit.choices})
+        table = [
+            (unit.name, dict(zip(unit.choices, row, strict=True)))
+            for unit, row in zip(self.space.units, self.alone(), strict=True)
+        ]
+        rows = [(name, *(f"{losses[choice]:.3g}" if choice in losses else "" for choice in header)) for name, losses in table]
+        return html_table(repr(self), ("unit", *map(str, header)), rows)
 
     def alone(self) -> tuple[tuple[float, ...], ...]:  # [unit][choice]
         """The loss of every choice with no other unit's interaction: `loss` and half the diagonal of `pairwise`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -13,9 +13,11 @@ from mpq_plugins.adapter.base import AbstractAdapter
 from mpq_plugins.adapter.evaluate import accuracy
 from mpq_plugins.allocation import Allocation, checked_scores, solve_scores
 from mpq_plugins.common.files import write_json
-from mpq_plugins.common.plugins import make
+from mpq_plugins.common.plugins import make, resolve, resolve_all
 from mpq_plugins.common.progress import track
+from mpq_plugins.common.text import words_of
 from mpq_plugins.costs.budgets import Budgets, as_budgets
+from mpq_plugins.errors import BudgetError
 from mpq_plugins.model.run import Output
 from mpq_plugins.proxies.scores import Scores
 from mpq_plugins.solvers.problem import check_reachable
@@ -92,8 +94,8 @@ def compare(
     calibration: Sequence[Any],
     test: Sequence[Any],
     budgets: Mapping[str, Budgets],
-    adapters: Mapping[str, AbstractAdapter],
-    proxies: Sequence[str] = ("ompq", "csmpq"),
+    adapters: Mapping[str, AbstractAdapter | str] | Iterable[AbstractAdapter | str] | AbstractAdapter | str,
+    proxies: Iterable[str] | str = ("ompq", "csmpq"),
     n_seeds: int = 20,
     output: Output = None,
     on_applied: Callable[[str, str, Allocation, AbstractAdapter, nn.Module], None] | None = None,
@@ -101,23 +103,31 @@ def compare(
     """Score with every proxy and control, solve at every budget, apply through every adapter, measure the accuracy.
 
     `calibration` serves the proxies and the adapters, `test` (labelled) only the accuracy. `budgets` maps a label to the
-    budgets that hold together. The random control runs with `n_seeds` seeds. Equal configurations are applied once.
+    budgets that hold together, `adapters` a label to an adapter; adapters without labels go by their names. The random
+    control runs with `n_seeds` seeds. Equal configurations are applied once.
     `on_applied(budget, proxy, allocation, adapter, module)` sees every module once, while it is alive.
     """
-    for together in budgets.values():
-        check_reachable(space, as_budgets(together))
-    scored = _scores(model, space, calibration, proxies, n_seeds)
-    jobs = [(b, name, a) for b in budgets for name in scored for a in adapters]
+    if not isinstance(budgets, Mapping):
+        raise BudgetError(
+            "budgets to compare at must be a mapping, label -> budgets. Write {'small': 'size=w3', 'large': 'size=w6'}."
+        )
+    asked = {label: as_budgets(together) for label, together in budgets.items()}
+    for together in asked.values():
+        check_reachable(space, together)
+    labels = adapters if isinstance(adapters, Mapping) else {one.name: one for one in resolve_all("adapters", adapters)}
+    targets: dict[str, AbstractAdapter] = {label: resolve("adapters", one) for label, one in labels.items()}
+    scored = _scores(model, space, calibration, words_of(proxies), n_seeds)
+    jobs = [(b, name, a) for b in asked for name in scored for a in targets]
     cache: dict[tuple[str, BitConfig], tuple[float, float]] = {}
     rows = []
     for budget, name, adapter_name in track(jobs, "applying"):
         scores, scoring_seconds = scored[name]
         start = time.perf_counter()
-        allocation = solve_scores(scores, budgets[budget])
+        allocation = solve_scores(scores, asked[budget])
         key = (adapter_name, allocation.bits)
         seconds = scoring_seconds + time.perf_counter() - start
         if key not in cache:
-            adapter = adapters[adapter_name]
+            adapter = targets[adapter_name]
             start = time.perf_counter()
             module = adapter.prepare(model, allocation.bits, example, calibration)
             applied_seconds = time.perf_counter() - start

@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from mpq_plugins.costs.base import Budget, cost_of, format_amount
+from mpq_plugins.costs.budgets import Budgets, as_budgets
 from mpq_plugins.errors import BudgetError, InfeasibleBudgetError
 from mpq_plugins.proxies.scores import Scores
 from mpq_plugins.space.space import Space, Unit
@@ -119,13 +120,13 @@ class Problem:
         return self.agrees(choice) and all(meets)
 
 
-def build_problem(scores: Scores, budgets: Sequence[Budget]) -> Problem:
+def build_problem(scores: Scores, budgets: Budgets = ()) -> Problem:
     """Tables of the scores and of every budget.
 
     A budget of a "max" cost drops the choices above it; a budget of a "sum" cost becomes a limit.
     Raises `InfeasibleBudgetError` as `check_reachable` does.
     """
-    space = scores.space
+    space, budgets = scores.space, as_budgets(budgets, at_least=0)
     tables = _checked_tables(space, budgets)
     limits = [budget.resolve(space) for budget in budgets]
     kept = np.concatenate(_within_peaks(space, budgets, limits, tables))
@@ -147,13 +148,13 @@ def build_problem(scores: Scores, budgets: Sequence[Budget]) -> Problem:
     )
 
 
-def check_reachable(space: Space, budgets: Sequence[Budget]) -> None:
+def check_reachable(space: Space, budgets: Budgets) -> None:
     """Refuse budgets that no choice can meet, before any forward pass.
 
     Raises `InfeasibleBudgetError` with the least that can be reached and the layers that hold most of it.
     Budgets are checked one by one here; whether they can be met together is the solver's to find out.
     """
-    _checked_tables(space, budgets)
+    _checked_tables(space, as_budgets(budgets))
 
 
 Table = list[np.ndarray]  # [unit][choice]

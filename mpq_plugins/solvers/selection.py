@@ -38,7 +38,7 @@ def select_plan(problem: Problem, space: Space, solution: Solution, measure: Mea
     The returned solution is that plan with the bound of the score's program, hence an honest gap.
     """
     plans = [Plan(solution.choice, solution.objective), *solution.next_best]
-    measured = tuple(map(float, measure([_in_space(problem, space, plan.choice) for plan in plans])))
+    measured = tuple(map(float, measure([in_space(problem, space, plan.choice) for plan in plans])))
     kept = min(range(len(plans)), key=measured.__getitem__)
     selection = Selection(measured, kept)
     if kept == 0:
@@ -60,7 +60,7 @@ def select_plan(problem: Problem, space: Space, solution: Solution, measure: Mea
     )
 
 
-def _in_space(problem: Problem, space: Space, choice: Sequence[int]) -> list[int]:
+def in_space(problem: Problem, space: Space, choice: Sequence[int]) -> list[int]:
     """Choice indices of the space: the problem may have dropped choices above a peak limit."""
     labels = [Precision.parse(problem.choices[column]) for column in problem.columns(choice)]
     return [unit.choices.index(label) for unit, label in zip(space.units, labels, strict=True)]

@@ -6,6 +6,9 @@ import enum
 import math
 from dataclasses import dataclass
 
+from mpq_plugins.common.html import html_table
+from mpq_plugins.common.text import listed
+
 
 class Status(enum.Enum):
     """How far an answer is proven; its value is the advice that goes with it."""
@@ -51,6 +54,22 @@ class Solution:
     seconds: float = 0.0
     nodes: int = 0
     advice: str = ""
+
+    def __repr__(self) -> str:
+        return "\n  ".join(f"{name}: {told}" for name, told in self._facts())
+
+    def _repr_html_(self) -> str:
+        return html_table("", ("", ""), self._facts())
+
+    def _facts(self) -> list[tuple[str, str]]:
+        """What is known of the answer, in a few lines."""
+        by = f" by {self.solver}" if self.solver else ""
+        loss = f"loss {self.objective:.6g}, bound {self.bound:.6g}, gap {self.gap:.1e}"
+        facts = [("Solution", f"{self.status.name}{by}, {loss}, {self.seconds:.2g} s")]
+        if self.choice:
+            facts.append((f"choice of {len(self.choice)} units", listed(self.choice, 16)))
+        limits = [f"{used:.6g} of {used + rest:.6g}" for used, rest in zip(self.usage, self.unused, strict=False)]
+        return facts + [("used", listed(limits))] * bool(limits) + [("advice", self.advice)] * bool(self.advice)
 
     @property
     def has_plan(self) -> bool:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mpq_plugins.common.files import check_keys, read_json, write_json
+from mpq_plugins.common.files import check_keys, of_kinds, read_json, write_json
+from mpq_plugins.common.html import html_table
+from mpq_plugins.common.text import listed
 from mpq_plugins.errors import FingerprintError, FormatError, PrecisionError
 from mpq_plugins.model.layers import Inventory, unknown_layer
 from mpq_plugins.space.precision import Precision
@@ -56,6 +58,8 @@ class BitConfig:
     costs: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.layers, Mapping):
+            raise PrecisionError(f"the layers of a bit configuration map names to precisions, not {repr(self.layers)[:60]}.")
         layers = {name: Precision.of(precision) for name, precision in self.layers.items()}
         object.__setattr__(self, "layers", FrozenMapping(layers))
 
@@ -64,6 +68,23 @@ class BitConfig:
 
     def __getitem__(self, layer: str) -> Precision:
         return self.layers[layer]
+
+    def __repr__(self) -> str:
+        costs = ", ".join(f"{name} {amount:,.0f}" for name, amount in self.costs.items())
+        facts = f"BitConfig: {len(self.layers)} layers, {self.fingerprint[:19]}...\n  {self.summary()}"
+        return facts + (f"\n  costs: {costs}" if costs else "")
+
+    def _repr_html_(self) -> str:
+        rows = [(name, precision.weight, precision.activation) for name, precision in self.layers.items()]
+        return html_table(self.summary(), ("layer", "weight bits", "activation bits"), rows)
+
+    def summary(self) -> str:
+        """Which layers have which precision, in one line: `w8a8: conv1, fc; w4a8: conv2, conv3, conv4 and 9 more`."""
+        names: dict[Precision, list[str]] = {}
+        for name, precision in sorted(self.layers.items(), key=lambda item: item[1], reverse=True):
+            names.setdefault(precision, []).append(name)
+        told = [f"{precision}: {listed(members)}" for precision, members in names.items()]
+        return "; ".join(told[:4]) + (f"; and {len(told) - 4} more precisions" if len(told) > 4 else "")
 
     def check(self, inventory: Inventory) -> None:
         """Make sure that the configuration fits the model.
@@ -86,36 +107,30 @@ class BitConfig:
                 "Allocate again for this model."
             )
 
+    def to_json(self) -> dict[str, Any]:
+        """The configuration as plain JSON values: the one form in which files of ours hold bits."""
+        layers = {name: precision.to_json() for name, precision in self.layers.items()}
+        return {"fingerprint": self.fingerprint, "layers": layers, "origin": dict(self.origin), "costs": dict(self.costs)}
+
+    @classmethod
+    def from_json(cls, document: Any, *, where: str) -> BitConfig:
+        """Inverse of `to_json`; raises `FormatError` and `PrecisionError` naming what is wrong and where."""
+        allowed = {"fingerprint", "layers", "origin", "costs"}
+        check_keys(document, allowed=allowed, required={"fingerprint", "layers"}, where=where)
+        of_kinds(document, {"fingerprint": str, "layers": dict, "origin": dict, "costs": dict}, where=where)
+        if not document["layers"]:
+            raise FormatError(f'{where}: "layers" must map layer names to bits and hold at least one layer.')
+        layers = {
+            name: Precision.from_json(bits, where=f"{where}: layer {name!r}") for name, bits in document["layers"].items()
+        }
+        return cls(**{**document, "layers": layers})
+
     def save(self, path: str | Path) -> Path:
         """Write the configuration as JSON, atomically; equal configurations give equal bytes."""
-        bits = {name: {"weight": p.weight, "activation": p.activation} for name, p in self.layers.items()}
-        document = {"format": FORMAT, "fingerprint": self.fingerprint, "layers": bits}
-        return write_json(path, {**document, "origin": dict(self.origin), "costs": dict(self.costs)})
+        return write_json(path, {"format": FORMAT, **self.to_json()})
 
     @classmethod
     def load(cls, path: str | Path) -> BitConfig:
         """Read a configuration; raises `FormatError` and `PrecisionError` naming what is wrong and where."""
         document = read_json(path, format=FORMAT)
-        allowed = {"format", "fingerprint", "layers", "origin", "costs"}
-        check_keys(document, allowed=allowed, required={"format", "fingerprint", "layers"}, where=str(path))
-        if not isinstance(document["layers"], dict) or not document["layers"]:
-            raise FormatError(f'{path}: "layers" must map layer names to bits and hold at least one layer.')
-        for key, kind in (("fingerprint", str), ("origin", dict), ("costs", dict)):
-            if not isinstance(document.get(key, kind()), kind):
-                wanted = "text" if kind is str else "an object"
-                raise FormatError(f'{path}: "{key}" must be {wanted}, not {document[key]!r}. Write the file again.')
-        return cls(
-            layers={name: _precision(path, name, bits) for name, bits in document["layers"].items()},
-            fingerprint=document["fingerprint"],
-            origin=document.get("origin", {}),
-            costs=document.get("costs", {}),
-        )
-
-
-def _precision(path: str | Path, name: str, bits: Any) -> Precision:
-    where = f"{path}: layer {name!r}"
-    check_keys(bits, allowed={"weight", "activation"}, required={"weight", "activation"}, where=where)
-    try:
-        return Precision(bits["weight"], bits["activation"])
-    except PrecisionError as error:
-        raise PrecisionError(f"{where}: {error}") from error
+        return cls.from_json({key: value for key, value in document.items() if key != "format"}, where=str(path))

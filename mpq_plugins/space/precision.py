@@ -6,7 +6,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
+from mpq_plugins.common.files import check_keys
+from mpq_plugins.common.text import words_of
 from mpq_plugins.errors import PrecisionError
 
 WEIGHT_BITS = range(1, 9)
@@ -56,21 +59,61 @@ class Precision:
             return cls(int(given), 8) if given.strip() in _DIGITS else cls.parse(given)
         raise PrecisionError(f"{given!r} is not a precision. Write it as w4a8, or 4 or w4 for the weight alone.")
 
+    def to_json(self) -> dict[str, int]:
+        """Both widths by name, as files of ours hold them."""
+        return {"weight": self.weight, "activation": self.activation}
+
+    @classmethod
+    def from_json(cls, document: Any, *, where: str) -> Precision:
+        """Inverse of `to_json`; raises `FormatError` and `PrecisionError`.
+
+        Also reads the pairs `[4, 8]` of checkpoints and the texts `"w4a8"` of training folders that release 0.1 wrote.
+        """
+        if isinstance(document, list) and len(document) == 2:
+            document = dict(zip(("weight", "activation"), document, strict=True))
+        keys = {"weight", "activation"}
+        try:
+            if isinstance(document, str):
+                return cls.parse(document)
+            check_keys(document, allowed=keys, required=keys, where=where)
+            return cls(document["weight"], document["activation"])
+        except PrecisionError as error:
+            raise PrecisionError(f"{where}: {error}") from error
+
     def __str__(self) -> str:
         return f"w{self.weight}a{self.activation}"
 
 
-def menu(weight: Iterable[int] = range(2, 9), activation: Iterable[int] = (8,)) -> tuple[Precision, ...]:
+Width = Precision | str | int
+"""One precision as users write it: see `Precision.of`."""
+
+Menu = Iterable[Width] | Width
+"""Candidate precisions as users write them: see `as_menu`."""
+
+Widths = Iterable[int | str] | int | str
+"""Bit-widths as users write them: see `widths`."""
+
+
+def widths(given: Widths) -> tuple[int, ...]:
+    """Bit-widths as users write them: `(2, 4, 8)`, `range(2, 9)`, `4` or `"2,4,8"`; raises `PrecisionError`."""
+    found: Any = words_of(given) if isinstance(given, str) else [given] if isinstance(given, Integral) else given
+    try:
+        return tuple(int(width) if isinstance(width, str) else width for width in found)
+    except (TypeError, ValueError) as error:
+        raise PrecisionError(f"{given!r} is no list of bits. Write whole numbers joined by commas, such as 2,3,4,8.") from error
+
+
+def menu(weight: Widths = range(2, 9), activation: Widths = (8,)) -> tuple[Precision, ...]:
     """Every pair of the given weight and activation bits, in ascending order, without repeats."""
-    weights, activations = tuple(weight), tuple(activation)
-    return tuple(sorted({Precision(w, a) for w in weights for a in activations}))
+    activations = widths(activation)
+    return tuple(sorted({Precision(w, a) for w in widths(weight) for a in activations}))
 
 
-def as_menu(given: Iterable[Precision | str | int] | Precision | str | int) -> tuple[Precision, ...]:
+def as_menu(given: Menu) -> tuple[Precision, ...]:
     """Choices as users write them: `(2, 4, 8)`, `("w4a4", "w8a8")`, `"2,4,8"`, one precision; raises `PrecisionError`."""
     if isinstance(given, str):
-        given = [word for word in given.split(",") if word.strip()]
-    if isinstance(given, (Precision, Integral)):
+        given = words_of(given)
+    elif isinstance(given, (Precision, Integral)):
         given = (given,)
     if not isinstance(given, Iterable):
         raise PrecisionError(f"{given!r} is no menu of precisions. Give a list such as (2, 4, 8) or ('w4a8', 'w8a8').")

@@ -8,13 +8,18 @@ from functools import cached_property
 from typing import Any
 
 from mpq_plugins.common.files import check_keys, of_kinds, read_fields
-from mpq_plugins.errors import FormatError, SpaceError
+from mpq_plugins.common.text import listed, pairs_of
+from mpq_plugins.errors import FormatError, PluginError, SpaceError
 from mpq_plugins.model.layers import Inventory, Layer, Skipped, matching, patterns_of, skipped_layers
-from mpq_plugins.space.precision import Precision, as_menu, menu
+from mpq_plugins.space.precision import Menu, Precision, Width, as_menu, menu
 
 Refuse = Callable[[Layer, Precision], str | None]
-Menu = Iterable[Precision | str | int] | Precision | str | int
 Menus = Menu | Mapping[str, Menu]
+Pins = Mapping[str, Width] | Iterable[str] | str
+"""Pinned layers as users write them: see `pins_of`."""
+
+Ties = Iterable[str | Iterable[str]]
+"""Tied layers: groups of names or patterns, or one pattern for a group."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,12 @@ class Space:
     skipped: tuple[Skipped, ...] = ()
     pins: Mapping[str, str] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        n_choices = sum(len(unit.choices) for unit in self.units)
+        facts = f"Space: {len(self.layers)} layers, {len(self.units)} units, {n_choices} choices, {self.fingerprint[:19]}..."
+        parts = {"units": [unit.name for unit in self.units], "pinned": self.pins, "skipped": [s.name for s in self.skipped]}
+        return "\n  ".join([facts, *(f"{what}: {listed(names)}" for what, names in parts.items() if names)])
+
     def __hash__(self) -> int:
         return hash((self.layers, self.units, self.fingerprint))
 
@@ -78,25 +89,26 @@ class Space:
         inventory: Inventory,
         choices: Menus | None = None,
         *,
-        pin: Mapping[str, Precision | str | int] | None = None,
-        tie: Iterable[str | Sequence[str]] = (),
-        share_activations: Iterable[Sequence[str]] = (),
+        pin: Pins | None = None,
+        tie: Ties = (),
+        share_activations: Ties = (),
         refuse: Refuse = lambda layer, precision: None,
     ) -> Space:
         """The space of `choices` over the layers of `inventory`.
 
         `choices` is one menu for all layers or glob -> menu, the last match counts (default: weights 2..8, activations 8);
         a menu holds `Precision`s, texts such as `"w4a8"` or weight bits.
-        `pin` fixes layers (glob -> precision). `tie` lists groups of layers that take one precision: patterns each,
-        or one pattern. Layers that hold the same weight are tied without asking. `share_activations` lists layers that
-        must agree on activation bits only.
+        `pin` fixes layers: glob -> precision, or texts such as `"conv1=w8a8"`.
+        `tie` lists groups of layers that take one precision: patterns each, or one pattern. Layers that hold the same weight
+        are tied without asking. `share_activations` lists layers that must agree on activation bits only.
         `refuse` says why a target cannot do a precision; a layer refused at all of its choices is skipped.
         Raises `UnknownLayerError`, `PrecisionError` and `SpaceError`.
         """
         names = [layer.name for layer in inventory]
         if not names:
             raise SpaceError("no layer is left to decide on. Include more layers, or exclude fewer.")
-        pins = _pins(pin or {}, names)
+        given = pins_of(pin).items()
+        pins = {name: Precision.of(precision) for pattern, precision in given for name in matching(pattern, names)}
         menus, skipped = _menus(inventory, choices, pins, refuse)
         kept = [name for name in names if name in menus]
         if not kept:
@@ -105,7 +117,7 @@ class Space:
         same_weight = [(layer.shares_weight_with, layer.name) for layer in inventory if layer.shares_weight_with]
         _check_ties(tie := _groups(tie), names)
         clusters = _components(kept, _known((*tie, *same_weight), names, kept))
-        shared = _components(kept, [*clusters, *_known(share_activations, names, kept)])
+        shared = _components(kept, [*clusters, *_known(_groups(share_activations), names, kept)])
         group_of = {name: index for index, members in enumerate(shared) for name in members}
         units = tuple(Unit(members, _common(members, menus), group_of[members[0]]) for members in clusters)
         return cls(
@@ -267,11 +279,14 @@ def residual_ties(inventory: Inventory) -> tuple[tuple[str, str], ...]:
     return tuple(ties)
 
 
-def _pins(pin: Mapping[str, Precision | str | int], names: Sequence[str]) -> dict[str, Precision]:
-    pins: dict[str, Precision] = {}
-    for pattern, precision in pin.items():
-        pins.update(dict.fromkeys(matching(pattern, names), Precision.of(precision)))
-    return pins
+def pins_of(pin: Pins | None) -> dict[str, Width]:
+    """Glob -> precision, from a mapping, from texts such as `"conv1=w8a8"`, or from one; raises `SpaceError`."""
+    if isinstance(pin, Mapping):
+        return dict(pin)
+    try:
+        return {} if pin is None else {**pairs_of(pin)}
+    except (PluginError, TypeError) as error:
+        raise SpaceError(f"pin={pin!r} pins no layers. Write pin={{'conv1': 'w8a8'}}, or pin=['conv1=w8a8'].") from error
 
 
 def _menus(
@@ -302,10 +317,10 @@ def _menus(
     return menus, skipped_layers(inventory, refused)
 
 
-def _groups(tie: Iterable[str | Sequence[str]]) -> tuple[tuple[str, ...], ...]:
-    if isinstance(tie, str):
+def _groups(tie: Ties) -> tuple[tuple[str, ...], ...]:
+    if isinstance(tie, str) or not isinstance(tie, Iterable):
         raise SpaceError(
-            f"tie={tie!r} is one pattern, but ties are groups of layers. Write tie=[[{tie!r}, ...]], or [{tie!r}]."
+            f"tie={tie!r} is one pattern, but ties are groups of layers. Write tie=[('conv1', 'conv2')], or tie=['layer1.*']."
         )
     return tuple(patterns_of(group) for group in tie)
 

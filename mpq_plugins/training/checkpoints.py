@@ -16,6 +16,7 @@ from mpq_plugins.common.locks import lock_file
 from mpq_plugins.common.partial import partial_folder
 from mpq_plugins.common.tensor_files import read_torch, write_torch
 from mpq_plugins.errors import FormatError, MPQError, TrainingError, WriteError
+from mpq_plugins.space.bits import BitConfig
 from mpq_plugins.training.metrics import EpochRecord
 
 JOB, FORMAT = "mpq-training/1", "mpq-training-state/1"
@@ -79,6 +80,8 @@ class TrainingFolder:
 
     def _check(self, path: Path, document: Mapping[str, Any]) -> None:
         begun = read_json(path, format=JOB)
+        bits = BitConfig.from_json(begun.get("bits"), where=f"{path}: its bits").to_json()
+        begun["bits"] = {key: bits[key] for key in document["bits"]}  # older releases wrote texts such as w4a8
         different = _differences(begun, document)
         if different:
             raise TrainingError(

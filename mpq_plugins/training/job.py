@@ -45,12 +45,11 @@ class Job:
 
     def to_json(self) -> dict[str, Any]:
         """What a resumed run must have in common with the first."""
-        layers = {name: str(precision) for name, precision in self.bits.layers.items()}
         own: list[str] = [item.name for item in fields(self.adapter)] if is_dataclass(self.adapter) else []
         adapter = {name: getattr(self.adapter, name) for name in own}
         return {
             "adapter": {"name": self.adapter.name, **adapter},
-            "bits": {"fingerprint": self.bits.fingerprint, "layers": layers},
+            "bits": {key: self.bits.to_json()[key] for key in ("fingerprint", "layers")},
             # Without calibration data of their own these are of the training data, and tell their batch size.
             "calibration": {"batches": len(self.calibration), "images": sum(len(batch) for batch in self.calibration)},
             "options": dict(self.options),

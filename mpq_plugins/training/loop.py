@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mpq_plugins.adapter.base import AbstractAdapter, bits_of, is_prepared
 from mpq_plugins.adapter.evaluate import accuracy
 from mpq_plugins.adapter.record import Origin, record
+from mpq_plugins.common.plugins import resolve
 from mpq_plugins.common.progress import track
 from mpq_plugins.common.tensor_files import read_torch, write_torch
 from mpq_plugins.errors import DataError, TrainingError
@@ -64,7 +65,7 @@ def train(
     bits: BitConfig,
     data: TrainingData,
     *,
-    adapter: AbstractAdapter,
+    adapter: AbstractAdapter | type[AbstractAdapter] | str,
     recipe: TrainingRecipe | None = None,
     example: Any = None,
     calibration: Iterable[Any] = (),
@@ -94,7 +95,7 @@ def train(
     are, and so do, in a model in training mode, the statistics of parts that are in evaluation mode.
     Raises `TrainingError` when the loss is not finite, `DataError`, `ModelError`, `AdapterError`, `MissingExtraError`.
     """
-    recipe = recipe or TrainingRecipe()
+    recipe, target = recipe or TrainingRecipe(), resolve("adapters", adapter)
     if tensorboard and folder is None:
         raise TrainingError("TensorBoard's files need a folder to lie in, and none was given. Give folder= (--out).")
     kept = None if folder is None else TrainingFolder(folder)
@@ -104,8 +105,8 @@ def train(
         example = calibration[0].inputs if example is None else example
         bits.check(find_layers(model, example))
         own = dict(options or {})
-        origin = Origin.of(adapter, example, command)
-        job = Job(model, bits, data, adapter, recipe, example, calibration, evaluation, teacher, loss, output, own, origin)
+        origin = Origin.of(target, example, command)
+        job = Job(model, bits, data, target, recipe, example, calibration, evaluation, teacher, loss, output, own, origin)
         return _Run(job, accelerator, kept, tensorboard=tensorboard).to_the_end(on_epoch or (lambda _: None))
 
 

@@ -6,19 +6,21 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, final, get_args
+from typing import Annotated, Any, Literal, final
 
-from mpq_plugins.common.files import check_keys, read_json, write_json
-from mpq_plugins.errors import FormatError, TrainingError
+from mpq_plugins.adapter.ptq import BatchNorm, with_batch_norm
+from mpq_plugins.common.files import check_keys, read_fields, read_json, write_json
+from mpq_plugins.common.values import Bounds, check_values
+from mpq_plugins.errors import TrainingError
 from mpq_plugins.space.bits import BitConfig
 from mpq_plugins.training.schedule import ProfitSchedule, Stage
 
 FORMAT = "mpq-recipe/1"
 Method = Literal["qat", "profit"]
 MixedPrecision = Literal["no", "bf16", "fp16"]
-BatchNorm = Literal["kept", "re-estimated", "corrected"]
-# Recipes written before it have a switch, `bn_reestimation`.
-_BEFORE = {True: "re-estimated", False: "kept"}
+Positive = Annotated[float, Bounds(above=0)]
+Amount = Annotated[float, Bounds(least=0)]
+Share = Annotated[float, Bounds(least=0, below=1)]
 
 
 @final
@@ -41,43 +43,25 @@ class TrainingRecipe:
     """
 
     method: Method = "qat"
-    epochs: int = 20
-    learning_rate: float = 0.01
-    weight_decay: float = 4e-5
-    momentum: float = 0.9
-    range_factor: float = 0.01
-    warm_up: float = 0.1
+    epochs: Annotated[int, Bounds(least=1)] = 20
+    learning_rate: Positive = 0.01
+    weight_decay: Amount = 4e-5
+    momentum: Share = 0.9
+    range_factor: Amount = 0.01
+    warm_up: Share = 0.1
     restarts: bool = True
-    label_smoothing: float = 0.0
-    teacher_weight: float = 1.0
-    temperature: float = 1.0
-    clip_norm: float | None = None
-    ema_decay: float | None = None
+    label_smoothing: Share = 0.0
+    teacher_weight: Amount = 1.0
+    temperature: Positive = 1.0
+    clip_norm: Positive | None = None
+    ema_decay: Annotated[float, Bounds(above=0, below=1)] | None = None
     batch_norm: BatchNorm = "kept"
     mixed_precision: MixedPrecision = "no"
     seed: int = 0
     profit: ProfitSchedule = field(default_factory=ProfitSchedule)
 
     def __post_init__(self) -> None:
-        self._check(self.method in get_args(Method), "method", f"one of {', '.join(get_args(Method))}")
-        self._check(self.mixed_precision in get_args(MixedPrecision), "mixed_precision", "no, bf16 or fp16")
-        self._check(self.batch_norm in get_args(BatchNorm), "batch_norm", f"one of {', '.join(get_args(BatchNorm))}")
-        self._check(_is_whole(self.epochs) and self.epochs >= 1, "epochs", "a whole number of at least 1")
-        for name in ("learning_rate", "temperature"):
-            self._check(_is_number(getattr(self, name)) and getattr(self, name) > 0, name, "a number above 0")
-        for name in ("weight_decay", "range_factor", "teacher_weight"):
-            self._check(_is_number(getattr(self, name)) and getattr(self, name) >= 0, name, "a number of at least 0")
-        for name in ("momentum", "label_smoothing", "warm_up"):
-            self._check(_is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1, name, "at least 0 and below 1")
-        decay, bound = self.ema_decay, self.clip_norm
-        self._check(decay is None or (_is_number(decay) and 0 < decay < 1), "ema_decay", "between 0 and 1, or null")
-        self._check(bound is None or (_is_number(bound) and bound > 0), "clip_norm", "a number above 0, or null")
-        self._check(isinstance(self.restarts, bool), "restarts", "true or false")
-        self._check(_is_whole(self.seed), "seed", "a whole number")
-
-    def _check(self, holds: bool, name: str, what: str) -> None:
-        if not holds:
-            raise TrainingError(f"{name} of a training recipe must be {what}, not {getattr(self, name)!r}.")
+        check_values(TrainingRecipe, vars(self), TrainingError, where="the training recipe")
 
     def stages(self, bits: BitConfig) -> tuple[Stage, ...]:
         """The stages towards `bits`; raises `ModelError` when PROFIT cannot be had in so few epochs."""
@@ -95,14 +79,12 @@ class TrainingRecipe:
 
         `bn_reestimation`, the switch that `batch_norm` replaces, is still read.
         """
-        if isinstance(document.get("bn_reestimation"), bool) and "batch_norm" not in document:
-            rest = {name: value for name, value in document.items() if name != "bn_reestimation"}
-            document = {**rest, "batch_norm": _BEFORE[document["bn_reestimation"]]}
+        document = with_batch_norm(document)
         names = {item.name for item in fields(cls)}
         check_keys(document, allowed={*names, "format"}, required=set(), where=where)
         values = {name: value for name, value in document.items() if name != "format"}
         if "profit" in values:
-            values["profit"] = _schedule(values["profit"], where=f"{where}: profit")
+            values["profit"] = read_fields(ProfitSchedule, values["profit"], where=f"{where}: profit")
         return cls(**values)
 
     def save(self, path: str | Path) -> Path:
@@ -113,29 +95,6 @@ class TrainingRecipe:
     def load(cls, path: str | Path) -> TrainingRecipe:
         """Read a recipe; raises `FormatError` and `TrainingError`."""
         return cls.from_json(read_json(path, format=FORMAT), where=str(path))
-
-
-def _schedule(document: object, *, where: str) -> ProfitSchedule:
-    check_keys(document, allowed={item.name for item in fields(ProfitSchedule)}, required=set(), where=where)
-    assert isinstance(document, dict)  # checked
-    values: dict[str, Any] = dict(document)
-    for name, value in values.items():
-        if name == "widths":
-            holds = isinstance(value, (list, tuple)) and all(_is_whole(width) and width >= 2 for width in value)
-            what, values[name] = "a list of whole numbers of at least 2", tuple(value) if holds else value
-        else:
-            holds, what = _is_whole(value) and value >= (name == "parts"), "a whole number, of epochs or of parts"
-        if not holds:
-            raise FormatError(f"{where}: {name} must be {what}, not {value!r}.")
-    return ProfitSchedule(**values)
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def rate_factor(step: int, n_steps: int, warm_up: float) -> float:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any, final
+from typing import Annotated, Any, final
 
-from mpq_plugins.errors import ModelError
+from mpq_plugins.common.values import Bounds, Count, check_values
+from mpq_plugins.errors import ModelError, TrainingError
 from mpq_plugins.space.bits import BitConfig
 from mpq_plugins.space.precision import ACTIVATION_BITS, Precision
 
@@ -56,12 +57,16 @@ class ProfitSchedule:
     nothing are left out.
     """
 
-    widths: tuple[int, ...] = (8, 5)
-    parts: int = 3
-    float_epochs: int = 15
-    settle_epochs: int = 5
-    train_epochs: int = 15
-    sample_epochs: int = 5
+    widths: tuple[Annotated[int, Bounds(least=2)], ...] = (8, 5)
+    parts: Annotated[int, Bounds(least=1)] = 3
+    float_epochs: Count = 15
+    settle_epochs: Count = 5
+    train_epochs: Count = 15
+    sample_epochs: Count = 5
+
+    def __post_init__(self) -> None:
+        check_values(ProfitSchedule, vars(self), TrainingError, where="the schedule of PROFIT")
+        object.__setattr__(self, "widths", tuple(self.widths))
 
     def stages(self, target: BitConfig, epochs: int | None = None) -> tuple[Stage, ...]:
         """The stages that lead to `target`, together `epochs` long in proportion to their lengths here (None: exactly these).

@@ -73,7 +73,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_values_out_of_bounds_are_refused_by_name(name):
     """A number out of its range, NaN, and text for a number are errors that name the field and the value."""
-    with pytest.raises(TrainingError, match=f"^{name} of a training recipe must be .* not {WRONG[name]!r}"):
+    with pytest.raises(TrainingError, match=f"^the training recipe: {name} must be .* not {WRONG[name]!r}"):
         TrainingRecipe(**{name: WRONG[name]})
 
 

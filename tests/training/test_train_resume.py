@@ -17,6 +17,7 @@ from training_cases import PROFIT, QAT, Stopping, data, run, tensors, without_ti
 from mpq_plugins import MPQError
 from mpq_plugins.errors import DataError, FormatError, TrainingError, WriteError
 from mpq_plugins.training import Trained
+from mpq_plugins.training.checkpoints import TrainingFolder
 
 ADAPTERS = ("nncf", "brevitas")
 RECIPES = {"qat": QAT, "profit": PROFIT, "corrected": replace(PROFIT, batch_norm="corrected")}
@@ -34,6 +35,18 @@ def stop() -> None:
 def whole(name: str, method: str) -> Trained:
     """A run that was never stopped, without a folder."""
     return run(name, RECIPES[method], evaluation=data())
+
+
+def test_a_folder_of_release_0_1_is_gone_on_with(tmp_path):
+    """Its job spelled precisions as texts: equal bits are the same job, other bits are told layer by layer."""
+    job = {"bits": {"fingerprint": "sha256:0", "layers": {"0": {"weight": 4, "activation": 8}}}, "teacher": None}
+    older = {"format": "mpq-training/1", "bits": {"fingerprint": "sha256:0", "layers": {"0": "w4a8"}}, "teacher": None}
+    (tmp_path / "job.json").write_text(json.dumps(older))
+    with TrainingFolder(tmp_path) as folder:
+        folder.claim(job)
+    job["bits"]["layers"]["0"]["weight"] = 3
+    with TrainingFolder(tmp_path) as folder, pytest.raises(TrainingError, match=r"bits.layers.0.weight: 4 then, 3 now"):
+        folder.claim(job)
 
 
 @pytest.fixture(scope="module")

@@ -132,7 +132,8 @@ def text_of_function(function: Callable[..., Any]) -> str:
 
 def _content(cell: Any) -> Any:
     try:
-        return cell.cell_contents
+        found = cell.cell_contents
+        return vars(found) if hasattr(found, "__dataclass_fields__") and hasattr(found, "__dict__") else found
     except ValueError:  # Not filled yet.
         return None
 

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from mpq_plugins.adapter.base import AbstractAdapter, bits_of, check_prepared_with
 from mpq_plugins.adapter.record import Origin, record
-from mpq_plugins.allocation import checked_scores, proxy_of, solve_scores, true_loss, with_output
+from mpq_plugins.allocation import checked_scores, proxy_of, solve_scores, true_loss
 from mpq_plugins.cli.known import adapter_of_artifact, adapter_of_module, bits_and_command, command_of
 from mpq_plugins.cli.options import adapter_of, cache_of, data_of, model_of, space_of, take, words
 from mpq_plugins.cli.training_verb import train as train
@@ -79,7 +79,7 @@ def allocate(options: Namespace) -> int:
     budgets = as_budgets(options.budget)
     check_reachable(space, budgets)
     proxy = proxy_of(options.proxy, model, example, options.output, values_of(options.proxy_option))
-    proxy = with_output(proxy, options.output)
+    proxy = proxy if options.output is None else proxy.looking_at(options.output)
     batches = list(take(data_of(options), options.images)) if options.data else []
     solver = make("solvers", options.solver, values_of(options.solver_option))
     if options.dry_run:

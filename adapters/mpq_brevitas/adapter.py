@@ -167,7 +167,7 @@ class BrevitasAdapter(AbstractAdapter):
 
     def range_parameters(self, module: nn.Module) -> Iterable[nn.Parameter]:
         """See `AbstractAdapter.range_parameters`."""
-        return parameters_of(module, ("brevitas", "mpq_brevitas"))
+        return parameters_of(module, ("brevitas", "mpq_brevitas", "mpq_plugins.quantizers"))
 
     def suffix(self, format: str | None = None) -> str:
         """See `AbstractAdapter.suffix`."""

@@ -116,10 +116,7 @@ class BrevitasAdapter(AbstractAdapter):
         """See `AbstractAdapter.export`."""
         from mpq_brevitas.export import export
 
-        chosen = self.formats[0] if format is None else format
-        if chosen not in self.formats:
-            raise AdapterError(f"the Brevitas adapter writes {' or '.join(self.formats)}, not {format!r}.")
-        return export(module, path, example, format=chosen)
+        return export(module, path, example, format=self.format_of(format))
 
     def read_bits(self, path: str | Path) -> BitConfig:
         """See `AbstractAdapter.read_bits`."""

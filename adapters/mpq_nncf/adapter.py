@@ -132,7 +132,7 @@ class NNCFAdapter(AbstractAdapter):
         """
         from mpq_nncf.export import export
 
-        return export(module, path, example, format=format or self.formats[0])
+        return export(module, path, example, format=self.format_of(format))
 
     def read_bits(self, path: str | Path) -> BitConfig:
         """See `AbstractAdapter.read_bits`; the file's suffix says which reader."""
@@ -190,16 +190,16 @@ class NNCFAdapter(AbstractAdapter):
         """See `AbstractAdapter.suffix`."""
         from mpq_nncf.export import SUFFIXES
 
-        return SUFFIXES[format or self.formats[0]]
+        return SUFFIXES[self.format_of(format)]
 
     def storage(self, precision: Precision, format: str | None = None) -> int:
         """See `AbstractAdapter.storage`; weights of 3 and 6 bits are packed in groups of three bytes."""
-        return _STORAGE[format or self.formats[0]][precision.weight]
+        return _STORAGE[self.format_of(format)][precision.weight]
 
     def overhead(self, layer: Layer, format: str | None = None) -> int:
         """See `AbstractAdapter.overhead`. With OpenVINO's `.bin` this is a bound: equal constants are stored once there."""
         size = super().overhead(layer, format)
-        if (format or self.formats[0]).startswith("onnx"):
+        if self.format_of(format).startswith("onnx"):
             return size
         is_depthwise = layer.groups > 1 and layer.groups == layer.input_shape[0]
         return size + _RANGES + (_DEPTHWISE_RANGES * layer.groups if is_depthwise else 0)

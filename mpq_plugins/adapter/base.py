@@ -53,6 +53,31 @@ class AbstractAdapter(abc.ABC):
         `example` is an input as the model takes it: with one, what only a forward pass shows is known too.
         """
 
+    def check(self, model: nn.Module, bits: BitConfig, example: Any) -> tuple[Layer, ...]:
+        """The layers that `bits` are for, in order; what `prepare` and `load` begin with.
+
+        Raises `UnknownLayerError` and `FingerprintError` (see `BitConfig.check`), and `AdapterError` for what `refuse` or
+        `unconvertible` gives a reason against.
+        """
+        from mpq_plugins.model.discover import find_layers
+
+        inventory = find_layers(model, example)
+        bits.check(inventory)
+        layers = tuple(layer for layer in inventory if layer.name in bits.layers)
+        reasons = self.unconvertible(model, inventory, example)
+        for layer in layers:
+            reason = reasons.get(layer.name) or self.refuse(layer, bits[layer.name])
+            if reason is not None:
+                raise AdapterError(f"{self.name} cannot have {layer.name} at {bits[layer.name]}: {reason}. Exclude the layer.")
+        return layers
+
+    def format_of(self, format: str | None) -> str:
+        """The format asked for, or the first; raises `AdapterError` for one that there is not."""
+        chosen = self.formats[0] if format is None else format
+        if chosen not in self.formats:
+            raise AdapterError(f"{self.name} writes {', '.join(self.formats)}, not {chosen!r}. Choose one of them (--format).")
+        return chosen
+
     @abc.abstractmethod
     def activation_groups(self, model: nn.Module, example: Any) -> tuple[tuple[str, ...], ...]:
         """Layers that the framework makes share one activation quantizer, so that their activation bits must agree."""

@@ -24,7 +24,7 @@ from mpq_plugins.common.plugins import KINDS, Kind, described, make, names
 from mpq_plugins.common.text import values_of
 from mpq_plugins.costs.base import Budget, format_amount
 from mpq_plugins.costs.budgets import as_budgets
-from mpq_plugins.errors import AdapterError, DataError, PluginError
+from mpq_plugins.errors import DataError, PluginError
 from mpq_plugins.model.layers import skipped_layers
 from mpq_plugins.model.left_in_float import LeftInFloat
 from mpq_plugins.proxies.scores import Scores
@@ -284,11 +284,7 @@ def _tell_dry_run(
 
 def _tell_dry_export(options: Namespace, adapter: AbstractAdapter, module: nn.Module) -> int:
     """What `mpq export` would do."""
-    chosen = options.format or adapter.formats[0]
-    if chosen not in adapter.formats:
-        raise AdapterError(
-            f"{adapter.name} writes {', '.join(adapter.formats)}, not {chosen!r}. Choose one of them (--format)."
-        )
+    chosen = adapter.format_of(options.format)
     console().print(f"{len(bits_of(module).layers)} layers of {options.module_file}, format {chosen}")
     console().print(f"dry run: {options.out} is not written")
     return _OK

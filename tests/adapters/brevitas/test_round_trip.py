@@ -190,7 +190,7 @@ class TestExport:
 
     def test_unknown_format(self, prepared, tmp_path):
         """An unknown format is refused with the ones there are."""
-        with pytest.raises(AdapterError, match="qonnx or qcdq"):
+        with pytest.raises(AdapterError, match="qonnx, qcdq"):
             prepared("cnn").adapter.export(prepared("cnn").module, tmp_path / "m", None, format="openvino")
 
     def test_leaves_the_module_as_it_was(self, prepared, tmp_path):

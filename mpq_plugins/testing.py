@@ -345,7 +345,9 @@ def check_adapter(
     with _unchanged(model, told):
         bits = bits or _bits(adapter, model, inventory, example)
         _check_refusals(adapter, model, inventory, bits, data, told)
+        numbers = torch.get_rng_state()
         module = adapter.prepare(model, bits, example, data)
+        _require(torch.equal(torch.get_rng_state(), numbers), f"{told} draws from the random numbers of others in prepare")
     _require(bits_of(module) == bits and adapter_of(module) == adapter, f"bits_of a module of {told} are not those asked for")
     _check_codes(adapter, module, inventory, bits, told)
     with _unchanged(module, told):
@@ -541,6 +543,7 @@ def _state(module: nn.Module) -> dict[str, Any]:
     parts = dict(module.named_modules())
     return {
         "tensors": {name: _bytes(tensor) for name, tensor in module.state_dict().items()},
+        "the classes": {name: type(part) for name, part in parts.items()},
         "the training mode": {name: part.training for name, part in parts.items()},
         "hooks": {name: (len(part._forward_hooks), len(part._forward_pre_hooks)) for name, part in parts.items()},
         "requires_grad or gradients": {name: (own.requires_grad, own.grad is None) for name, own in module.named_parameters()},

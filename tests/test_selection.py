@@ -218,11 +218,11 @@ import os, signal, sys, torch
 from mpq_plugins.cli.digits import DigitsNet, digits
 from mpq_plugins.proxies import CLADO
 from mpq_plugins.proxies.measuring import keeping_measurements
-from mpq_plugins.proxies.measuring.cache import Journal
+from mpq_plugins.proxies.measuring.cache import MeasurementCache
 import mpq_plugins as mpq
 
 torch.set_num_threads(1)
-kept, put = [], Journal.put
+kept, put = [], MeasurementCache.put
 
 def put_and_die(self, key, arrays):
     put(self, key, arrays)
@@ -230,7 +230,7 @@ def put_and_die(self, key, arrays):
     if len(kept) == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
 
-Journal.put = put_and_die
+MeasurementCache.put = put_and_die
 torch.manual_seed(0)
 net = DigitsNet(width=8).eval()
 space = mpq.build_space(

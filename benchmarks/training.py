@@ -46,7 +46,6 @@ PAIRS = (
     ("longer warm-up", "PROFIT"),
     ("freezing alone", "QAT"),
 )
-SUFFIX = {"nncf": ".xml", "brevitas": ".onnx"}
 ADAPTERS = {
     "brevitas": ("brevitas", {}),
     "nncf": ("nncf", {}),
@@ -132,7 +131,7 @@ def cell(case, bits, adapter_name, method, budget, seed, *, exported):
 def read_back(case, bits, adapter, module):
     """Export, verify, and the accuracy of the file."""
     with tempfile.TemporaryDirectory() as folder:
-        path = adapter.export(module, Path(folder) / f"trained{SUFFIX[adapter.name]}", case.example)
+        path = adapter.export(module, Path(folder) / f"trained{adapter.suffix()}", case.example)
         report = mpq.verify(adapter, path, bits, module=module, inputs=case.test[0].inputs[:32], model=case.net)
         return {"file": round(100 * exported_accuracy(adapter, path, case.test), 2), "verified": report.ok}
 

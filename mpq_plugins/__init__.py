@@ -5,8 +5,9 @@ Names are imported on first use, so that `import mpq_plugins` costs nothing and 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mpq_plugins.common.lazy import lazy
 
 if TYPE_CHECKING:
     from mpq_plugins.adapter.base import AbstractAdapter as AbstractAdapter
@@ -124,13 +125,4 @@ _HOME = {
 }
 __all__ = sorted(_HOME)
 __version__ = "0.1.0"
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(f"mpq_plugins.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'mpq_plugins' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+__getattr__, __dir__ = lazy(__name__, _HOME)

@@ -6,7 +6,7 @@ import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from mpq_plugins.adapter.base import AbstractAdapter
 from mpq_plugins.common.allocator import keeping_memory
@@ -136,7 +136,8 @@ def allocate(
     )
     resolved = as_budgets(budgets)
     check_reachable(space, resolved)
-    chosen = with_output(proxy_of(proxy, model, example, output), output)
+    chosen = proxy_of(proxy, model, example, output)
+    chosen = chosen if output is None else chosen.looking_at(output)
     method = None if solver is None else resolve("solvers", solver)
     batches = list(batches) if top_k > 1 else batches
     with keeping_measurements(cache):
@@ -218,13 +219,6 @@ def proxy_of(
     return proxy
 
 
-def with_output(proxy: AbstractProxy, output: Output) -> AbstractProxy:
-    """The proxy looking at `output`, if it looks at outputs; None changes nothing."""
-    if output is None or not hasattr(proxy, "output"):
-        return proxy
-    return cast(AbstractProxy, replace(cast(Any, proxy), output=output))
-
-
 def checked_scores(scores: Any, proxy: AbstractProxy) -> Scores:
     """The scores that a proxy returned; raises `PluginError` for anything else."""
     if not isinstance(scores, Scores):
@@ -242,9 +236,9 @@ def true_loss(
 
     `output` counts where `proxy` names none.
     """
-    from mpq_plugins.proxies.measuring import MeasurementOptions, SensitivityRun
+    from mpq_plugins.proxies.measuring import SensitivityRun
 
-    setup: MeasurementOptions = proxy.setup() if hasattr(proxy, "setup") else MeasurementOptions()
+    setup = proxy.setup()
     return SensitivityRun(model, space, batches, setup if setup.output is not None else replace(setup, output=output)).losses_at
 
 

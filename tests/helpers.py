@@ -1,6 +1,7 @@
 """The tables: one row enrols a proxy, cost, solver or adapter in its whole contract suite."""
 
 from mpq_brevitas import BrevitasAdapter
+from mpq_nncf import NNCFAdapter
 
 from mpq_plugins.proxies import (
     CLADO,
@@ -20,7 +21,7 @@ from mpq_plugins.proxies import (
     Uniform,
     WeightError,
 )
-from mpq_plugins.solvers import MILP, Auto, Knapsack
+from mpq_plugins.solvers import MILP, Auto, Knapsack, LocalSearch, PublishedRounding
 
 # Scores that grow with what quantization does to weights, by construction: more bits never lose more.
 ORDERED = [
@@ -59,4 +60,13 @@ PROXIES = [*ORDERED, *MEASURED]
 
 SOLVERS = [Auto(), Knapsack(), MILP(), MILP(backend="cbc")]
 
-ADAPTERS = [BrevitasAdapter(), BrevitasAdapter("finn")]
+HEURISTICS = (LocalSearch, PublishedRounding)  # these prove no optimum
+
+ADAPTERS = [
+    BrevitasAdapter(),
+    BrevitasAdapter("finn"),
+    BrevitasAdapter(quantizer="duq"),
+    BrevitasAdapter("finn", scales="power-of-two"),
+    NNCFAdapter(),
+    NNCFAdapter(merge_branches=False, asymmetric=True),
+]

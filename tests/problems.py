@@ -1,4 +1,4 @@
-"""Random small allocation problems, and their linear relaxation by another library."""
+"""Random small allocation problems (see `mpq_plugins.testing`), and their linear relaxation by another library."""
 
 from dataclasses import replace
 
@@ -6,38 +6,7 @@ import numpy as np
 from scipy.optimize import linprog
 
 from mpq_plugins import Problem
-
-KINDS = ("plain", "tiny losses", "ties", "huge costs", "large losses", "whole costs", "free choices", "duplicates")
-
-
-def random_problem(seed: int, n_limits: int) -> Problem:
-    """1..7 units of 1..4 choices, half of the time linked in groups; losses of both signs; limits from tight to loose."""
-    rng = np.random.default_rng([seed, n_limits])
-    kind = KINDS[seed % len(KINDS)]
-    sizes = rng.integers(1, 5, int(rng.integers(1, 8)))
-    loss = [_losses(rng, kind, size) for size in sizes]
-    costs = []
-    for _ in range(n_limits):
-        table = [_costs(rng, kind, size) for size in sizes]
-        least, most = sum(row.min() for row in table), sum(row.max() for row in table)
-        costs.append((table, float(least + (most - least) * rng.uniform(0.05, 0.9))))
-    if kind == "duplicates":
-        loss = [np.repeat(row, 2)[: len(row)] for row in loss]
-        costs = [([np.repeat(row, 2)[: len(row)] for row in table], limit) for table, limit in costs]
-    group = rng.integers(0, len(sizes) // 2 + 1, len(sizes)) if seed % 2 else None
-    return Problem.of(loss, costs, group=group, label=[np.arange(size) % 2 for size in sizes])
-
-
-def _losses(rng: np.random.Generator, kind: str, size: int) -> np.ndarray:
-    scale = {"tiny losses": 1e-9, "large losses": 1e7}.get(kind, 1.0)
-    return rng.integers(0, 3, size).astype(float) if kind == "ties" else rng.normal(size=size) * scale
-
-
-def _costs(rng: np.random.Generator, kind: str, size: int) -> np.ndarray:
-    if kind in ("ties", "whole costs"):
-        return rng.integers(0, 5, size).astype(float)
-    costs = rng.random(size) * (1e12 if kind == "huge costs" else 1.0)
-    return np.where(rng.random(size) < 0.4, 0.0, costs) if kind == "free choices" else costs
+from mpq_plugins.testing import random_problem as random_problem
 
 
 def linear_relaxation(problem: Problem) -> float:

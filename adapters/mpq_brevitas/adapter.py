@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 from mpq_brevitas.recipe import Profile, QuantizerKind, Recipe, Scales, recipe_of
-from mpq_plugins.adapter.base import AbstractAdapter, check_prepared_with, not_defaults
+from mpq_plugins.adapter.base import AbstractAdapter, check_prepared_with, not_defaults, parameters_of
 from mpq_plugins.adapter.ptq import PTQ
 from mpq_plugins.common.allocator import keeping_memory
 from mpq_plugins.errors import AdapterError
@@ -116,10 +116,7 @@ class BrevitasAdapter(AbstractAdapter):
         """See `AbstractAdapter.export`."""
         from mpq_brevitas.export import export
 
-        chosen = self.formats[0] if format is None else format
-        if chosen not in self.formats:
-            raise AdapterError(f"the Brevitas adapter writes {' or '.join(self.formats)}, not {format!r}.")
-        return export(module, path, example, format=chosen)
+        return export(module, path, example, format=self.format_of(format))
 
     def read_bits(self, path: str | Path) -> BitConfig:
         """See `AbstractAdapter.read_bits`."""
@@ -164,6 +161,20 @@ class BrevitasAdapter(AbstractAdapter):
         module = load(model, path, example)
         check_prepared_with(self.prepared_with(module), not_defaults(self), path)
         return module
+
+    def range_parameters(self, module: nn.Module) -> Iterable[nn.Parameter]:
+        """See `AbstractAdapter.range_parameters`."""
+        return parameters_of(module, ("brevitas", "mpq_brevitas", "mpq_plugins.quantizers"))
+
+    def suffix(self, format: str | None = None) -> str:
+        """See `AbstractAdapter.suffix`."""
+        return ".onnx"
+
+    def storage(self, precision: Precision, format: str | None = None) -> int:
+        """See `AbstractAdapter.storage`: QONNX stores codes as floats, QCDQ as int8 and no binary ones."""
+        if format in (None, "qonnx"):
+            return 32
+        return 8 if precision.weight > 1 else 0
 
     def prepared_with(self, module: nn.Module) -> Mapping[str, Any]:
         """See `AbstractAdapter.prepared_with`."""

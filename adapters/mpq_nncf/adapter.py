@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
-from mpq_plugins.adapter.base import AbstractAdapter
+from mpq_plugins.adapter.base import AbstractAdapter, parameters_of
 from mpq_plugins.adapter.ptq import PTQ
 from mpq_plugins.common.allocator import keeping_memory
 from mpq_plugins.model.layers import Inventory, Layer
@@ -17,6 +17,18 @@ from mpq_plugins.space.precision import Precision
 if TYPE_CHECKING:
     import numpy as np
     from torch import nn
+
+
+# Weight bits (the index) -> bits per stored weight, by format; 0 where it cannot store them. OpenVINO has no 5-bit and no
+# 7-bit type.
+_STORAGE: Mapping[str, Sequence[int]] = {
+    "openvino-compact": (0, 0, 2, 3, 4, 6, 6, 8, 8),
+    "openvino-fast": (0, 0, 8, 8, 8, 8, 8, 8, 8),
+    "onnx": (0, 0, 8, 8, 8, 8, 8, 8, 8),
+    "onnx-compact": (0, 0, 2, 4, 4, 8, 8, 8, 8),
+}
+_RANGES = 32  # bytes of the activation range, zero point and shapes of a layer in OpenVINO IR
+_DEPTHWISE_RANGES = 3 * 4  # NNCF quantizes the input of a depthwise convolution by channel
 
 
 @final
@@ -120,7 +132,7 @@ class NNCFAdapter(AbstractAdapter):
         """
         from mpq_nncf.export import export
 
-        return export(module, path, example, format=format or self.formats[0])
+        return export(module, path, example, format=self.format_of(format))
 
     def read_bits(self, path: str | Path) -> BitConfig:
         """See `AbstractAdapter.read_bits`; the file's suffix says which reader."""
@@ -169,6 +181,28 @@ class NNCFAdapter(AbstractAdapter):
         from mpq_nncf.options import options_of
 
         return options_of(module) or {"asymmetric": has_zero_points(module)}
+
+    def range_parameters(self, module: nn.Module) -> Sequence[nn.Parameter]:
+        """See `AbstractAdapter.range_parameters`."""
+        return parameters_of(module, ("nncf", "mpq_nncf"))
+
+    def suffix(self, format: str | None = None) -> str:
+        """See `AbstractAdapter.suffix`."""
+        from mpq_nncf.export import SUFFIXES
+
+        return SUFFIXES[self.format_of(format)]
+
+    def storage(self, precision: Precision, format: str | None = None) -> int:
+        """See `AbstractAdapter.storage`; weights of 3 and 6 bits are packed in groups of three bytes."""
+        return _STORAGE[self.format_of(format)][precision.weight]
+
+    def overhead(self, layer: Layer, format: str | None = None) -> int:
+        """See `AbstractAdapter.overhead`. With OpenVINO's `.bin` this is a bound: equal constants are stored once there."""
+        size = super().overhead(layer, format)
+        if self.format_of(format).startswith("onnx"):
+            return size
+        is_depthwise = layer.groups > 1 and layer.groups == layer.input_shape[0]
+        return size + _RANGES + (_DEPTHWISE_RANGES * layer.groups if is_depthwise else 0)
 
     def write_legacy_config(self, model: nn.Module, bits: BitConfig, example: Any, path: str | Path) -> Path:
         """Write the bits as a JSON configuration of NNCF 2.x; see docs/nncf.md."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from mpq_plugins.adapter.record import record, recorded_fact
+from mpq_plugins.adapter.record import RECORD, record, recorded_fact
 from mpq_plugins.adapter.stages import guard_stages
 from mpq_plugins.errors import AdapterError, FingerprintError
 from mpq_plugins.model.layers import Inventory, Layer, unknown_layer
@@ -24,7 +24,7 @@ class AbstractAdapter(abc.ABC):
     """Turns a bit configuration into a framework's quantized module and reads it back from exported files.
 
     Implementations are frozen dataclasses of their options; they import their framework inside the methods that need it.
-    What that raises is told as an `MPQError` of the stage, and models come checked (see `_stages`).
+    What that raises is told as an `MPQError` of the stage, and models come checked (see `stages.py`).
     `formats` lists what `export` writes, the default first. `weight_bits` and `activation_bits` are what the target
     really stores and runs: the default menu of a search.
     """
@@ -52,6 +52,31 @@ class AbstractAdapter(abc.ABC):
 
         `example` is an input as the model takes it: with one, what only a forward pass shows is known too.
         """
+
+    def check(self, model: nn.Module, bits: BitConfig, example: Any) -> tuple[Layer, ...]:
+        """The layers that `bits` are for, in order; what `prepare` and `load` begin with.
+
+        Raises `UnknownLayerError` and `FingerprintError` (see `BitConfig.check`), and `AdapterError` for what `refuse` or
+        `unconvertible` gives a reason against.
+        """
+        from mpq_plugins.model.discover import find_layers
+
+        inventory = find_layers(model, example)
+        bits.check(inventory)
+        layers = tuple(layer for layer in inventory if layer.name in bits.layers)
+        reasons = self.unconvertible(model, inventory, example)
+        for layer in layers:
+            reason = reasons.get(layer.name) or self.refuse(layer, bits[layer.name])
+            if reason is not None:
+                raise AdapterError(f"{self.name} cannot have {layer.name} at {bits[layer.name]}: {reason}. Exclude the layer.")
+        return layers
+
+    def format_of(self, format: str | None) -> str:
+        """The format asked for, or the first; raises `AdapterError` for one that there is not."""
+        chosen = self.formats[0] if format is None else format
+        if chosen not in self.formats:
+            raise AdapterError(f"{self.name} writes {', '.join(self.formats)}, not {chosen!r}. Choose one of them (--format).")
+        return chosen
 
     @abc.abstractmethod
     def activation_groups(self, model: nn.Module, example: Any) -> tuple[tuple[str, ...], ...]:
@@ -127,6 +152,25 @@ class AbstractAdapter(abc.ABC):
         """The options of the adapter that are part of a prepared module, by name; its checkpoint keeps them."""
         return {}
 
+    def range_parameters(self, module: nn.Module) -> Iterable[nn.Parameter]:
+        """The parameters of a prepared module that are ranges of quantizers: they learn slower than weights, and never decay.
+
+        None unless an adapter names some, as for one whose ranges do not learn. `parameters_of` finds them by their classes.
+        """
+        return ()
+
+    def suffix(self, format: str | None = None) -> str:
+        """What the names of exported files of a format (default: the first) end in, such as `.onnx`."""
+        return ""
+
+    def storage(self, precision: Precision, format: str | None = None) -> int:
+        """Bits that a file of a format (default: the first) spends on each weight; 0 where it cannot hold the precision."""
+        return precision.weight
+
+    def overhead(self, layer: Layer, format: str | None = None) -> int:
+        """Bytes of a layer in such a file besides its weight: a float scale and bias for each output channel."""
+        return 8 * layer.out_channels
+
 
 def check_prepared_with(found: Mapping[str, Any], asked: Mapping[str, Any], path: str | Path) -> None:
     """Raise `AdapterError` for options asked for that differ from those `found` in the module of a checkpoint."""
@@ -152,6 +196,29 @@ def not_defaults(adapter: AbstractAdapter) -> dict[str, Any]:
 def is_prepared(module: nn.Module) -> bool:
     """Whether an adapter made the module: it has bits."""
     return isinstance(recorded_fact(module, "bits"), BitConfig)
+
+
+def adapter_of(module: nn.Module) -> AbstractAdapter | None:
+    """The adapter whose `prepare` or `load` made the module, or a part of it; None for a float one."""
+    records = (vars(part).get(RECORD, {}) for part in module.modules())
+    return next((known["adapter"] for known in records if "adapter" in known), None)
+
+
+def parameters_of(module: nn.Module, packages: Iterable[str]) -> list[nn.Parameter]:
+    """The parameters that modules of these packages hold themselves, unless they derive from a layer of torch.
+
+    With the packages of a framework and of its adapter these are the ranges of quantizers: a quantized layer derives from a
+    layer of torch, and its weight is a weight. Nothing is imported to tell.
+    """
+
+    own = tuple(f"{package}." for package in packages)
+
+    def holds_ranges(kind: type) -> bool:
+        bases = {base.__module__ for base in kind.__mro__} - {"torch.nn.modules.module"}
+        return f"{kind.__module__}.".startswith(own) and not any(base.startswith("torch.nn.modules.") for base in bases)
+
+    holders = [part for part in module.modules() if holds_ranges(type(part))]
+    return list({id(held): held for part in holders for held in part.parameters(recurse=False)}.values())
 
 
 def bits_of(module: nn.Module) -> BitConfig:

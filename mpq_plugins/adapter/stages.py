@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mpq_plugins.adapter.record import prepared_inside
+from mpq_plugins.adapter.record import prepared_inside, record
 from mpq_plugins.common.files import disk_refusal
 from mpq_plugins.errors import AdapterError, FormatError, MPQError, VerificationError, WriteError
 
@@ -86,11 +86,12 @@ def _guarded(stage: str, method: Callable[..., Any]) -> Callable[..., Any]:
         # What is made under inference mode can neither be trained nor told to have changed.
         usual = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
         with usual, telling(f"{getattr(self, 'name', type(self).__name__)}: {what}", advice, error_type):
-            for stages, key, made in ((_OF_MODELS, "model", model_for_adapter), (_OF_MODULES, "module", prepared_inside)):
+            for stages, key, ready in ((_OF_MODELS, "model", model_for_adapter), (_OF_MODULES, "module", prepared_inside)):
                 if stage in stages and args:
-                    args = (made(args[0]), *args[1:])
+                    args = (ready(args[0]), *args[1:])
                 elif stage in stages and key in options:
-                    options = {**options, key: made(options[key])}
-            return method(self, *args, **options)
+                    options = {**options, key: ready(options[key])}
+            made = method(self, *args, **options)
+        return record(made, adapter=self) if stage in ("prepare", "load") else made
 
     return guarded

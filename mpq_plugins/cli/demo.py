@@ -31,7 +31,6 @@ from mpq_plugins.space.space import Space
 FORMAT = "mpq-demo/1"
 # What OpenVINO's compact storage holds and Brevitas can do as well, so that one configuration serves both.
 MENU = menu((2, 3, 4, 6, 8), (8,))
-SUFFIX = {"nncf": ".xml", "brevitas": ".onnx"}
 FILE_FORMAT = {"nncf": "OpenVINO", "brevitas": "QONNX"}
 N_CALIBRATION, N_SCORED, N_SHIFTED = 32, 16, 2
 _MEGA = 1e6
@@ -189,7 +188,7 @@ def _row(
     """Quantize, export, verify, and judge the file."""
     example, bits = test.inputs[:1], allocation.bits
     module = adapter.prepare(net, bits, example, images)
-    path = adapter.export(module, folder / f"{plan.stem}-{adapter.name}{SUFFIX[adapter.name]}", example)
+    path = adapter.export(module, folder / f"{plan.stem}-{adapter.name}{adapter.suffix()}", example)
     report = verify(adapter, path, bits, module=module, inputs=test.inputs[:4], model=net)
     report.save(path.with_suffix(".verification.json"))
     return Row(

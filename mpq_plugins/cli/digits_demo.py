@@ -31,7 +31,6 @@ BUDGETS = {"size = uniform w3": {"size": "w3"}, "size = uniform w2.5": {"size": 
 PROXIES = ("ompq", "csmpq", "clado")
 # What OpenVINO's compact storage holds and Brevitas can do as well, so that one configuration serves both.
 MENU = menu((2, 3, 4, 6, 8), (8,))
-SUFFIX = {"nncf": ".xml", "brevitas": ".onnx"}
 
 
 @dataclass
@@ -50,7 +49,7 @@ class _Folder:
         allocation.bits.save(self.path / f"{stem}.bits.json")
         plot_allocation(allocation, self.path / f"{stem}.png")
         name = f"{stem}-{adapter.name}"
-        artifact = adapter.export(module, self.path / f"{name}{SUFFIX[adapter.name]}", self.inputs[:1])
+        artifact = adapter.export(module, self.path / f"{name}{adapter.suffix()}", self.inputs[:1])
         report = verify(adapter, artifact, allocation.bits, module=module, inputs=self.inputs, model=self.net)
         report.save(self.path / f"{name}.verification.json")
         self.reports.append(report)

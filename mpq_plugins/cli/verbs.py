@@ -15,7 +15,7 @@ from rich.text import Text
 
 from mpq_plugins.adapter.base import AbstractAdapter, bits_of, check_prepared_with
 from mpq_plugins.adapter.record import Origin, record
-from mpq_plugins.allocation import checked_scores, proxy_of, solve_scores, true_loss, with_output
+from mpq_plugins.allocation import checked_scores, proxy_of, solve_scores, true_loss
 from mpq_plugins.cli.known import adapter_of_artifact, adapter_of_module, bits_and_command, command_of
 from mpq_plugins.cli.options import adapter_of, cache_of, data_of, model_of, space_of, take
 from mpq_plugins.cli.training_verb import train as train
@@ -24,7 +24,7 @@ from mpq_plugins.common.plugins import KINDS, Kind, described, make, names
 from mpq_plugins.common.text import values_of, words_of
 from mpq_plugins.costs.base import Budget, format_amount
 from mpq_plugins.costs.budgets import as_budgets
-from mpq_plugins.errors import AdapterError, DataError, PluginError
+from mpq_plugins.errors import DataError, PluginError
 from mpq_plugins.model.layers import skipped_layers
 from mpq_plugins.model.left_in_float import LeftInFloat
 from mpq_plugins.proxies.scores import Scores
@@ -79,7 +79,7 @@ def allocate(options: Namespace) -> int:
     budgets = as_budgets(options.budget)
     check_reachable(space, budgets)
     proxy = proxy_of(options.proxy, model, example, options.output, values_of(options.proxy_option))
-    proxy = with_output(proxy, options.output)
+    proxy = proxy if options.output is None else proxy.looking_at(options.output)
     batches = list(take(data_of(options), options.images)) if options.data else []
     solver = make("solvers", options.solver, values_of(options.solver_option))
     if options.dry_run:
@@ -284,11 +284,7 @@ def _tell_dry_run(
 
 def _tell_dry_export(options: Namespace, adapter: AbstractAdapter, module: nn.Module) -> int:
     """What `mpq export` would do."""
-    chosen = options.format or adapter.formats[0]
-    if chosen not in adapter.formats:
-        raise AdapterError(
-            f"{adapter.name} writes {', '.join(adapter.formats)}, not {chosen!r}. Choose one of them (--format)."
-        )
+    chosen = adapter.format_of(options.format)
     console().print(f"{len(bits_of(module).layers)} layers of {options.module_file}, format {chosen}")
     console().print(f"dry run: {options.out} is not written")
     return _OK

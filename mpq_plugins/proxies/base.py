@@ -13,6 +13,9 @@ from mpq_plugins.space.space import Space
 if TYPE_CHECKING:
     from torch import nn
 
+    from mpq_plugins.model.run import Output
+    from mpq_plugins.proxies.measuring.effects import MeasurementOptions
+
 
 class AbstractProxy(abc.ABC):
     """Scores how much each unit suffers at each choice. Implementations are frozen dataclasses of their options."""
@@ -32,6 +35,16 @@ class AbstractProxy(abc.ABC):
         `batches` are items that `Batch.of` reads. Raises `DataError` when data or labels are missing or activations are
         not finite. The model is left as it was found.
         """
+
+    def looking_at(self, output: Output) -> AbstractProxy:
+        """The proxy with `output` as what counts of the model's result (see `select`), where it looks at results at all."""
+        return self
+
+    def setup(self) -> MeasurementOptions:
+        """How the true loss of plans is measured beside this score: the default options, unless it has some itself."""
+        from mpq_plugins.proxies.measuring.effects import MeasurementOptions
+
+        return MeasurementOptions()
 
     def recipe(self) -> dict[str, Any]:
         """Name and options: what `Scores.proxy` and a bit configuration's origin record."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from mpq_plugins.errors import PluginError
 from mpq_plugins.proxies.scores import Scores
-from mpq_plugins.proxies.sensitivity import AbstractSensitivity, by_unit
+from mpq_plugins.proxies.sensitivity import AbstractSensitivity, Loss, by_unit
 from mpq_plugins.space.space import Space
 
 if TYPE_CHECKING:
@@ -51,14 +51,9 @@ class CLADO(AbstractSensitivity):
     clip: bool = False
     shrinkage: float | None = None
     expansion: bool = False
-    loss: Literal["auto", "cross_entropy", "kl", "squared_error"] | Callable[..., Any] = "auto"
-    per_channel: bool = True
+    loss: Loss = "auto"
     correction: bool = True
-    n_images: int = 256
     n_samples: int = 0
-    seed: int = 0
-    output: str | int | Callable[..., Any] | None = None
-    memory_mb: int = 1024
 
     def __post_init__(self) -> None:
         if self.tier not in ("fisher", "gram", "exact"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from mpq_plugins.common.progress import track
 from mpq_plugins.proxies.scores import Scores
-from mpq_plugins.proxies.sensitivity import AbstractSensitivity, by_unit, weight_losses
+from mpq_plugins.proxies.sensitivity import AbstractSensitivity, Loss, by_unit, weight_losses
 from mpq_plugins.space.space import Space
 
 if TYPE_CHECKING:
@@ -41,13 +41,8 @@ class Fisher(AbstractSensitivity):
 
     name: ClassVar[str] = "fisher"
     of: Literal["outputs", "weights"] = "outputs"
-    loss: Literal["auto", "cross_entropy", "kl", "squared_error"] | Callable[..., Any] = "auto"
-    per_channel: bool = True
+    loss: Loss = "auto"
     correction: bool = True
-    n_images: int = 256
-    seed: int = 0
-    output: str | int | Callable[..., Any] | None = None
-    memory_mb: int = 1024
 
     def score(self, model: nn.Module, space: Space, batches: Iterable[Any] = ()) -> Scores:
         """Half the weighted squared errors; `facts` holds the float model's loss."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from mpq_plugins.errors import PluginError
 from mpq_plugins.proxies.scores import Scores
-from mpq_plugins.proxies.sensitivity import AbstractSensitivity, weight_losses
+from mpq_plugins.proxies.sensitivity import AbstractSensitivity, Loss, weight_losses
 from mpq_plugins.space.space import Space
 
 if TYPE_CHECKING:
@@ -34,12 +34,7 @@ class HessianTrace(AbstractSensitivity):
     n_probes: int = 64
     tolerance: float = 0.1
     together: bool = False
-    loss: Literal["auto", "cross_entropy", "kl", "squared_error"] | Callable[..., Any] = "auto"
-    per_channel: bool = True
-    n_images: int = 256
-    seed: int = 0
-    output: str | int | Callable[..., Any] | None = None
-    memory_mb: int = 1024
+    loss: Loss = "auto"
 
     def score(self, model: nn.Module, space: Space, batches: Iterable[Any] = ()) -> Scores:
         """Losses by the published objective; `facts` holds mean traces and their standard errors by weight."""

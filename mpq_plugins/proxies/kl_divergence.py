@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
@@ -29,13 +29,8 @@ class KLDivergence(AbstractSensitivity):
 
     name: ClassVar[str] = "kl-divergence"
     loss: ClassVar[str] = "kl"
-    per_channel: bool = True
     correction: bool = True
     interpolate: bool = True
-    n_images: int = 256
-    seed: int = 0
-    output: str | int | Callable[..., Any] | None = None
-    memory_mb: int = 1024
 
     def score(self, model: nn.Module, space: Space, batches: Iterable[Any] = ()) -> Scores:
         """Mean divergences in nats from one sweep."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from mpq_plugins.proxies.scores import Scores
-from mpq_plugins.proxies.sensitivity import AbstractSensitivity, by_unit
+from mpq_plugins.proxies.sensitivity import AbstractSensitivity, Loss, by_unit
 from mpq_plugins.space.space import Space
 
 if TYPE_CHECKING:
@@ -26,14 +26,9 @@ class LossIncrease(AbstractSensitivity):
     """
 
     name: ClassVar[str] = "loss-increase"
-    loss: Literal["auto", "cross_entropy", "kl", "squared_error"] | Callable[..., Any] = "auto"
-    per_channel: bool = True
+    loss: Loss = "auto"
     correction: bool = True
     interpolate: bool = True
-    n_images: int = 256
-    seed: int = 0
-    output: str | int | Callable[..., Any] | None = None
-    memory_mb: int = 1024
 
     def score(self, model: nn.Module, space: Space, batches: Iterable[Any] = ()) -> Scores:
         """Loss increases from one sweep; `facts` holds the float model's loss."""

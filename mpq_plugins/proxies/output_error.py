@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
@@ -38,13 +38,8 @@ class OutputError(AbstractSensitivity):
     name: ClassVar[str] = "output-error"
     loss: ClassVar[str] = "squared_error"
     measure: Literal["mse", "sqnr"] = "mse"
-    per_channel: bool = True
     correction: bool = True
     interpolate: bool = True
-    n_images: int = 256
-    seed: int = 0
-    output: str | int | Callable[..., Any] | None = None
-    memory_mb: int = 1024
 
     def score(self, model: nn.Module, space: Space, batches: Iterable[Any] = ()) -> Scores:
         """Errors from one sweep; `facts` holds the mean square of the float output."""

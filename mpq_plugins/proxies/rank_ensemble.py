@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
@@ -31,13 +31,8 @@ class RankEnsemble(AbstractSensitivity):
 
     name: ClassVar[str] = "rank-ensemble"
     members: str | tuple[str, ...] = "fisher,kl-divergence,weight-error"
-    per_channel: bool = True
     correction: bool = True
     interpolate: bool = True
-    n_images: int = 256
-    seed: int = 0
-    output: str | int | Callable[..., Any] | None = None
-    memory_mb: int = 1024
 
     def __post_init__(self) -> None:
         if not isinstance(self.members, str):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from mpq_plugins.space.space import Space, Unit
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mpq_plugins.model.run import Output
     from mpq_plugins.proxies.measuring import MeasurementOptions
     from mpq_plugins.proxies.measuring.weights import QuantizedWeights
 
@@ -24,8 +25,23 @@ Table = tuple[tuple[float, ...], ...]  # [unit][choice]
 _TIE_BREAK = 1e-6
 
 
+# As in `measuring`, which imports torch.
+Loss = Literal["auto", "cross_entropy", "kl", "squared_error"] | Callable[..., Any]
+
+
+@dataclass(frozen=True, kw_only=True)
 class AbstractSensitivity(AbstractProxy, abc.ABC):
     """A score that the sensitivity engine measures: its options that `MeasurementOptions` has too say how."""
+
+    per_channel: bool = True
+    n_images: int = 256
+    seed: int = 0
+    output: str | int | Callable[..., Any] | None = None
+    memory_mb: int = 1024
+
+    def looking_at(self, output: Output) -> AbstractProxy:
+        """See `AbstractProxy.looking_at`."""
+        return replace(self, output=output)
 
     def setup(self) -> MeasurementOptions:
         """The options that say how effects are measured."""
@@ -64,9 +80,8 @@ def weight_losses(space: Space, variants: QuantizedWeights, loss: Callable[[str,
 def _row(space: Space, unit: Unit, variants: QuantizedWeights, loss: Callable[[str, Tensor], float]) -> tuple[float, ...]:
     if not space.is_free(unit):
         return (0.0,) * len(unit.choices)
-    layers = {space.layer(name).weight_name: name for name in unit.layers}.values()
     of_bits = {
-        bits: sum(loss(layer, variants.delta(layer, bits)) for layer in layers)
+        bits: sum(loss(layer, variants.delta(layer, bits)) for layer in space.weights(unit).values())
         for bits in {choice.weight for choice in unit.choices}
     }
     widest = max(choice.activation for choice in unit.choices)

@@ -63,8 +63,7 @@ def _scaled(space: Space, values: Sequence[float]) -> list[float]:  # [unit]
 
 
 def _energy(model: nn.Module, space: Space, unit: Unit) -> float:
-    weights = {space.layer(name).weight_name: name for name in unit.layers}
-    return math.fsum(_deviation(_weight(model, path), name) for path, name in weights.items())
+    return math.fsum(_deviation(_weight(model, path), name) for path, name in space.weights(unit).items())
 
 
 def _weight(model: nn.Module, path: str) -> Tensor:

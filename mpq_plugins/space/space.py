@@ -132,6 +132,10 @@ class Space:
         """The facts of one layer."""
         return self._layer_of[name]
 
+    def weights(self, unit: Unit) -> dict[str, str]:
+        """The distinct weights of a unit, each with one layer that holds it."""
+        return {self.layer(name).weight_name: name for name in unit.layers}
+
     @cached_property
     def _layer_of(self) -> dict[str, Layer]:
         return {layer.name: layer for layer in self.layers}

@@ -2,45 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
-# Classes of these packages that are no torch layer hold ranges of quantizers; nothing is imported to tell.
-_QUANTIZER_PACKAGES = ("brevitas", "nncf", "mpq_brevitas", "mpq_nncf", "mpq_plugins.training")
+from mpq_plugins.adapter.base import adapter_of, parameters_of
+
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
-def is_quantizer(module: nn.Module) -> bool:
-    """Whether the parameters that `module` itself holds are ranges of a quantizer of ours, of Brevitas or of NNCF."""
-    package = type(module).__module__
-    ours = any(package == name or package.startswith(f"{name}.") for name in _QUANTIZER_PACKAGES)
-    # Brevitas' layers derive from torch's, and their weight is a weight.
-    return ours and not any(base.__module__.startswith("torch.nn.modules.") for base in _ancestors(module))
-
-
-def _ancestors(module: nn.Module) -> list[type]:
-    return [base for base in type(module).__mro__ if base is not nn.Module]
-
-
 def parameter_groups(
-    module: nn.Module,
-    *,
-    learning_rate: float,
-    weight_decay: float,
-    range_factor: float = 0.01,
-    is_quantizer: Callable[[nn.Module], bool] = is_quantizer,
+    module: nn.Module, *, learning_rate: float, weight_decay: float, range_factor: float = 0.01
 ) -> list[dict[str, Any]]:
     """Groups for a torch optimizer, named "weights", "norms and biases" and "ranges"; any of them may be empty.
 
     Weights decay; normalisation parameters, biases and other vectors do not; ranges of quantizers do not, and learn at
-    `range_factor` of the rate (PROFIT, section 5). Every trainable parameter is in exactly one group; parameters that are
-    not trainable are in none.
+    `range_factor` of the rate (PROFIT, section 5). Which are ranges the adapter says that prepared the module; those of
+    `DuQ` are in any module. Every trainable parameter is in exactly one group; others are in none.
     """
+    adapter = adapter_of(module)
+    known = [*(() if adapter is None else adapter.range_parameters(module)), *parameters_of(module, ["mpq_plugins.quantizers"])]
+    ranges = {id(parameter) for parameter in known}
     members: dict[str, list[nn.Parameter]] = {"weights": [], "norms and biases": [], "ranges": []}
     for owner, parameter in _owned(module):
-        if is_quantizer(owner):
+        if id(parameter) in ranges:
             members["ranges"].append(parameter)
         elif parameter.dim() > 1 and not isinstance(owner, _NORMS):
             members["weights"].append(parameter)

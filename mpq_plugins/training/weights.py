@@ -65,6 +65,6 @@ def origins(weight: Tensor) -> Iterator[Tensor]:
 
 
 def plain(value: object) -> Tensor | None:
-    """The tensor inside a framework's quant tensor (Brevitas' has it as `value`), a tensor itself, None for others."""
+    """A tensor itself, the one that a framework's own tensor holds as its `value`, None for others."""
     value = value if isinstance(value, Tensor) else getattr(value, "value", None)
     return value if isinstance(value, torch.Tensor) else None

@@ -175,7 +175,7 @@ class SensitivityRun:
         return found
 
     def _squared_error(self, unit: int, bits: int) -> float:
-        layers = {self.space.layer(name).weight_name: name for name in self.space.units[unit].layers}.values()
+        layers = self.space.weights(self.space.units[unit]).values()
         return sum(float(self.engine.variants.delta(layer, bits).square().sum()) for layer in layers)
 
     def _measure_all(self, what: _What) -> dict[str, np.ndarray]:

@@ -56,7 +56,7 @@ def hessian_traces(lab: SensitivityRun, *, n_probes: int, tolerance: float, toge
 
 def _free_weights(lab: SensitivityRun) -> dict[str, str]:
     """The weights of free units, each with one layer that holds it."""
-    return {lab.space.layer(name).weight_name: name for unit in lab.free for name in lab.space.units[unit].layers}
+    return {weight: name for unit in lab.free for weight, name in lab.space.weights(lab.space.units[unit]).items()}
 
 
 def _settled(samples: Sequence[float], tolerance: float) -> bool:

@@ -14,11 +14,9 @@ from torch import nn
 from mpq_plugins import BitConfig, Precision, find_layers
 from mpq_plugins.errors import (
     AdapterError,
-    DataError,
     FingerprintError,
     FormatError,
     MissingExtraError,
-    UnknownLayerError,
 )
 
 EVERY = [
@@ -196,25 +194,6 @@ class Untraceable(Cnn):
 
 
 class TestRefusals:
-    def test_wrong_fingerprint(self):
-        """Another model's configuration is refused."""
-        model = network("cnn")
-        bits = BitConfig(mixed_bits("cnn", model).layers, "sha256:other")
-        with pytest.raises(FingerprintError):
-            BrevitasAdapter().prepare(model, bits, images(), [images()])
-
-    def test_unknown_layer(self):
-        """A layer that the model lacks is refused by name."""
-        model = network("cnn")
-        with pytest.raises(UnknownLayerError, match=r"features\.99"):
-            BrevitasAdapter().prepare(model, BitConfig({"features.99": Precision(4, 4)}, ""), images(), [images()])
-
-    def test_no_calibration(self):
-        """Preparing without data is refused."""
-        model = network("cnn")
-        with pytest.raises(DataError):
-            BrevitasAdapter().prepare(model, mixed_bits("cnn", model), images(), [])
-
     def test_one_bit_activations(self):
         """One-bit activations cannot even be written down."""
         with pytest.raises(ValueError, match="activation bits"):

@@ -188,11 +188,6 @@ class TestExport:
             case.adapter.export(case.module, tmp_path / "m.onnx", (case.example, "not a tensor"))
         assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("m.onnx", b"old")]
 
-    def test_unknown_format(self, prepared, tmp_path):
-        """An unknown format is refused with the ones there are."""
-        with pytest.raises(AdapterError, match="qonnx or qcdq"):
-            prepared("cnn").adapter.export(prepared("cnn").module, tmp_path / "m", None, format="openvino")
-
     def test_leaves_the_module_as_it_was(self, prepared, tmp_path):
         """Exporting a module in training mode changes neither its outputs nor its mode."""
         case = prepared("cnn")

@@ -16,7 +16,7 @@ from torch import nn
 
 from mpq_plugins import BitConfig, Budget, Precision, allocate, find_layers, verify
 from mpq_plugins.costs import StoredSize
-from mpq_plugins.costs.stored_size import STORAGE, packed_bytes
+from mpq_plugins.costs.stored_size import packed_bytes
 from mpq_plugins.errors import AdapterError
 
 FORMATS = NNCFAdapter.formats
@@ -100,7 +100,7 @@ def test_every_weight_width_has_its_type(adapter, prepared, tmp_path):
 
 
 @pytest.mark.parametrize("net", ["residual", "zoo"])
-def test_stored_size_predicts_the_constants(prepared, exported, net):
+def test_stored_size_predicts_the_constants(adapter, prepared, exported, net):
     """Every weight constant takes the bytes that StoredSize counts for it, and the whole file no more than their sum."""
     case = prepared(net)
     path = exported(net, "openvino-compact")
@@ -110,7 +110,7 @@ def test_stored_size_predicts_the_constants(prepared, exported, net):
         if layer.shares_weight_with is not None:
             assert layer.name not in stored
         else:
-            width = STORAGE["openvino-compact"][case.bits[layer.name].weight]
+            width = adapter.storage(case.bits[layer.name], "openvino-compact")
             assert stored[layer.name] == packed_bytes(layer.n_weights, width)
     assert path.with_suffix(".bin").stat().st_size <= sum(cost.of(layer, case.bits[layer.name]) for layer in layers)
 

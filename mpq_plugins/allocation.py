@@ -6,7 +6,7 @@ import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 from mpq_plugins.adapter.base import AbstractAdapter
 from mpq_plugins.common.allocator import keeping_memory
@@ -118,13 +118,17 @@ def allocate(
 
     Raises `InfeasibleBudgetError` before anything is scored, and what `build_space`, the proxy and `solve` raise.
     """
-    from mpq_plugins.model.check import plain_model
     from mpq_plugins.proxies.measuring import keeping_measurements
 
-    model = plain_model(model)
-    space = build_space(
+    search = Search.of(
         model,
         example,
+        batches,
+        budgets=budgets,
+        proxy=proxy,
+        solver=solver,
+        output=output,
+        top_k=top_k,
         choices=choices,
         adapter=adapter,
         pin=pin,
@@ -134,17 +138,72 @@ def allocate(
         exclude=exclude,
         strict=strict,
     )
-    resolved = as_budgets(budgets)
-    check_reachable(space, resolved)
-    chosen = proxy_of(proxy, model, example, output)
-    chosen = chosen if output is None else chosen.looking_at(output)
-    method = None if solver is None else resolve("solvers", solver)
-    batches = list(batches) if top_k > 1 else batches
     with keeping_measurements(cache):
+        return search.allocation(search.scores())
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Search:
+    """A search as it was asked for, checked before anything is measured; the path of all that allocates."""
+
+    model: nn.Module
+    space: Space
+    budgets: tuple[Budget, ...]
+    proxy: AbstractProxy
+    batches: Iterable[Any] = ()
+    solver: AbstractSolver | None = None
+    output: Output = None
+    top_k: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        example: Any,
+        batches: Iterable[Any] = (),
+        *,
+        budgets: Budgets,
+        proxy: AbstractProxy | str = "auto",
+        options: Mapping[str, Any] | None = None,
+        solver: AbstractSolver | str | None = None,
+        output: Output = None,
+        top_k: int = 1,
+        **space: Any,
+    ) -> Search:
+        """The search of `allocate`; `options` are those of a proxy that is named, `space` the arguments of `build_space`."""
+        from mpq_plugins.model.check import plain_model
+
+        model = plain_model(model)
+        decisions = build_space(model, example, **space)
+        resolved = as_budgets(budgets)
+        check_reachable(decisions, resolved)
+        chosen = proxy_of(proxy, model, example, output, options)
+        method = None if solver is None else resolve("solvers", solver)
+        return cls(model, decisions, resolved, chosen, list(batches) if top_k > 1 else batches, method, output, top_k)
+
+    def scores(self) -> Scores:
+        """What each choice loses by the proxy; raises `PluginError` where that returns something else."""
+        proxy = self.proxy if self.output is None else self.proxy.looking_at(self.output)
         with keeping_memory():
-            scores = checked_scores(chosen.score(model, space, batches), chosen)
-        measure = true_loss(model, scores.space, batches, chosen, output=output) if top_k > 1 else None
-        return solve_scores(scores, resolved, solver=method, top_k=top_k, measure=measure)
+            scores: Any = proxy.score(self.model, self.space, self.batches)
+        if not isinstance(scores, Scores):
+            raise PluginError(
+                f"the proxy {getattr(proxy, 'name', type(proxy).__name__)!r} returned a {type(scores).__name__}, not Scores. "
+                "Return Scores(space, losses, self.recipe()), with one row of losses for each unit of the space."
+            )
+        return scores
+
+    def allocation(self, scores: Scores) -> Allocation:
+        """The best plan of these scores, or of the best `top_k` the one of least true loss."""
+        measure = None
+        if self.top_k > 1:
+            from mpq_plugins.proxies.measuring import SensitivityRun
+
+            setup = self.proxy.setup()
+            setup = setup if setup.output is not None else replace(setup, output=self.output)
+            measure = SensitivityRun(self.model, scores.space, self.batches, setup).losses_at
+        return solve_scores(scores, self.budgets, solver=self.solver, top_k=self.top_k, measure=measure)
 
 
 def build_space(
@@ -219,29 +278,6 @@ def proxy_of(
     return proxy
 
 
-def checked_scores(scores: Any, proxy: AbstractProxy) -> Scores:
-    """The scores that a proxy returned; raises `PluginError` for anything else."""
-    if not isinstance(scores, Scores):
-        raise PluginError(
-            f"the proxy {getattr(proxy, 'name', type(proxy).__name__)!r} returned a {type(scores).__name__}, not Scores. "
-            "Return Scores(space, losses, self.recipe()), with one row of losses for each unit of the space."
-        )
-    return scores
-
-
-def true_loss(
-    model: nn.Module, space: Space, batches: Iterable[Any], proxy: AbstractProxy, *, output: Output = None
-) -> Measure:
-    """What measures plans over `space`: the loss of the quantized network, with the options of `proxy` where it has them.
-
-    `output` counts where `proxy` names none.
-    """
-    from mpq_plugins.proxies.measuring import SensitivityRun
-
-    setup = proxy.setup()
-    return SensitivityRun(model, space, batches, setup if setup.output is not None else replace(setup, output=output)).losses_at
-
-
 def solve_scores(
     scores: Scores,
     budgets: Budgets,
@@ -252,7 +288,8 @@ def solve_scores(
 ) -> Allocation:
     """The best allocation for scores that exist already: no model, no data.
 
-    With `measure` (see `true_loss`) the best `top_k` plans are measured, and the best of those is kept.
+    With `measure`, the true loss of plans over the space of the scores, the best `top_k` plans are measured, and the best of
+    those is kept.
     """
     if top_k < 1:
         raise BudgetError(f"top_k is {top_k}, but at least one plan has to be kept. Give 1 to switch the selection off.")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpq_plugins.adapter.base import AbstractAdapter
-from mpq_plugins.allocation import build_space
 from mpq_plugins.common.files import check_place
 from mpq_plugins.common.plugins import make
 from mpq_plugins.common.text import values_of, words_of
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mpq_plugins.model.run import Batch
-    from mpq_plugins.space.space import Space
 
 
 def cache_of(options: Namespace) -> Path | None:
@@ -151,8 +149,8 @@ def adapter_of(options: Namespace) -> AbstractAdapter:
     return adapter
 
 
-def space_of(options: Namespace, model: nn.Module, example: Any) -> Space:
-    """The decision space that the options describe."""
+def space_options(options: Namespace, model: nn.Module, example: Any) -> dict[str, Any]:
+    """The arguments of `build_space` that the options stand for."""
     from mpq_plugins.model.discover import find_layers
     from mpq_plugins.space.space import residual_ties
 
@@ -165,15 +163,13 @@ def space_of(options: Namespace, model: nn.Module, example: Any) -> Space:
         weight = ",".join(options.bits) or (adapter.weight_bits if adapter else range(2, 9))
         activation = ",".join(options.activation_bits) or (adapter.activation_bits if adapter else (8,))
         choices = menu(weight, activation)
-    return build_space(
-        model,
-        example,
-        choices=choices,
-        adapter=adapter,
-        pin=options.pin,
-        pin_first_last=options.pin_first_last,
-        tie=ties,
-        include=options.include or ("*",),
-        exclude=options.exclude,
-        strict=options.strict,
-    )
+    return {
+        "choices": choices,
+        "adapter": adapter,
+        "pin": options.pin,
+        "pin_first_last": options.pin_first_last,
+        "tie": ties,
+        "include": options.include or ("*",),
+        "exclude": options.exclude,
+        "strict": options.strict,
+    }

@@ -15,9 +15,9 @@ from rich.text import Text
 
 from mpq_plugins.adapter.base import AbstractAdapter, bits_of, check_prepared_with
 from mpq_plugins.adapter.record import Origin, record
-from mpq_plugins.allocation import checked_scores, proxy_of, solve_scores, true_loss
+from mpq_plugins.allocation import Allocation, Search, build_space, solve_scores
 from mpq_plugins.cli.known import adapter_of_artifact, adapter_of_module, bits_and_command, command_of
-from mpq_plugins.cli.options import adapter_of, cache_of, data_of, model_of, space_of, take
+from mpq_plugins.cli.options import adapter_of, cache_of, data_of, model_of, space_options, take
 from mpq_plugins.cli.training_verb import train as train
 from mpq_plugins.common.console import console
 from mpq_plugins.common.plugins import KINDS, Kind, described, make, names
@@ -28,15 +28,12 @@ from mpq_plugins.errors import DataError, PluginError
 from mpq_plugins.model.layers import skipped_layers
 from mpq_plugins.model.left_in_float import LeftInFloat
 from mpq_plugins.proxies.scores import Scores
-from mpq_plugins.solvers.selection import Measure
 from mpq_plugins.space.bits import BitConfig
 
 if TYPE_CHECKING:
     from torch import nn
 
     from mpq_plugins.adapter.verify import Verification
-    from mpq_plugins.model.run import Batch
-    from mpq_plugins.space.space import Space
 
 _OK, _FAILED = 0, 1
 
@@ -72,30 +69,33 @@ def layers(options: Namespace) -> int:
 def allocate(options: Namespace) -> int:
     """`mpq allocate`."""
     from mpq_plugins.proxies.measuring import keeping_measurements
-    from mpq_plugins.solvers.problem import check_reachable
 
     model, example = model_of(options)
-    space = space_of(options, model, example)
-    budgets = as_budgets(options.budget)
-    check_reachable(space, budgets)
-    proxy = proxy_of(options.proxy, model, example, options.output, values_of(options.proxy_option))
-    proxy = proxy if options.output is None else proxy.looking_at(options.output)
-    batches = list(take(data_of(options), options.images)) if options.data else []
-    solver = make("solvers", options.solver, values_of(options.solver_option))
+    search = Search.of(
+        model,
+        example,
+        list(take(data_of(options), options.images)) if options.data else [],
+        budgets=options.budget,
+        proxy=options.proxy,
+        options=values_of(options.proxy_option),
+        solver=make("solvers", options.solver, values_of(options.solver_option)),
+        output=options.output,
+        top_k=options.top_k,
+        **space_options(options, model, example),
+    )
     if options.dry_run:
-        return _tell_dry_run(options, space, budgets, [proxy.name, solver.name], batches)
+        return _tell_dry_run(options, search)
     with keeping_measurements(cache_of(options)):
-        scores = checked_scores(proxy.score(model, space, batches), proxy)
+        scores = search.scores()
         if options.scores:
             scores.save(options.scores)
-        selects = options.top_k > 1
-        measure = true_loss(model, scores.space, batches, proxy, output=options.output) if selects else None
-        return _solve_and_report(options, scores, budgets, measure)
+        return _report_allocation(options, search.allocation(scores), search.budgets)
 
 
 def solve(options: Namespace) -> int:
     """`mpq solve`."""
-    return _solve_and_report(options, Scores.load(options.saved), as_budgets(options.budget))
+    budgets, solver = as_budgets(options.budget), make("solvers", options.solver, values_of(options.solver_option))
+    return _report_allocation(options, solve_scores(Scores.load(options.saved), budgets, solver=solver), budgets)
 
 
 def apply(options: Namespace) -> int:
@@ -183,7 +183,7 @@ def compare(options: Namespace) -> int:
     model, example = model_of(options)
     comparison = run_comparison(
         model,
-        space_of(options, model, example),
+        build_space(model, example, **space_options(options, model, example)),
         example=example,
         calibration=list(take(data_of(options), options.images)),
         test=data_of(options),  # type: ignore[arg-type]  # any re-iterable serves
@@ -265,19 +265,18 @@ def demo(options: Namespace) -> int:
     return run_demo(folder, adapters=adapters, as_json=options.json)
 
 
-def _tell_dry_run(
-    options: Namespace, space: Space, budgets: Sequence[Budget], plugins: Sequence[str], batches: Sequence[Batch]
-) -> int:
+def _tell_dry_run(options: Namespace, search: Search) -> int:
     """What `mpq allocate` would do."""
+    space, batches = search.space, list(search.batches)
     n_choices = sum(len(unit.choices) for unit in space.units)
     terminal = console()
     terminal.print(
         f"{len(space.layers)} layers, {len(space.units)} units, {n_choices} choices, {sum(map(len, batches))} images"
     )
-    for budget in budgets:
+    for budget in search.budgets:
         limit, asked = format_amount(budget.resolve(space), budget.cost.unit), budget.limit
         terminal.print(f"budget {budget.cost.name}: {limit} ({asked})")
-    terminal.print(f"proxy {plugins[0]}, solver {plugins[1]}")
+    terminal.print(f"proxy {search.proxy.name}, solver {options.solver}")
     terminal.print(f"dry run: {options.out} is not written")
     return _OK
 
@@ -290,12 +289,9 @@ def _tell_dry_export(options: Namespace, adapter: AbstractAdapter, module: nn.Mo
     return _OK
 
 
-def _solve_and_report(options: Namespace, scores: Scores, budgets: Sequence[Budget], measure: Measure | None = None) -> int:
+def _report_allocation(options: Namespace, allocation: Allocation, budgets: Sequence[Budget]) -> int:
     from mpq_plugins.reports import allocation_table, certificate_lines, plot_allocation, skipped_table
 
-    solver = make("solvers", options.solver, values_of(options.solver_option))
-    top_k = options.top_k if measure is not None else 1
-    allocation = solve_scores(scores, budgets, solver=solver, top_k=top_k, measure=measure)
     bits = allocation.bits
     command = command_of(options)
     (replace(bits, origin={**bits.origin, "command": command}) if command else bits).save(options.out)
@@ -307,7 +303,7 @@ def _solve_and_report(options: Namespace, scores: Scores, budgets: Sequence[Budg
     terminal = console()
     terminal.print(allocation_table(allocation))
     _print_optional(terminal, skipped_table(allocation.space.skipped, allocation.space.layers))
-    for line in certificate_lines(allocation, budgets, top_k=top_k):
+    for line in certificate_lines(allocation, budgets, top_k=getattr(options, "top_k", 1)):
         terminal.print(line)
     terminal.print(f"wrote {options.out}")
     return _OK

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpq_plugins.adapter.base import AbstractAdapter
 from mpq_plugins.adapter.evaluate import accuracy
-from mpq_plugins.allocation import Allocation, checked_scores, solve_scores
+from mpq_plugins.allocation import Allocation, Search, solve_scores
 from mpq_plugins.common.files import write_json
 from mpq_plugins.common.plugins import make, resolve, resolve_all
 from mpq_plugins.common.progress import track
@@ -116,7 +116,7 @@ def compare(
         check_reachable(space, together)
     labels = adapters if isinstance(adapters, Mapping) else {one.name: one for one in resolve_all("adapters", adapters)}
     targets: dict[str, AbstractAdapter] = {label: resolve("adapters", one) for label, one in labels.items()}
-    scored = _scores(model, space, calibration, words_of(proxies), n_seeds)
+    scored = _scores(model, space, calibration, words_of(proxies), n_seeds, output)
     jobs = [(b, name, a) for b in asked for name in scored for a in targets]
     cache: dict[tuple[str, BitConfig], tuple[float, float]] = {}
     rows = []
@@ -152,7 +152,7 @@ def compare(
 
 
 def _scores(
-    model: nn.Module, space: Space, batches: Sequence[Any], proxies: Sequence[str], n_seeds: int
+    model: nn.Module, space: Space, batches: Sequence[Any], proxies: Sequence[str], n_seeds: int, output: Output
 ) -> dict[str, tuple[Scores, float]]:
     recipes: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in proxies}
     for control in CONTROLS:
@@ -163,7 +163,6 @@ def _scores(
     scored = {}
     for label, (name, options) in track(recipes.items(), "scoring"):
         start = time.perf_counter()
-        proxy = make("proxies", name, options)
-        scores = checked_scores(proxy.score(model, space, batches), proxy)
+        scores = Search(model, space, (), make("proxies", name, options), batches, output=output).scores()
         scored[label] = scores, time.perf_counter() - start
     return scored

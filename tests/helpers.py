@@ -1,6 +1,7 @@
 """The tables: one row enrols a proxy, cost, solver or adapter in its whole contract suite."""
 
 from mpq_brevitas import BrevitasAdapter
+from papers import PublishedCSMPQ, PublishedOMPQ
 
 from mpq_plugins.proxies import (
     CLADO,
@@ -13,8 +14,6 @@ from mpq_plugins.proxies import (
     LossIncrease,
     OutputError,
     Projection,
-    PublishedCSMPQ,
-    PublishedOMPQ,
     Random,
     RankEnsemble,
     Uniform,

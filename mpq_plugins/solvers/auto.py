@@ -11,18 +11,15 @@ import numpy as np
 
 from mpq_plugins.solvers.base import AbstractSolver
 from mpq_plugins.solvers.branch_and_bound import BranchAndBound
-from mpq_plugins.solvers.convex import Simplices, convex
 from mpq_plugins.solvers.exhaustive import Exhaustive
 from mpq_plugins.solvers.knapsack import Knapsack
-from mpq_plugins.solvers.linearized import Linearized, n_products
 from mpq_plugins.solvers.milp import MILP
 from mpq_plugins.solvers.problem import Problem
-from mpq_plugins.solvers.quadratic import Quadratic, has_pairs, without_pairs
+from mpq_plugins.solvers.quadratic import has_pairs, without_pairs
 from mpq_plugins.solvers.solution import Solution, Status
 from mpq_plugins.solvers.time import check_time_limit
 
 _FEW_PLANS = 20_000
-_FEW_PRODUCTS = 1_500  # up to there a linearized program that is not convex takes seconds
 
 
 @final
@@ -31,7 +28,7 @@ class Auto(AbstractSolver):
     """Picks by the form of the problem; `Solution.solver` says which one answered and why.
 
     Without pairwise losses: `Knapsack` for one limit or none, `MILP` for more, or where the dynamic program stays short of a
-    proof. With them: `Exhaustive` for few plans, `Linearized` for few products that are not convex, else `BranchAndBound`.
+    proof. With them: `Exhaustive` for few plans, else `BranchAndBound`.
     `pair_gap` is the relative gap asked for with pairwise losses.
     """
 
@@ -69,18 +66,8 @@ class Auto(AbstractSolver):
         n_plans = math.prod(int(size) for size in np.diff(problem.start))
         if n_plans <= _FEW_PLANS:
             return _because(Exhaustive().solve(problem), f"exhaustive ({n_plans:,} plans)")
-        products = n_products(problem)
-        if products <= _FEW_PRODUCTS and not _is_convex(problem):
-            program = Linearized(self.time_limit_s, self.pair_gap).solve(problem)
-            return _because(program, f"linearized (not convex, {products:,} products of choices)")
         tree = BranchAndBound(self.time_limit_s, self.pair_gap).solve(problem)
-        return _because(tree, f"branch-and-bound (pairwise losses, {products:,} products of choices)")
-
-
-def _is_convex(problem: Problem) -> bool:
-    quadratic = Quadratic.of(problem)
-    form = convex(quadratic, Simplices.of(quadratic))
-    return not form.was_lacking
+        return _because(tree, "branch-and-bound (pairwise losses)")
 
 
 def _because(solution: Solution, reason: str) -> Solution:

@@ -32,7 +32,7 @@ class Knapsack(AbstractSolver):
     def solve(self, problem: Problem) -> Solution:
         """The best plan, its bound, and the price of the limit. Raises `SolverError` for several limits or pairs."""
         if problem.pairwise is not None:
-            raise SolverError("the knapsack solver takes no pairwise losses. Use Auto(), BranchAndBound() or Linearized().")
+            raise SolverError("the knapsack solver takes no pairwise losses. Use Auto() or BranchAndBound().")
         if len(problem.limits) > 1:
             raise SolverError(
                 f"the knapsack solver takes one limit; this problem has {len(problem.limits)}. Use MILP() for several limits."

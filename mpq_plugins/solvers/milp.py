@@ -43,7 +43,7 @@ class MILP(AbstractSolver):
     def solve(self, problem: Problem) -> Solution:
         """The best plan, its bound, and the prices of the limits. Raises `SolverError` for pairwise losses."""
         if problem.pairwise is not None:
-            raise SolverError("the 0/1 program takes no pairwise losses. Use Auto(), BranchAndBound() or Linearized().")
+            raise SolverError("the 0/1 program takes no pairwise losses. Use Auto() or BranchAndBound().")
         started = time.perf_counter()
         blocks = Blocks.of(problem)
         relaxation = relax(blocks, backend=self.backend)

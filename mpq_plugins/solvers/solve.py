@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -13,10 +13,9 @@ from mpq_plugins.costs.base import format_amount
 from mpq_plugins.errors import InfeasibleBudgetError, SolverError
 from mpq_plugins.solvers.base import AbstractSolver
 from mpq_plugins.solvers.problem import Limit, Problem
+from mpq_plugins.solvers.scaling import Scaling, spreads
 from mpq_plugins.solvers.solution import Plan, Solution, Status
 
-_SPREAD = 1e4
-_LIMIT = 2.0**10
 _ASYMMETRY = 1e-6  # of the largest pairwise loss: measured tables are symmetric to their own rounding
 _CLOSED = 2e-6  # relative gap up to which an answer is called optimal
 
@@ -37,7 +36,7 @@ def solve(problem: Problem, solver: AbstractSolver | str | None = None, *, throw
         return _no_units(problem, solver)
     advice = unreachable(problem)
     if advice is None:
-        scaling = _Scaling.of(problem)
+        scaling = Scaling.of(problem)
         answer = solver.solve(scaling.problem)
         solution = _certified(problem, scaling, answer, solver, n_next)
     else:
@@ -73,63 +72,7 @@ def unreachable(problem: Problem) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class _Scaling:
-    """The problem as solvers see it: losses start at zero (unless there are pairs) and spread over 1e4, limits are near 1e3.
-
-    Tiny losses under a solver's absolute tolerances give a wrong "optimal". Factors are powers of two, which round nothing.
-    """
-
-    problem: Problem
-    factor: float
-    shift: float
-
-    @classmethod
-    def of(cls, problem: Problem) -> _Scaling:
-        least = np.minimum.reduceat(problem.loss, problem.start[:-1])
-        spread = float(np.sum(_ptp(problem.loss, problem.start[:-1])))
-        if problem.pairwise is not None:
-            # Pairs may outweigh the linear losses, so that the gap is relative to both together.
-            least = np.zeros_like(least)
-            spread += float(np.abs(problem.pairwise).max())
-        factor = _power_of_two(_SPREAD / spread) if spread > 0 else 1.0
-        limits = []
-        for limit in problem.limits:
-            size = abs(limit.limit) or float(np.abs(limit.cost).max())
-            row = _power_of_two(_LIMIT / size) if size > 0 else 1.0
-            limits.append(replace(limit, cost=limit.cost * row, limit=limit.limit * row))
-        scaled = replace(
-            problem,
-            loss=(problem.loss - least[problem.unit_of]) * factor,
-            limits=tuple(limits),
-            pairwise=None if problem.pairwise is None else problem.pairwise * factor,
-        )
-        return cls(scaled, factor, float(least.sum()))
-
-    def loss(self, scaled: float) -> float:
-        """A loss of the problem, from a loss of the scaled problem."""
-        return scaled / self.factor + self.shift
-
-    def prices(self, scaled: tuple[float, ...], problem: Problem) -> tuple[float, ...]:
-        """Loss per unit of each limit."""
-        if not scaled:
-            return ()
-        rows = zip(scaled, self.problem.limits, problem.limits, strict=True)
-        return tuple(
-            price * _ratio(small.limit, limit.limit, small.cost, limit.cost) / self.factor for price, small, limit in rows
-        )
-
-
-def _ratio(small: float, limit: float, small_cost: np.ndarray, cost: np.ndarray) -> float:
-    at = int(np.argmax(np.abs(cost)))
-    return small / limit if limit else float(small_cost[at] / cost[at]) if cost[at] else 1.0
-
-
-def _power_of_two(value: float) -> float:
-    return 2.0 ** round(math.log2(value)) if math.isfinite(value) else 2.0**900
-
-
-def _certified(problem: Problem, scaling: _Scaling, answer: Solution, solver: AbstractSolver, n_next: int) -> Solution:
+def _certified(problem: Problem, scaling: Scaling, answer: Solution, solver: AbstractSolver, n_next: int) -> Solution:
     """The answer with everything recomputed that the tables can tell."""
     named = answer.solver or solver.name
     if not answer.choice:
@@ -161,7 +104,7 @@ def _certified(problem: Problem, scaling: _Scaling, answer: Solution, solver: Ab
     return replace(solution, next_best=_next_best(problem, scaling.problem, answer, n_next))
 
 
-def _is_closed(problem: Problem, scaling: _Scaling, solution: Solution) -> bool:
+def _is_closed(problem: Problem, scaling: Scaling, solution: Solution) -> bool:
     """Whether the bound is close enough to call the plan optimal, in losses above the least of every unit or as they are."""
     left = solution.objective - solution.bound
     is_close = left <= _CLOSED * max(abs(solution.objective), abs(solution.objective - scaling.shift)) or left == 0
@@ -176,13 +119,8 @@ def _is_told(problem: Problem, pairwise: np.ndarray, choice: tuple[int, ...]) ->
     between = np.where(problem.unit_of[:, None] == problem.unit_of, 0.0, pairwise)
     most = np.maximum.reduceat(np.maximum.reduceat(between, starts, axis=0), starts, axis=1)
     least = np.minimum.reduceat(np.minimum.reduceat(between, starts, axis=0), starts, axis=1)
-    at_stake = float(np.sum(_ptp(problem.loss + np.diag(pairwise) / 2, starts)) + np.sum(most - least) / 2)
+    at_stake = float(np.sum(spreads(problem.loss + np.diag(pairwise) / 2, starts)) + np.sum(most - least) / 2)
     return rounding <= _CLOSED * at_stake or at_stake == 0
-
-
-def _ptp(values: np.ndarray, starts: np.ndarray) -> np.ndarray:  # [unit]
-    spans: np.ndarray = np.maximum.reduceat(values, starts) - np.minimum.reduceat(values, starts)
-    return spans
 
 
 def _check_plan(problem: Problem, answer: Solution, named: str) -> None:

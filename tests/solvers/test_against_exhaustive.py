@@ -9,7 +9,7 @@ from mpq_plugins import solve
 from mpq_plugins.solvers import MILP, Auto, Exhaustive, Knapsack
 from mpq_plugins.solvers.blocks import Blocks
 from mpq_plugins.solvers.dual import relax
-from mpq_plugins.solvers.solve import _Scaling
+from mpq_plugins.solvers.scaling import Scaling
 
 SEEDS = range(72)  # times 0..3 limits: 288 problems
 
@@ -48,7 +48,7 @@ def test_the_relaxation_is_a_lower_bound_and_equals_an_independent_one(n_limits)
         optimum = solve(problem, Exhaustive(), throw=False, n_next=0)
         if not optimum.has_plan:
             continue
-        scaling = _Scaling.of(problem)
+        scaling = Scaling.of(problem)
         bound = scaling.loss(relax(Blocks.of(scaling.problem)).value)
         assert bound <= optimum.objective + 1e-9 * scale_of(problem), seed
         assert bound == pytest.approx(linear_relaxation(problem), rel=1e-6, abs=1e-6 * scale_of(problem)), seed

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from mpq_plugins.errors import SolverError
-from mpq_plugins.solvers import MILP, Auto, BranchAndBound, Exhaustive, Linearized, LocalSearch
+from mpq_plugins.solvers import MILP, Auto, BranchAndBound, Exhaustive, LocalSearch
 from mpq_plugins.solvers.problem import Problem
 from mpq_plugins.solvers.solution import Status
 from mpq_plugins.solvers.solve import solve
 
-LIMITED = (Auto, BranchAndBound, Linearized, LocalSearch, MILP)
+LIMITED = (Auto, BranchAndBound, LocalSearch, MILP)
 
 
 def _problem(n_units, n_choices, *, paired=True):
@@ -47,7 +47,7 @@ def test_a_plan_that_was_cut_short_is_a_plan(solver):
     assert solution.objective >= best - 1e-9
 
 
-@pytest.mark.parametrize("solver", [BranchAndBound, Linearized, LocalSearch])
+@pytest.mark.parametrize("solver", [BranchAndBound, LocalSearch])
 def test_what_would_take_too_long_is_not_begun(solver, monkeypatch):
     """On 1,200 columns the dense algebra of a bound takes seconds: with no time left nothing of it is called."""
     monkeypatch.setattr("mpq_plugins.solvers.tree.convex", lambda *_: pytest.fail("a bound was begun"))

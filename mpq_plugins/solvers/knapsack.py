@@ -10,8 +10,8 @@ import numpy as np
 from mpq_plugins.errors import SolverError
 from mpq_plugins.solvers.base import AbstractSolver
 from mpq_plugins.solvers.blocks import Blocks
-from mpq_plugins.solvers.core import nearest_plans
-from mpq_plugins.solvers.dual import relax
+from mpq_plugins.solvers.dynamic_program import nearest_plans
+from mpq_plugins.solvers.lagrangian import relax
 from mpq_plugins.solvers.problem import Problem
 from mpq_plugins.solvers.solution import Solution, Status
 

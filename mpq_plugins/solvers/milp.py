@@ -11,11 +11,10 @@ import numpy as np
 from mpq_plugins.errors import SolverError
 from mpq_plugins.solvers.base import AbstractSolver
 from mpq_plugins.solvers.blocks import Blocks
-from mpq_plugins.solvers.dual import relax
-from mpq_plugins.solvers.improve import good_plan
+from mpq_plugins.solvers.feasible_plans import good_plan
+from mpq_plugins.solvers.lagrangian import Relaxation, relax
 from mpq_plugins.solvers.problem import Problem
 from mpq_plugins.solvers.program import Backend, Outcome, Program
-from mpq_plugins.solvers.secants import Relaxation
 from mpq_plugins.solvers.solution import Solution, Status
 from mpq_plugins.solvers.time import check_time_limit
 

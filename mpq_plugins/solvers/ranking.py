@@ -7,18 +7,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from mpq_plugins.solvers.around import plans_around
 from mpq_plugins.solvers.blocks import Blocks
-from mpq_plugins.solvers.core import nearest_plans
-from mpq_plugins.solvers.dual import relax
-from mpq_plugins.solvers.improve import reachable_losses
+from mpq_plugins.solvers.dynamic_program import nearest_plans
+from mpq_plugins.solvers.feasible_plans import reachable_losses
 from mpq_plugins.solvers.iterated_search import Pool
+from mpq_plugins.solvers.lagrangian import Relaxation, relax
 from mpq_plugins.solvers.milp import best_within
-from mpq_plugins.solvers.neighbourhood import Plan
+from mpq_plugins.solvers.nearby import nearby_plans
+from mpq_plugins.solvers.neighbourhood import TrackedPlan
 from mpq_plugins.solvers.problem import Problem
 from mpq_plugins.solvers.program import Backend
 from mpq_plugins.solvers.quadratic import Quadratic
-from mpq_plugins.solvers.secants import Relaxation
 from mpq_plugins.solvers.solution import Status
 
 MOST_CHOICES = 4_000
@@ -83,6 +82,6 @@ def _around(
     near = np.argsort(np.abs(priced - priced[now][problem.unit_of]), kind="stable")[: len(now) + _PAIRED]
     few = everything.restricted(np.isin(everything.columns, np.concatenate([now, near])))
     pool = Pool(few)
-    pool.add(Plan.of(few, few.positions(choice)))
-    plans = [few.choice(plan.taken) for plan in plans_around(pool)]
+    pool.add(TrackedPlan.of(few, few.positions(choice)))
+    plans = [few.choice(plan.taken) for plan in nearby_plans(pool)]
     return [plan for plan in plans if plan not in without][:count]

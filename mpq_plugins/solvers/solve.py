@@ -9,10 +9,14 @@ from dataclasses import replace
 import numpy as np
 
 from mpq_plugins.common.plugins import resolve
-from mpq_plugins.costs.base import format_amount
 from mpq_plugins.errors import InfeasibleBudgetError, SolverError
+from mpq_plugins.solvers.auto import Auto
 from mpq_plugins.solvers.base import AbstractSolver
-from mpq_plugins.solvers.problem import Limit, Problem
+from mpq_plugins.solvers.blocks import Blocks
+from mpq_plugins.solvers.lagrangian import relax
+from mpq_plugins.solvers.milp import MILP
+from mpq_plugins.solvers.problem import Problem, unreachable
+from mpq_plugins.solvers.ranking import next_plans
 from mpq_plugins.solvers.scaling import Scaling, spreads
 from mpq_plugins.solvers.solution import Plan, Solution, Status
 
@@ -27,14 +31,12 @@ def solve(problem: Problem, solver: AbstractSolver | str | None = None, *, throw
     limits cannot be met and `SolverError` when the solver finds no plan or one that its tables contradict; with
     `throw=False` an infeasible, missing or over-budget answer is returned with its status and advice instead.
     """
-    from mpq_plugins.solvers import Auto
-
     started = time.perf_counter()
     solver = Auto() if solver is None else resolve("solvers", solver)
     _check_tables(problem)
     if problem.n_units == 0:
         return _no_units(problem, solver)
-    advice = unreachable(problem)
+    advice = _excluded(problem)
     if advice is None:
         scaling = Scaling.of(problem)
         answer = solver.solve(scaling.problem)
@@ -47,29 +49,16 @@ def solve(problem: Problem, solver: AbstractSolver | str | None = None, *, throw
     return solution
 
 
-def unreachable(problem: Problem) -> str | None:
-    """Why some limit cannot be met even with the cheapest choices that agree within groups; None when each can."""
-    from mpq_plugins.solvers.blocks import Blocks
-
-    if any(not len(choices) for choices in np.split(problem.loss, problem.start[1:-1])):
-        return "some unit has no choice left. Raise a peak limit or widen its menu."
-    blocks = Blocks.of(problem)
-    torn = sorted(set(range(problem.n_units)) - set(blocks.unit.tolist()))
+def _excluded(problem: Problem) -> str | None:
+    """Why some unit has no choice, or some limit cannot be met on its own; None where neither is so."""
+    for name, first, last in zip(problem.units, problem.start, problem.start[1:], strict=False):
+        if first == last:
+            return f"no choice of {name} meets the peak limits together. Raise one of them, or allow lower bits there."
+    torn = sorted(set(range(problem.n_units)) - set(Blocks.of(problem).unit.tolist()))
     if torn:
         named = ", ".join(problem.units[u] for u in torn[:4])
         return f"{named} read one quantized activation and have no activation bits in common. Give them overlapping menus."
-    for row, limit in enumerate(problem.limits):
-        least = blocks.minimum(np.eye(len(problem.limits))[row], with_loss=False)
-        if least.usage[row] > limit.limit * (1 + 1e-12):
-            costs = limit.cost[problem.columns(least.choice)]
-            largest = np.argsort(-costs, kind="stable")[:3]
-            held = ", ".join(f"{problem.units[u]} ({format_amount(float(costs[u]), limit.unit).strip()})" for u in largest)
-            reached = format_amount(float(least.usage[row]), limit.unit).strip()
-            return (
-                f"{_amount(limit)} cannot be met: the least is {reached}, every unit at its cheapest choice. "
-                f"Raise the limit, or allow lower bits for: {held}."
-            )
-    return None
+    return next(filter(None, (unreachable(problem, limit) for limit in problem.limits)), None)
 
 
 def _certified(problem: Problem, scaling: Scaling, answer: Solution, solver: AbstractSolver, n_next: int) -> Solution:
@@ -140,9 +129,6 @@ def _check_plan(problem: Problem, answer: Solution, named: str) -> None:
 
 def _prices(scaled: Problem, answer: Solution) -> tuple[tuple[float, ...], float]:
     """Shadow prices of the scaled problem, and the bound of its relaxation where it had to be solved for them."""
-    from mpq_plugins.solvers.blocks import Blocks
-    from mpq_plugins.solvers.dual import relax
-
     if len(answer.shadow_prices) == len(scaled.limits) and scaled.limits:
         return answer.shadow_prices, -math.inf
     if scaled.pairwise is not None:
@@ -152,8 +138,6 @@ def _prices(scaled: Problem, answer: Solution) -> tuple[tuple[float, ...], float
 
 
 def _next_best(problem: Problem, scaled: Problem, answer: Solution, n_next: int) -> tuple[Plan, ...]:
-    from mpq_plugins.solvers.ranking import next_plans
-
     if answer.next_best:
         plans = [plan.choice for plan in answer.next_best if plan.choice != answer.choice]
     elif answer.status is Status.optimal and scaled.pairwise is None:
@@ -203,20 +187,13 @@ def _no_answer(named: str) -> str:
 
 def _not_together(problem: Problem) -> str:
     """Which limits exclude each other, and how far each would have to give way alone."""
-    from mpq_plugins.solvers import MILP
-
-    asked = " and ".join(_amount(limit) for limit in problem.limits)
+    asked = " and ".join(map(str, problem.limits))
     least = []
     for row, limit in enumerate(problem.limits):
         others = problem.limits[:row] + problem.limits[row + 1 :]
         single = replace(problem, loss=limit.cost, limits=others, pairwise=None)
         best = solve(single, MILP(time_limit_s=5.0), throw=False, n_next=0)
         if best.has_plan:
-            least.append(f"the least {limit.name} is {format_amount(best.objective, limit.unit).strip()}")
+            least.append(f"the least {limit.name} is {limit.amount(best.objective)}")
     within = f" With the other limits kept, {'; '.join(least)}." if least else ""
     return f"{asked} cannot be met together.{within} Relax one of them, or allow lower bits."
-
-
-def _amount(limit: Limit) -> str:
-
-    return f"{limit.name} <= {format_amount(limit.limit, limit.unit).strip()}"

@@ -8,7 +8,7 @@ from problems import linear_relaxation, random_problem, with_limit
 from mpq_plugins import solve
 from mpq_plugins.solvers import MILP, Auto, Exhaustive, Knapsack
 from mpq_plugins.solvers.blocks import Blocks
-from mpq_plugins.solvers.dual import relax
+from mpq_plugins.solvers.lagrangian import relax
 from mpq_plugins.solvers.scaling import Scaling
 
 SEEDS = range(72)  # times 0..3 limits: 288 problems

@@ -62,7 +62,7 @@ def test_limits_that_exclude_each_other_are_refused_with_the_least_of_each():
 
 def test_linked_units_agree_even_when_it_costs():
     """Two units that read one quantized activation take one label, though the best of each has another."""
-    problem = Problem.of([[0.0, 5.0], [5.0, 1.0]], group=[7, 7], label=[[4, 8], [4, 8]])
+    problem = Problem.of([[0.0, 5.0], [5.0, 1.0]], cluster=[7, 7], width=[[4, 8], [4, 8]])
     for solver in (Auto(), MILP(), Knapsack(), Exhaustive()):
         assert solve(problem, solver).choice == (0, 0)
 
@@ -70,7 +70,7 @@ def test_linked_units_agree_even_when_it_costs():
 def test_units_without_a_common_label_are_refused():
     """A group whose units share no activation bits has no plan, and the text says so."""
     with pytest.raises(InfeasibleBudgetError, match="no activation bits in common"):
-        solve(Problem.of([[0.0], [1.0]], group=[0, 0], label=[[4], [8]]))
+        solve(Problem.of([[0.0], [1.0]], cluster=[0, 0], width=[[4], [8]]))
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_an_answer_that_the_tables_contradict_is_an_error(choice, text):
 
 def test_a_group_that_disagrees_is_an_error():
     """A solver that ignores the groups is not believed."""
-    problem = Problem.of(LOSS, group=[0, 0], label=[[4, 8], [4, 8]])
+    problem = Problem.of(LOSS, cluster=[0, 0], width=[[4, 8], [4, 8]])
     with pytest.raises(SolverError, match="different activation bits"):
         solve(problem, Says((0, 1)))
 

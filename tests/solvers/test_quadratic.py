@@ -125,8 +125,8 @@ def test_linked_units_move_together(solver):
     problem = Problem.of(
         [[3.0, 0.0], [3.0, 0.0], [0.0, 1.0]],
         [([[1.0, 4.0], [1.0, 4.0], [6.0, 1.0]], 9.0)],
-        group=[0, 0, 1],
-        label=[[4, 8], [4, 8], [4, 8]],
+        cluster=[0, 0, 1],
+        width=[[4, 8], [4, 8], [4, 8]],
     )
     pairwise = np.zeros((6, 6))
     pairwise[1, 4] = pairwise[4, 1] = 0.5

@@ -1,4 +1,4 @@
-"""What each group may do instead of a base plan: the pieces that the dynamic program puts together."""
+"""What each cluster may do instead of a base plan: the pieces that the dynamic program puts together."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ _MOST_COMBINATIONS = 20_000
 
 
 @dataclass(frozen=True)
-class Item:
-    """What one group may do instead of the base plan: how its cost changes, and by how much the bound rises.
+class Stage:
+    """What one cluster may do instead of the base plan: how its cost changes, and by how much the bound rises.
 
-    `lost` is the least rise among combinations of a large group that were left out for lack of room.
+    `lost` is the least rise among combinations of a large cluster that were left out for lack of room.
     """
 
-    units: np.ndarray  # [unit of the group]
+    units: np.ndarray  # [unit of the cluster]
     used: np.ndarray  # [alternative], the first one stays at the base
     rise: np.ndarray  # [alternative]
-    choice: np.ndarray  # [alternative, unit of the group]
+    choice: np.ndarray  # [alternative, unit of the cluster]
     lost: float = np.inf
 
 
-def items_of(
+def stages_of(
     blocks: Blocks,
     minimum: Minimum,
     base: np.ndarray,  # [unit]
@@ -33,28 +33,28 @@ def items_of(
     *,
     most_rise: float,
     n_plans: int = 1,
-    most_items: int | None = None,
-) -> list[Item]:
-    """The groups with alternatives that raise the bound by `most_rise` or less, those that are cheapest to move first.
+    most_stages: int | None = None,
+) -> list[Stage]:
+    """The clusters with alternatives that raise the bound by `most_rise` or less, those that are cheapest to move first.
 
     `minimum` is the minimum at `price`, of which `base` is one.
     """
     table = _Table.of(blocks, minimum, base, price)
     kept = table.rise <= most_rise
     if blocks.is_linked:
-        n_kept = np.bincount(blocks.group[blocks.option], weights=kept.sum(axis=1), minlength=blocks.n_groups)
-        items = [
-            _group_item(blocks, table, group, base, most_rise=most_rise, price=price, n_plans=n_plans)
-            for group in np.flatnonzero(n_kept > 1).tolist()
+        n_kept = np.bincount(blocks.cluster[blocks.option], weights=kept.sum(axis=1), minlength=blocks.n_clusters)
+        stages = [
+            _cluster_stage(blocks, table, cluster, base, most_rise=most_rise, price=price, n_plans=n_plans)
+            for cluster in np.flatnonzero(n_kept > 1).tolist()
         ]
     else:
         moves = kept & (blocks.index != base[:, None])
         with np.errstate(divide="ignore", invalid="ignore"):
             slope = np.where(moves & (table.used != 0), table.rise / np.abs(table.used), np.inf).min(axis=1)
         units = np.flatnonzero(moves.any(axis=1))
-        units = units[np.argsort(slope[units], kind="stable")][:most_items]
-        items = [_unit_item(blocks, table, unit, moves[unit], base) for unit in units.tolist()]
-    return sorted(items, key=_slope)[:most_items]
+        units = units[np.argsort(slope[units], kind="stable")][:most_stages]
+        stages = [_unit_stage(blocks, table, unit, moves[unit], base) for unit in units.tolist()]
+    return sorted(stages, key=_slope)[:most_stages]
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,14 @@ class _Table:
         prices = np.full(len(blocks.limits), price)
         rise = blocks.reduced_costs(minimum, prices)
         if not len(blocks.limits):
-            return cls(np.zeros_like(blocks.loss), rise, minimum.option_value - minimum.group_value[blocks.group])
+            return cls(np.zeros_like(blocks.loss), rise, minimum.option_value - minimum.cluster_value[blocks.cluster])
         of_base = blocks.problem.limits[0].cost[blocks.problem.columns(base)]
         used = blocks.cost[0] - of_base[blocks.unit][:, None]
-        return cls(used, rise, np.maximum(minimum.option_value - minimum.group_value[blocks.group], 0.0))
+        return cls(used, rise, np.maximum(minimum.option_value - minimum.cluster_value[blocks.cluster], 0.0))
 
 
-def _unit_item(blocks: Blocks, table: _Table, unit: int, moves: np.ndarray, base: np.ndarray) -> Item:
-    return Item(
+def _unit_stage(blocks: Blocks, table: _Table, unit: int, moves: np.ndarray, base: np.ndarray) -> Stage:
+    return Stage(
         np.array([unit]),
         np.concatenate([[0.0], table.used[unit, moves]]),
         np.concatenate([[0.0], table.rise[unit, moves]]),
@@ -85,11 +85,11 @@ def _unit_item(blocks: Blocks, table: _Table, unit: int, moves: np.ndarray, base
     )
 
 
-def _group_item(
-    blocks: Blocks, table: _Table, group: int, base: np.ndarray, *, most_rise: float, price: float, n_plans: int
-) -> Item:
-    """Every agreeing combination of a group's choices, less those that rise too much or are dominated."""
-    slots = blocks.slots_of_group[group]
+def _cluster_stage(
+    blocks: Blocks, table: _Table, cluster: int, base: np.ndarray, *, most_rise: float, price: float, n_plans: int
+) -> Stage:
+    """Every agreeing combination of a cluster's choices, less those that rise too much or are dominated."""
+    slots = blocks.slots_of_cluster[cluster]
     units = np.unique(blocks.unit[slots])
     combined = [
         _combinations(blocks, table, slots[blocks.option[slots] == option], most_rise, price, n_plans)
@@ -97,7 +97,7 @@ def _group_item(
     ]
     used, rise, choice = (np.concatenate(parts) for parts in zip(*(part[:3] for part in combined), strict=True))
     other = np.any(choice != base[units], axis=1)
-    return Item(
+    return Stage(
         units,
         np.concatenate([[0.0], used[other]]),
         np.concatenate([[0.0], rise[other]]),
@@ -129,10 +129,10 @@ def _combinations(
     return used, rise, choice, lost
 
 
-def _slope(item: Item) -> float:
-    """Least rise per unit of cost that moving the item takes."""
-    moves = item.used != 0
-    return float(np.min(item.rise[moves] / np.abs(item.used[moves]), initial=np.inf))
+def _slope(stage: Stage) -> float:
+    """Least rise per unit of cost that moving the stage takes."""
+    moves = stage.used != 0
+    return float(np.min(stage.rise[moves] / np.abs(stage.used[moves]), initial=np.inf))
 
 
 def pairs(n_states: int, n_alternatives: int) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import time
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -163,10 +164,9 @@ def scaled(problem: Problem) -> Problem:
 
 def timed(problem: Problem, solver: AbstractSolver) -> tuple[float, Solution]:
     """CPU seconds of this process and its children, and what they found."""
-    before = os.times()
+    before, children = time.process_time(), sum(os.times()[2:4])
     solution = solver.solve(problem)
-    after = os.times()
-    return sum(after[:4]) - sum(before[:4]), solution
+    return time.process_time() - before + sum(os.times()[2:4]) - children, solution
 
 
 def told(timing: tuple[float, Solution] | None, plain: float | None = None) -> str:
@@ -174,8 +174,10 @@ def told(timing: tuple[float, Solution] | None, plain: float | None = None) -> s
     if timing is None:
         return "-"
     seconds, solution = timing
-    share = f"{seconds:.3f}" if plain is None else f"{seconds / max(plain, 1e-3):.2f}"
-    return share if solution.status is Status.optimal else f"{share} (gap {solution.gap:.0e})"
+    share = f"{seconds:.2f}" if plain is None else f"{seconds / plain:.3f}"
+    if solution.status is Status.optimal:
+        return share
+    return f"{share} (gap {solution.gap:.0e})" if solution.has_plan else f"{share} (no plan)"
 
 
 def main() -> None:

@@ -11,13 +11,13 @@ import numpy as np
 
 from mpq_plugins.solvers.base import AbstractSolver
 from mpq_plugins.solvers.branch_and_bound import BranchAndBound
+from mpq_plugins.solvers.deadline import check_time_limit
 from mpq_plugins.solvers.exhaustive import Exhaustive
 from mpq_plugins.solvers.knapsack import Knapsack
 from mpq_plugins.solvers.milp import MILP
 from mpq_plugins.solvers.problem import Problem
 from mpq_plugins.solvers.quadratic import has_pairs, without_pairs
 from mpq_plugins.solvers.solution import Solution, Status
-from mpq_plugins.solvers.time import check_time_limit
 
 _FEW_PLANS = 20_000
 

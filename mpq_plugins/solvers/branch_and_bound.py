@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from mpq_plugins.solvers.base import AbstractSolver
+from mpq_plugins.solvers.deadline import check_time_limit
 from mpq_plugins.solvers.problem import Problem
 from mpq_plugins.solvers.search_and_bound import search_and_bound
 from mpq_plugins.solvers.solution import Solution
-from mpq_plugins.solvers.time import check_time_limit
 
 
 @final

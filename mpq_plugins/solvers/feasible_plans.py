@@ -7,28 +7,36 @@ from collections.abc import Iterable
 import numpy as np
 
 from mpq_plugins.solvers.blocks import Blocks
+from mpq_plugins.solvers.deadline import is_over
 from mpq_plugins.solvers.lagrangian import Relaxation
 
 _MOST_MOVES = 500
 
 
-def good_plan(blocks: Blocks, relaxation: Relaxation) -> np.ndarray | None:
-    """The best plan that improving the minima near the relaxation finds; None if none of them meets the limits."""
+def good_plan(blocks: Blocks, relaxation: Relaxation, deadline: float) -> np.ndarray | None:
+    """The best plan that improving the minima near the relaxation finds; None if none of them meets the limits.
+
+    After `deadline`, a value of `time.perf_counter`, no more than the first plan is looked for.
+    """
     met = [minimum.choice for minimum in (*relaxation.seen, relaxation.cheap) if np.all(minimum.usage <= blocks.limits)]
     dearer = _dearer(blocks, relaxation)
     if dearer is not None:
         met.append(dearer)
     distinct = {choice.tobytes(): choice for choice in met}.values()
-    plans = [improved(blocks, choice) for choice in distinct if blocks.problem.is_feasible(choice)]
+    plans: list[np.ndarray] = []
+    for choice in filter(blocks.problem.is_feasible, distinct):
+        plans.append(improved(blocks, choice, deadline))
+        if is_over(deadline):
+            break
     return min(plans, key=blocks.problem.objective, default=None)
 
 
-def improved(blocks: Blocks, choice: np.ndarray) -> np.ndarray:
+def improved(blocks: Blocks, choice: np.ndarray, deadline: float = np.inf) -> np.ndarray:
     """Change one unit at a time to what saves most loss within the limits, until nothing does."""
     choice = choice.copy()
     for _ in range(_MOST_MOVES):
         slots, positions, gain = _moves(blocks, choice)
-        if not len(gain) or gain.max() <= 0:
+        if not len(gain) or gain.max() <= 0 or is_over(deadline):
             break
         at = int(np.argmax(gain))
         choice[blocks.unit[slots[at]]] = blocks.index[slots[at], positions[at]]

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from mpq_plugins.solvers.deadline import is_over
 from mpq_plugins.solvers.milp import MILP
 from mpq_plugins.solvers.neighbourhood import TrackedPlan, best_cluster_move, best_move, best_of_option, best_two_moves
 from mpq_plugins.solvers.quadratic import Quadratic, without_pairs
 from mpq_plugins.solvers.solution import Status
-from mpq_plugins.solvers.time import is_over
 
 _MOST_MOVES = 10_000
 _SWEEPS = 30

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from mpq_plugins.solvers.deadline import is_over
 from mpq_plugins.solvers.iterated_search import Pool
 from mpq_plugins.solvers.neighbourhood import TrackedPlan, cluster_moves, two_moves
-from mpq_plugins.solvers.time import is_over
 
 MOST = 64  # plans listed
 _CENTRES = 4  # best plans whose neighbours are listed

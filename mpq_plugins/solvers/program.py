@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -43,8 +44,8 @@ class Program:
     reference: np.ndarray  # [unit]
     stake: float
 
-    def best(self, *, without: Sequence[Sequence[int]] = (), backend: Backend, time_limit_s: float, gap: float) -> Outcome:
-        """The plan of least loss that meets the limits and is none of `without`."""
+    def best(self, *, without: Sequence[Sequence[int]] = (), backend: Backend, deadline: float, gap: float) -> Outcome:
+        """The plan of least loss that meets the limits and is none of `without`; what is found by `deadline`."""
         import pulp
 
         program = pulp.LpProblem("allocation", pulp.LpMinimize)
@@ -60,7 +61,8 @@ class Program:
         self._add_limits(program, picks, slots, positions)
         for plan in without:
             self._forbid(program, picks, units, index, np.asarray(plan))
-        ended = run_program(program, backend, time_limit_s=time_limit_s, gap=gap)
+        left = max(0.01, deadline - time.perf_counter())
+        ended = run_program(program, backend, time_limit_s=left, gap=gap)
         choice = None
         if ended.has_values:
             choice = self.reference.copy()

@@ -40,7 +40,11 @@ def solve(problem: Problem, solver: AbstractSolver | str | None = None, *, throw
     if advice is None:
         scaling = Scaling.of(problem)
         answer = solver.solve(scaling.problem)
-        solution = _certified(problem, scaling, answer, solver, n_next)
+        solution = _certified(problem, scaling, answer, solver)
+        if solution.has_plan and n_next:
+            proven = solution.status is Status.optimal
+            deadline = started + float(getattr(solver, "time_limit_s", math.inf))
+            solution = replace(solution, next_best=_next_best(problem, scaling.problem, answer, proven, n_next, deadline))
     else:
         solution = Solution(Status.infeasible, (), math.inf, math.inf, solver=solver.name, advice=advice)
     solution = replace(solution, seconds=time.perf_counter() - started)
@@ -61,7 +65,7 @@ def _excluded(problem: Problem) -> str | None:
     return next(filter(None, (unreachable(problem, limit) for limit in problem.limits)), None)
 
 
-def _certified(problem: Problem, scaling: Scaling, answer: Solution, solver: AbstractSolver, n_next: int) -> Solution:
+def _certified(problem: Problem, scaling: Scaling, answer: Solution, solver: AbstractSolver) -> Solution:
     """The answer with everything recomputed that the tables can tell."""
     named = answer.solver or solver.name
     if not answer.choice:
@@ -90,7 +94,7 @@ def _certified(problem: Problem, scaling: Scaling, answer: Solution, solver: Abs
         return replace(solution, bound=scaling.loss(answer.bound))
     if answer.status is Status.optimal and not _is_closed(problem, scaling, solution):
         return replace(solution, status=Status.feasible, advice=Status.feasible.value)
-    return replace(solution, next_best=_next_best(problem, scaling.problem, answer, n_next))
+    return solution
 
 
 def _is_closed(problem: Problem, scaling: Scaling, solution: Solution) -> bool:
@@ -137,11 +141,13 @@ def _prices(scaled: Problem, answer: Solution) -> tuple[tuple[float, ...], float
     return tuple(relaxation.prices.tolist()), relaxation.value
 
 
-def _next_best(problem: Problem, scaled: Problem, answer: Solution, n_next: int) -> tuple[Plan, ...]:
+def _next_best(
+    problem: Problem, scaled: Problem, answer: Solution, proven: bool, n_next: int, deadline: float
+) -> tuple[Plan, ...]:
     if answer.next_best:
         plans = [plan.choice for plan in answer.next_best if plan.choice != answer.choice]
-    elif answer.status is Status.optimal and scaled.pairwise is None:
-        plans = next_plans(scaled, answer.choice, n_next)
+    elif proven and scaled.pairwise is None:
+        plans = next_plans(scaled, answer.choice, n_next, deadline=deadline)
     else:
         plans = []
     ranked = [Plan(plan, problem.objective(plan)) for plan in plans if problem.is_feasible(plan)]
@@ -192,8 +198,8 @@ def _not_together(problem: Problem) -> str:
     for row, limit in enumerate(problem.limits):
         others = problem.limits[:row] + problem.limits[row + 1 :]
         single = replace(problem, loss=limit.cost, limits=others, pairwise=None)
-        best = solve(single, MILP(time_limit_s=5.0), throw=False, n_next=0)
-        if best.has_plan:
+        best = solve(single, MILP(time_limit_s=1.0), throw=False, n_next=0)
+        if best.status is Status.optimal:
             least.append(f"the least {limit.name} is {limit.amount(best.objective)}")
     within = f" With the other limits kept, {'; '.join(least)}." if least else ""
     return f"{asked} cannot be met together.{within} Relax one of them, or allow lower bits."

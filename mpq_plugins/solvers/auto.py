@@ -27,8 +27,8 @@ _FEW_PLANS = 20_000
 class Auto(AbstractSolver):
     """Picks by the form of the problem; `Solution.solver` says which one answered and why.
 
-    Without pairwise losses: `Knapsack` for one limit or none, `MILP` for more, or where the dynamic program stays short of a
-    proof. With them: `Exhaustive` for few plans, else `BranchAndBound`.
+    Without pairwise losses: `Knapsack` for one limit or none, `MILP` for more, for units that must agree on activation bits, or
+    where the dynamic program stays short of a proof. With them: `Exhaustive` for few plans, else `BranchAndBound`.
     `pair_gap` is the relative gap asked for with pairwise losses.
     """
 
@@ -51,8 +51,9 @@ class Auto(AbstractSolver):
     def _linear(self, problem: Problem, note: str) -> Solution:
         started = time.perf_counter()
         program = MILP(time_limit_s=self.time_limit_s, gap=self.gap)
-        if len(problem.limits) > 1:
-            return _because(program.solve(problem), f"milp ({len(problem.limits)} limits{note})")
+        if len(problem.limits) > 1 or problem.is_linked:
+            linked = ", units that agree" if problem.is_linked else ""
+            return _because(program.solve(problem), f"milp ({len(problem.limits)} limits{linked}{note})")
         quick = Knapsack(gap=self.gap).solve(problem)
         if quick.status is not Status.feasible:
             return _because(quick, f"knapsack ({'one limit' if problem.limits else 'no limit'}{note})")

@@ -87,13 +87,6 @@ class Blocks:
         # A tenth less than there, for sums that are taken in another order.
         return np.array([row.limit * (1 + 0.9e-12) for row in self.problem.limits])
 
-    @cached_property
-    def slots_of_cluster(self) -> list[np.ndarray]:
-        """Slots of every cluster, in order of their units."""
-        order = np.argsort(self.cluster[self.option], kind="stable")
-        counts = np.bincount(self.cluster[self.option], minlength=self.n_clusters)
-        return np.split(order, np.cumsum(counts)[:-1])
-
     def minimum(self, prices: np.ndarray, *, with_loss: bool = True) -> Minimum:
         """Least of loss + prices . cost (or of the costs alone) over plans that agree within clusters, limits left aside."""
         priced = self.priced(prices, with_loss=with_loss)

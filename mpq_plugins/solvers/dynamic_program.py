@@ -14,7 +14,7 @@ import numpy as np
 
 from mpq_plugins.solvers.blocks import Blocks
 from mpq_plugins.solvers.lagrangian import Relaxation
-from mpq_plugins.solvers.stages import Stage, pairs, stages_of, undominated
+from mpq_plugins.solvers.stages import Stage, stages_of
 
 _N_PRICES = 32
 _FIRST_STAGES = 24
@@ -61,7 +61,7 @@ def nearest_plans(
         tolerance = gap * abs(relaxation.value + reach) if n_plans == 1 else 0.0
         if n_plans == 1 and reach <= tolerance:
             return Found(best, min(0.0, reach), 0.0, n_states)
-        stages = stages_of(blocks, minimum, base, price, most_rise=reach, n_plans=n_plans, most_stages=most_stages)
+        stages = stages_of(blocks, minimum, base, price, most_rise=reach, most_stages=most_stages)
         core = DynamicProgram(slack, price, reach, n_plans, room, tolerance)
         core.run(stages)
         n_states += core.n_states
@@ -100,7 +100,6 @@ class DynamicProgram:
         """Search all combinations of the stages' alternatives that the bounds leave."""
         used, rise = np.zeros(1), np.zeros(1)
         rest = _Rest.of(stages, self.price)
-        self.dropped = min([self.dropped, *(stage.lost for stage in stages)])
         self._record(used, rise)
         for at, stage in enumerate(stages):
             useful = self._worthwhile(stage.rise)
@@ -108,12 +107,12 @@ class DynamicProgram:
             if np.count_nonzero(useful) == 1:
                 continue
             alternatives = np.flatnonzero(useful)
-            parent, taken = pairs(len(used), len(alternatives))
+            parent, taken = _pairs(len(used), len(alternatives))
             used = used[parent] + stage.used[alternatives][taken]
             rise = rise[parent] + stage.rise[alternatives][taken]
             bound = rise + rest.after(at, self.slack - used)
             alive = np.flatnonzero(self._worthwhile(bound))
-            alive = alive[undominated(used[alive], (rise - self.price * used)[alive], self.n_plans)]
+            alive = alive[_undominated(used[alive], (rise - self.price * used)[alive], self.n_plans)]
             alive = self._within_room(alive, bound)
             used, rise = used[alive], rise[alive]
             self._steps.append(_Step(stage, parent[alive].astype(np.int32), alternatives[taken[alive]].astype(np.int32)))
@@ -161,7 +160,7 @@ class DynamicProgram:
     def _choice(self, base: np.ndarray, step: int, state: int) -> np.ndarray:
         choice: np.ndarray = base.copy()
         for record in reversed(self._steps[:step]):
-            choice[record.stage.units] = record.stage.choice[record.taken[state]]
+            choice[record.stage.unit] = record.stage.choice[record.taken[state]]
             state = int(record.parent[state])
         return choice
 
@@ -202,3 +201,22 @@ def _price_grid(stages: Sequence[Stage], price: float) -> np.ndarray:  # [price]
         if len(side):
             parts.append(np.quantile(side, quantiles, method="nearest"))
     return np.unique(np.concatenate(parts))
+
+
+def _pairs(n_states: int, n_alternatives: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every state with every alternative."""
+    return np.repeat(np.arange(n_states), n_alternatives), np.tile(np.arange(n_alternatives), n_states)
+
+
+def _undominated(used: np.ndarray, loss: np.ndarray, n_plans: int) -> np.ndarray:
+    """Positions of the states that fewer than `n_plans` others beat in both cost and loss."""
+    left = np.lexsort((loss, used))
+    layers = []
+    for _ in range(n_plans):
+        best_before = np.concatenate([[np.inf], np.minimum.accumulate(loss[left])[:-1]])
+        front = loss[left] < best_before
+        layers.append(left[front])
+        left = left[~front]
+        if not len(left):
+            break
+    return np.concatenate(layers)

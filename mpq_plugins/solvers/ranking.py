@@ -32,8 +32,8 @@ def next_plans(
 ) -> list[tuple[int, ...]]:
     """The `count` plans of least loss other than the optimum `choice`; fewer where a proof is out of reach.
 
-    With several limits, what is not proven within two seconds and by `deadline` is filled up with the best plans one or two
-    changes away. Empty for more than `MOST_CHOICES` choices, where thousands of plans are as good as the best.
+    With several limits or linked units, what is not proven within two seconds and by `deadline` is filled up with the best
+    plans one or two changes away. Empty for more than `MOST_CHOICES` choices, where thousands of plans are as good as the best.
     """
     if count <= 0 or len(problem.loss) > MOST_CHOICES:
         return []
@@ -41,7 +41,7 @@ def next_plans(
     relaxation = relax(blocks, backend=backend)
     reachable = reachable_losses(blocks, np.asarray(choice))
     enough = float(reachable[count - 1]) if len(reachable) >= count else np.inf
-    if len(problem.limits) > 1:
+    if len(problem.limits) > 1 or problem.is_linked:
         proven = _by_cuts(
             blocks, relaxation, choice, count, enough, backend, min(deadline, time.perf_counter() + _TIME_LIMIT_S)
         )

@@ -28,6 +28,8 @@ def test_every_solver_finds_the_optimum(solver, n_limits):
     feasible = 0
     for seed in seeds:
         problem = random_problem(seed, n_limits)
+        if isinstance(solver, Knapsack) and problem.is_linked:
+            continue
         expected = solve(problem, Exhaustive(), throw=False, n_next=0)
         found = solve(problem, solver, throw=False, n_next=0)
         assert found.status is expected.status, seed
@@ -83,6 +85,8 @@ def test_next_best_plans_are_the_exhaustive_ranking(solver, n_limits):
         pytest.skip("takes one limit")
     for seed in SEEDS[:24]:
         problem = random_problem(seed, n_limits)
+        if isinstance(solver, Knapsack) and problem.is_linked:
+            continue
         expected = solve(problem, Exhaustive(), throw=False)
         if not expected.has_plan:
             continue

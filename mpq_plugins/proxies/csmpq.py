@@ -24,9 +24,9 @@ class CSMPQ(AbstractProxy):
     """Class separability (Wang et al., "CSMPQ: Class Separability Based Mixed-Precision Quantization", arXiv 2212.10220).
 
     Importance is the TF-IDF of a unit's channels over documents, corrected for the number of channels (`tf_idf` in
-    `_separability`): large separability, more bits. `documents="images"` needs no labels, as in the published code;
+    `proxies.separability`): large separability, more bits. `documents="images"` needs no labels, as in the published code;
     `"classes"` averages the features of each class first, which is what the paper's title describes, and needs labels.
-    `utility` is read by `losses` in `_utility`. At most `n_images` images are used; several batches equal one large one.
+    `utility` is read by `losses` in `proxies.utility`. At most `n_images` images are used; several batches equal one large one.
     """
 
     name: ClassVar[str] = "csmpq"

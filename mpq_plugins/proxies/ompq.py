@@ -32,7 +32,7 @@ class OMPQ(AbstractProxy):
     `estimator="debiased"` has no bias for few images: with N much smaller than the feature length the published, biased
     form is close to 1 for all pairs. `exponent="standardised"` is exp(-beta (gamma - min gamma) / std gamma), which
     cannot underflow. `suffix_mean` replaces theta_i by the mean of theta_j over j >= i, the published objective.
-    `utility` is read by `losses` in `_utility`. At most `n_images` images are used; see `Dependence` for several batches.
+    `utility` is read by `losses`. At most `n_images` images are used; see `Dependence` for several batches.
     """
 
     name: ClassVar[str] = "ompq"

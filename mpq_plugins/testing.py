@@ -234,7 +234,7 @@ def _check_answer(problem: Problem, found: Solution, told: str, *, exact: bool) 
     best = _least(problem)
     slack = 1e-8 * max(float(np.ptp(problem.loss)) or 1.0, abs(best) if math.isfinite(best) else 0.0)
     if found.has_plan:
-        _require(problem.is_feasible(found.choice), f"{told} breaks a limit or a group with {found.choice}")
+        _require(problem.is_feasible(found.choice), f"{told} breaks a limit or a cluster with {found.choice}")
         _require(found.objective >= best - slack, f"{told} says the loss {found.objective}, but the least is {best}")
         _require(found.bound <= best + slack, f"{told} says the bound {found.bound}, but {best} can be reached")
     if found.status is Status.optimal:
@@ -252,8 +252,8 @@ def _least(problem: Problem) -> float:
     fits = np.ones(len(plans), dtype=bool)
     for limit in problem.limits:
         fits &= limit.cost[plans].sum(1) <= limit.limit * (1 + 1e-12)
-    for group in np.unique(problem.group):
-        labels = problem.label[plans[:, problem.group == group]]
+    for cluster in np.unique(problem.cluster):
+        labels = problem.width[plans[:, problem.cluster == cluster]]
         fits &= (labels == labels[:, :1]).all(1)
     plans = plans[fits]
     loss = problem.loss[plans].sum(1)
@@ -283,9 +283,9 @@ def random_problem(seed: int, n_limits: int, *, pairwise: bool = False) -> Probl
     if kind == "duplicates":
         loss = [np.repeat(row, 2)[: len(row)] for row in loss]
         costs = [([np.repeat(row, 2)[: len(row)] for row in table], limit) for table, limit in costs]
-    group: Any = rng.integers(0, len(sizes) // 2 + 1, len(sizes)) if seed % 2 else None
+    cluster: Any = rng.integers(0, len(sizes) // 2 + 1, len(sizes)) if seed % 2 else None
     tables: tuple[Any, Any] = loss, costs
-    problem = Problem.of(*tables, group=group, label=[[at % 2 for at in range(size)] for size in sizes])
+    problem = Problem.of(*tables, cluster=cluster, width=[[at % 2 for at in range(size)] for size in sizes])
     names = tuple(f"w{2 + int(index)}a{4 + 4 * (int(index) % 2)}" for index in problem.choices)
     pairs = rng.normal(size=(len(names), len(names))) * (float(np.ptp(problem.loss)) or 1.0)
     pairs[problem.unit_of[:, None] == problem.unit_of[None, :]] = 0.0

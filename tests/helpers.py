@@ -2,6 +2,7 @@
 
 from mpq_brevitas import BrevitasAdapter
 from mpq_nncf import NNCFAdapter
+from papers import PublishedCSMPQ, PublishedOMPQ, PublishedRounding
 
 from mpq_plugins.proxies import (
     CLADO,
@@ -14,14 +15,12 @@ from mpq_plugins.proxies import (
     LossIncrease,
     OutputError,
     Projection,
-    PublishedCSMPQ,
-    PublishedOMPQ,
     Random,
     RankEnsemble,
     Uniform,
     WeightError,
 )
-from mpq_plugins.solvers import MILP, Auto, Knapsack, LocalSearch, PublishedRounding
+from mpq_plugins.solvers import MILP, Auto, Knapsack, LocalSearch
 
 # Scores that grow with what quantization does to weights, by construction: more bits never lose more.
 ORDERED = [

@@ -11,16 +11,16 @@ from mpq_plugins.testing import random_problem as random_problem
 
 def linear_relaxation(problem: Problem) -> float:
     """Value of the relaxation by scipy's HiGHS: choices in fractions, one fraction per label shared within a group."""
-    keys = sorted({(int(problem.group[u]), int(v)) for u, v in zip(problem.unit_of, problem.label, strict=True)})
-    linked = {g for g in problem.group.tolist() if (problem.group == g).sum() > 1}
+    keys = sorted({(int(problem.cluster[u]), int(v)) for u, v in zip(problem.unit_of, problem.width, strict=True)})
+    linked = {g for g in problem.cluster.tolist() if (problem.cluster == g).sum() > 1}
     columns = {key: len(problem.loss) + at for at, key in enumerate(keys)}
     rows, right = [], []
     for unit in range(problem.n_units):
-        group = int(problem.group[unit])
+        group = int(problem.cluster[unit])
         mine = np.flatnonzero(problem.unit_of == unit)
         for label in {key[1] for key in keys if key[0] == group} if group in linked else {None}:
             row = np.zeros(len(problem.loss) + len(keys))
-            row[[c for c in mine if label is None or problem.label[c] == label]] = 1
+            row[[c for c in mine if label is None or problem.width[c] == label]] = 1
             if label is not None:
                 row[columns[group, label]] = -1
             rows.append(row)

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torchvision
+from papers import PublishedSize
 from torch import nn
 
 from mpq_plugins import Budget, Precision, Space, find_layers, menu, residual_ties
-from mpq_plugins.costs import ActivationMemory, BitOps, PublishedSize, StoredSize, WeightSize
+from mpq_plugins.costs import ActivationMemory, BitOps, StoredSize, WeightSize
 from mpq_plugins.costs.base import format_amount, parse_amount
 from mpq_plugins.errors import BudgetError, InfeasibleBudgetError
 from mpq_plugins.solvers.problem import check_reachable

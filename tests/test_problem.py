@@ -59,7 +59,7 @@ def test_tables_of_a_size_budget():
     assert problem.limits[0].cost.tolist() == [2, 4, 8, 4, 8, 16, 20, 40, 80]
     assert problem.limits[0].limit == 50.0
     assert problem.choices == ("w2a4", "w4a4", "w8a8") * 3
-    assert problem.label.tolist() == [4, 4, 8] * 3
+    assert problem.width.tolist() == [4, 4, 8] * 3
     assert problem.loss.tolist() == [0, 1, 2, 10, 11, 12, 20, 21, 22]
     assert problem.usage((0, 1, 2)) == (90.0,)
     assert not problem.is_feasible((0, 1, 2))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 import numpy as np
@@ -32,7 +32,7 @@ class OMPQ(AbstractProxy):
     `estimator="debiased"` has no bias for few images: with N much smaller than the feature length the published, biased
     form is close to 1 for all pairs. `exponent="standardised"` is exp(-beta (gamma - min gamma) / std gamma), which
     cannot underflow. `suffix_mean` replaces theta_i by the mean of theta_j over j >= i, the published objective.
-    `utility` is read by `losses` in `_utility`. At most `n_images` images are used; see `Dependence` for several batches.
+    `utility` is read by `losses`. At most `n_images` images are used; see `Dependence` for several batches.
     """
 
     name: ClassVar[str] = "ompq"
@@ -60,31 +60,6 @@ class OMPQ(AbstractProxy):
         weights = suffix_means(theta, free) if self.suffix_mean else theta
         facts = {"theta": theta.tolist(), "gamma": gamma.tolist(), "orm": orm.tolist(), "n_images": dependence.n_used}
         return Scores(space, losses(model, space, weights.tolist(), self.utility), self.recipe(), facts)
-
-
-@final
-@dataclass(frozen=True)
-class PublishedOMPQ(AbstractProxy):
-    """OMPQ as published, to compare with: biased CKA, exp(-beta gamma) as it is, means over later units, linear in bits.
-
-    `n_images` is the batch of 32 that the published code takes. Use `OMPQ` to allocate bits.
-    """
-
-    name: ClassVar[str] = "ompq-published"
-    beta: float = 1.0
-    n_images: int = 32
-
-    def score(self, model: nn.Module, space: Space, batches: Iterable[Any] = ()) -> Scores:
-        """Losses by the published objective; `facts` as in `OMPQ`."""
-        published = OMPQ(
-            estimator="biased",
-            exponent="raw",
-            beta=self.beta,
-            suffix_mean=True,
-            utility="linear",
-            n_images=self.n_images,
-        )
-        return replace(published.score(model, space, batches), proxy=self.recipe())
 
 
 def check_underflow(theta: Sequence[float] | np.ndarray, free: np.ndarray, exponents: np.ndarray, *, beta: float) -> None:

@@ -42,25 +42,14 @@ def tf_idf(documents: np.ndarray) -> float:
 
     A channel's set S are the documents where it is at least at its mean; TF is the mean of its share of these documents,
     IDF = ln((D + 1) / (|S| + 1)), which is never negative. Shares are about 1 / C, so the sum does not depend on the
-    number of channels, as the published mean does (see `published_tf_idf`). Dead channels add nothing.
+    number of channels, as the published mean does. Dead channels add nothing.
     """
-    frequency, counts = _frequency(documents)
+    frequency, counts = channel_frequency(documents)
     inverse = np.log((documents.shape[1] + 1.0) / (counts + 1.0))
     return float(np.sum(frequency * inverse))
 
 
-def published_tf_idf(documents: np.ndarray, *, balance: float | None = None) -> float:
-    """CSMPQ's score as its code computes it: the mean over channels of TF ln(D / (|S| + 1)); about 1 / C.
-
-    `balance` is the k of the factor ln(e C / k) on TF, equation (8) of arXiv 2212.10220; None leaves it out.
-    """
-    frequency, counts = _frequency(documents)
-    inverse = np.log(documents.shape[1] / (counts + 1.0))
-    kappa = 1.0 if balance is None else np.log(np.e * len(documents) / balance)
-    return float(kappa * np.mean(frequency * inverse))
-
-
-def _frequency(documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [C], [C]
+def channel_frequency(documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [C], [C]
     """TF of every channel and the number of documents where it is at least at its mean."""
     in_set = documents >= documents.mean(axis=1, keepdims=True)
     counts = in_set.sum(axis=1)

@@ -4,7 +4,5 @@ from mpq_plugins.solvers.auto import Auto as Auto
 from mpq_plugins.solvers.branch_and_bound import BranchAndBound as BranchAndBound
 from mpq_plugins.solvers.exhaustive import Exhaustive as Exhaustive
 from mpq_plugins.solvers.knapsack import Knapsack as Knapsack
-from mpq_plugins.solvers.linearized import Linearized as Linearized
 from mpq_plugins.solvers.local_search import LocalSearch as LocalSearch
 from mpq_plugins.solvers.milp import MILP as MILP
-from mpq_plugins.solvers.published_rounding import PublishedRounding as PublishedRounding

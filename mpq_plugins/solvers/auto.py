@@ -11,18 +11,15 @@ import numpy as np
 
 from mpq_plugins.solvers.base import AbstractSolver
 from mpq_plugins.solvers.branch_and_bound import BranchAndBound
-from mpq_plugins.solvers.convex import Simplices, convex
+from mpq_plugins.solvers.deadline import check_time_limit
 from mpq_plugins.solvers.exhaustive import Exhaustive
 from mpq_plugins.solvers.knapsack import Knapsack
-from mpq_plugins.solvers.linearized import Linearized, n_products
 from mpq_plugins.solvers.milp import MILP
 from mpq_plugins.solvers.problem import Problem
-from mpq_plugins.solvers.quadratic import Quadratic, has_pairs, without_pairs
+from mpq_plugins.solvers.quadratic import has_pairs, without_pairs
 from mpq_plugins.solvers.solution import Solution, Status
-from mpq_plugins.solvers.time import check_time_limit
 
 _FEW_PLANS = 20_000
-_FEW_PRODUCTS = 1_500  # up to there a linearized program that is not convex takes seconds
 
 
 @final
@@ -30,8 +27,8 @@ _FEW_PRODUCTS = 1_500  # up to there a linearized program that is not convex tak
 class Auto(AbstractSolver):
     """Picks by the form of the problem; `Solution.solver` says which one answered and why.
 
-    Without pairwise losses: `Knapsack` for one limit or none, `MILP` for more, or where the dynamic program stays short of a
-    proof. With them: `Exhaustive` for few plans, `Linearized` for few products that are not convex, else `BranchAndBound`.
+    Without pairwise losses: `Knapsack` for one limit or none, `MILP` for more, for units that must agree on activation bits, or
+    where the dynamic program stays short of a proof. With them: `Exhaustive` for few plans, else `BranchAndBound`.
     `pair_gap` is the relative gap asked for with pairwise losses.
     """
 
@@ -54,8 +51,9 @@ class Auto(AbstractSolver):
     def _linear(self, problem: Problem, note: str) -> Solution:
         started = time.perf_counter()
         program = MILP(time_limit_s=self.time_limit_s, gap=self.gap)
-        if len(problem.limits) > 1:
-            return _because(program.solve(problem), f"milp ({len(problem.limits)} limits{note})")
+        if len(problem.limits) > 1 or problem.is_linked:
+            linked = ", units that agree" if problem.is_linked else ""
+            return _because(program.solve(problem), f"milp ({len(problem.limits)} limits{linked}{note})")
         quick = Knapsack(gap=self.gap).solve(problem)
         if quick.status is not Status.feasible:
             return _because(quick, f"knapsack ({'one limit' if problem.limits else 'no limit'}{note})")
@@ -69,18 +67,8 @@ class Auto(AbstractSolver):
         n_plans = math.prod(int(size) for size in np.diff(problem.start))
         if n_plans <= _FEW_PLANS:
             return _because(Exhaustive().solve(problem), f"exhaustive ({n_plans:,} plans)")
-        products = n_products(problem)
-        if products <= _FEW_PRODUCTS and not _is_convex(problem):
-            program = Linearized(self.time_limit_s, self.pair_gap).solve(problem)
-            return _because(program, f"linearized (not convex, {products:,} products of choices)")
         tree = BranchAndBound(self.time_limit_s, self.pair_gap).solve(problem)
-        return _because(tree, f"branch-and-bound (pairwise losses, {products:,} products of choices)")
-
-
-def _is_convex(problem: Problem) -> bool:
-    quadratic = Quadratic.of(problem)
-    form = convex(quadratic, Simplices.of(quadratic))
-    return not form.was_lacking
+        return _because(tree, "branch-and-bound (pairwise losses)")
 
 
 def _because(solution: Solution, reason: str) -> Solution:

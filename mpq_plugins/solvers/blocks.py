@@ -1,4 +1,4 @@
-"""The Lagrangian view of a problem: without its limits it falls apart into one small choice per unit or per group."""
+"""The Lagrangian view of a problem: without its limits it falls apart into one small choice per unit or per cluster."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from mpq_plugins.solvers.problem import Problem
 
 @dataclass(frozen=True)
 class Minimum:
-    """The least priced loss: one choice per unit, and the least value of every slot, option and group."""
+    """The least priced loss: one choice per unit, and the least value of every slot, option and cluster."""
 
     choice: np.ndarray  # [unit]
     loss: float
     usage: np.ndarray  # [limit]
     slot_value: np.ndarray  # [slot]
     option_value: np.ndarray  # [option]
-    group_value: np.ndarray  # [group]
+    cluster_value: np.ndarray  # [cluster]
 
 
 @dataclass(frozen=True)
 class Blocks:
     """Tables of a problem, laid out so that the least priced loss is found without a loop over units.
 
-    A slot holds the choices of one unit with one label, an option the slots that a group takes with one label. A unit that
-    need not agree with others is a group of one option with one slot. Labels that some unit of a group lacks are left out.
+    A slot holds the choices of one unit with one width, an option the slots that a cluster takes with one width. A unit that
+    need not agree with others is a cluster of one option with one slot. Widths that some unit of a cluster lacks are left out.
     """
 
     problem: Problem
@@ -36,8 +36,8 @@ class Blocks:
     index: np.ndarray  # [slot, position], choice index within the unit, -1 where there is none
     unit: np.ndarray  # [slot]
     option: np.ndarray  # [slot]
-    group: np.ndarray  # [option]
-    options: np.ndarray  # [group, position], -1 where a group has fewer options
+    cluster: np.ndarray  # [option]
+    options: np.ndarray  # [cluster, position], -1 where a cluster has fewer options
     is_linked: bool
 
     @classmethod
@@ -55,29 +55,29 @@ class Blocks:
 
     @classmethod
     def _linked(cls, problem: Problem) -> Blocks:
-        _, group_of, sizes = np.unique(problem.group, return_inverse=True, return_counts=True)
-        free = sizes[group_of] == 1
-        group = np.where(free, -1 - np.arange(problem.n_units), problem.group)
+        _, cluster_of, sizes = np.unique(problem.cluster, return_inverse=True, return_counts=True)
+        free = sizes[cluster_of] == 1
+        cluster = np.where(free, -1 - np.arange(problem.n_units), problem.cluster)
         columns = np.flatnonzero(_allowed(problem))
-        label = np.where(free[problem.unit_of], 0, problem.label)[columns]
+        width = np.where(free[problem.unit_of], 0, problem.width)[columns]
         unit = problem.unit_of[columns]
-        order = np.lexsort((label, unit))
-        columns, label, unit = columns[order], label[order], unit[order]
-        slots, slot_of = np.unique(np.stack([unit, label]), axis=1, return_inverse=True)
-        options, option_of_slot = np.unique(np.stack([group[slots[0]], slots[1]]), axis=1, return_inverse=True)
-        group_of_option = np.unique(options[0], return_inverse=True)[1]
+        order = np.lexsort((width, unit))
+        columns, width, unit = columns[order], width[order], unit[order]
+        slots, slot_of = np.unique(np.stack([unit, width]), axis=1, return_inverse=True)
+        options, option_of_slot = np.unique(np.stack([cluster[slots[0]], slots[1]]), axis=1, return_inverse=True)
+        cluster_of_option = np.unique(options[0], return_inverse=True)[1]
         return cls(
             problem,
             *_dense(problem, columns, slot_of.ravel()),
             slots[0],
             option_of_slot.ravel(),
-            group_of_option,
-            _padded_rows(group_of_option),
+            cluster_of_option,
+            _padded_rows(cluster_of_option),
             True,
         )
 
     @property
-    def n_groups(self) -> int:
+    def n_clusters(self) -> int:
         """How many independent decisions there are."""
         return len(self.options)
 
@@ -87,31 +87,24 @@ class Blocks:
         # A tenth less than there, for sums that are taken in another order.
         return np.array([row.limit * (1 + 0.9e-12) for row in self.problem.limits])
 
-    @cached_property
-    def slots_of_group(self) -> list[np.ndarray]:
-        """Slots of every group, in order of their units."""
-        order = np.argsort(self.group[self.option], kind="stable")
-        counts = np.bincount(self.group[self.option], minlength=self.n_groups)
-        return np.split(order, np.cumsum(counts)[:-1])
-
     def minimum(self, prices: np.ndarray, *, with_loss: bool = True) -> Minimum:
-        """Least of loss + prices . cost (or of the costs alone) over all plans that agree within groups, limits left aside."""
+        """Least of loss + prices . cost (or of the costs alone) over plans that agree within clusters, limits left aside."""
         priced = self.priced(prices, with_loss=with_loss)
         position = np.argmin(priced, axis=1)
         slots = np.arange(len(priced))
         slot_value = priced[slots, position]
         if self.is_linked:
-            option_value = np.bincount(self.option, weights=slot_value, minlength=len(self.group))
+            option_value = np.bincount(self.option, weights=slot_value, minlength=len(self.cluster))
             table = np.where(self.options >= 0, option_value[self.options], np.inf)
-            best = self.options[np.arange(self.n_groups), np.argmin(table, axis=1)]
-            group_value, slots = option_value[best], np.flatnonzero(best[self.group[self.option]] == self.option)
+            best = self.options[np.arange(self.n_clusters), np.argmin(table, axis=1)]
+            cluster_value, slots = option_value[best], np.flatnonzero(best[self.cluster[self.option]] == self.option)
         else:
-            option_value = group_value = slot_value
+            option_value = cluster_value = slot_value
         chosen = position[slots]
         choice = np.empty(self.problem.n_units, dtype=int)
         choice[self.unit[slots]] = self.index[slots, chosen]
         loss = float(self.loss[slots, chosen].sum())
-        return Minimum(choice, loss, self.cost[:, slots, chosen].sum(axis=1), slot_value, option_value, group_value)
+        return Minimum(choice, loss, self.cost[:, slots, chosen].sum(axis=1), slot_value, option_value, cluster_value)
 
     def priced(self, prices: np.ndarray, *, with_loss: bool = True) -> np.ndarray:  # [slot, position]
         """loss + prices . cost (or the costs alone), inf where there is no choice."""
@@ -128,22 +121,22 @@ class Blocks:
     def reduced_costs(self, minimum: Minimum, prices: np.ndarray) -> np.ndarray:  # [slot, position]
         """How much forcing a choice raises the bound, at the least; inf where there is no choice."""
         in_slot = self.priced(prices) - minimum.slot_value[:, None]
-        in_group = minimum.option_value - minimum.group_value[self.group]
-        costs: np.ndarray = np.maximum(in_slot, 0.0) + np.maximum(in_group, 0.0)[self.option][:, None]
+        in_cluster = minimum.option_value - minimum.cluster_value[self.cluster]
+        costs: np.ndarray = np.maximum(in_slot, 0.0) + np.maximum(in_cluster, 0.0)[self.option][:, None]
         return costs
 
 
 def _allowed(problem: Problem) -> np.ndarray:  # [choice of all units]
-    """Which choices have a label that every unit of their group can take."""
-    groups, group_of = np.unique(problem.group, return_inverse=True)
-    sizes = np.bincount(group_of)
-    if len(groups) == problem.n_units:
+    """Which choices have a width that every unit of their cluster can take."""
+    clusters, cluster_of = np.unique(problem.cluster, return_inverse=True)
+    sizes = np.bincount(cluster_of)
+    if len(clusters) == problem.n_units:
         return np.ones(len(problem.loss), dtype=bool)
-    triples = np.unique(np.stack([group_of[problem.unit_of], problem.label, problem.unit_of]), axis=1)
+    triples = np.unique(np.stack([cluster_of[problem.unit_of], problem.width, problem.unit_of]), axis=1)
     pairs, units_with = np.unique(triples[:2], axis=1, return_counts=True)
     common = {(int(g), int(v)) for g, v, n in zip(*pairs, units_with, strict=True) if n == sizes[g]}
-    alone = sizes[group_of] == 1
-    keys = zip(group_of[problem.unit_of].tolist(), problem.label.tolist(), strict=True)
+    alone = sizes[cluster_of] == 1
+    keys = zip(cluster_of[problem.unit_of].tolist(), problem.width.tolist(), strict=True)
     agreed = np.fromiter((key in common for key in keys), dtype=bool, count=len(problem.loss))
     allowed: np.ndarray = alone[problem.unit_of] | agreed
     return allowed
@@ -164,11 +157,11 @@ def _dense(problem: Problem, columns: np.ndarray, slot_of: np.ndarray) -> tuple[
     return loss, cost, index
 
 
-def _padded_rows(group_of_option: np.ndarray) -> np.ndarray:  # [group, position]
-    """The options of every group, -1 where a group has fewer than the largest."""
-    counts = np.bincount(group_of_option)
-    order = np.argsort(group_of_option, kind="stable")
+def _padded_rows(cluster_of_option: np.ndarray) -> np.ndarray:  # [cluster, position]
+    """The options of every cluster, -1 where a cluster has fewer than the largest."""
+    counts = np.bincount(cluster_of_option)
+    order = np.argsort(cluster_of_option, kind="stable")
     first = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(int)
     rows = np.full((len(counts), int(counts.max(initial=0))), -1)
-    rows[group_of_option[order], np.arange(len(order)) - first[group_of_option[order]]] = order
+    rows[cluster_of_option[order], np.arange(len(order)) - first[cluster_of_option[order]]] = order
     return rows

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from mpq_plugins.solvers.answer import answer, infeasible, with_pairs
 from mpq_plugins.solvers.base import AbstractSolver
-from mpq_plugins.solvers.iterated_search import search
+from mpq_plugins.solvers.deadline import check_time_limit
 from mpq_plugins.solvers.problem import Problem
-from mpq_plugins.solvers.quadratic import Quadratic
-from mpq_plugins.solvers.solution import Solution, Status
-from mpq_plugins.solvers.time import check_time_limit
-from mpq_plugins.solvers.tree import Tree
+from mpq_plugins.solvers.search_and_bound import search_and_bound
+from mpq_plugins.solvers.solution import Solution
 
 
 @final
@@ -38,13 +34,6 @@ class BranchAndBound(AbstractSolver):
 
     def solve(self, problem: Problem) -> Solution:
         """The best plan, its bound, the prices of the limits at the root, and plans around the best one."""
-        started = time.perf_counter()
-        deadline = started + self.time_limit_s
-        quadratic = Quadratic.of(with_pairs(problem))
-        pool, status = search(quadratic, kicks=self.kicks, seed=self.seed, deadline=started + self.time_limit_s / 3)
-        if status is Status.infeasible:
-            return infeasible(self.name)
-        tree = Tree(quadratic, pool, self.gap, deadline)
-        tree.run()
-        proven, prices = tree.is_closed, tree.prices
-        return answer(pool, self.name, bound=tree.bound, proven=proven, prices=prices, nodes=tree.nodes, deadline=deadline)
+        return search_and_bound(
+            problem, self.name, kicks=self.kicks, seed=self.seed, gap=self.gap, time_limit_s=self.time_limit_s, branches=True
+        )

@@ -38,7 +38,7 @@ class Convex:
 
 @dataclass(frozen=True)
 class Simplices:
-    """The points where every unit takes one choice in all, and linked units as much of each label: origin + basis t."""
+    """The points where every unit takes one choice in all, and linked units as much of each width: origin + basis t."""
 
     origin: np.ndarray  # [open]
     basis: np.ndarray  # [open, free], orthonormal
@@ -54,12 +54,12 @@ class Simplices:
 
 
 def _equations(quadratic: Quadratic) -> tuple[np.ndarray, np.ndarray]:  # [row, open], [row]
-    """One choice for every unit; of every label but the last of a group, each unit as much as the first unit."""
+    """One choice for every unit; of every width but the last of a cluster, each unit as much as the first unit."""
     units = np.unique(quadratic.unit_of)
     rows = [quadratic.unit_of == unit for unit in units]
     equal = []
     slots_of_option = np.split(np.arange(len(quadratic.slot_start)), quadratic.option_start[1:])
-    is_last = np.append(np.diff(quadratic.group_of_option), 1) > 0
+    is_last = np.append(np.diff(quadratic.cluster_of_option), 1) > 0
     for slots, last in zip(slots_of_option, is_last, strict=True):
         for slot in [] if last else slots[1:]:
             equal.append((quadratic.slot_of == slot).astype(float) - (quadratic.slot_of == slots[0]))

@@ -67,9 +67,9 @@ def _feasible(problem: Problem, columns: list[np.ndarray], n_plans: int) -> np.n
         for column in columns:
             usage += limit.cost[column]
         feasible &= usage <= limit.limit * (1 + 1e-12)
-    first_of_group: dict[int, np.ndarray] = {}
-    for group, column in zip(problem.group.tolist(), columns, strict=True):
-        feasible &= problem.label[first_of_group.setdefault(group, column)] == problem.label[column]
+    first_of_cluster: dict[int, np.ndarray] = {}
+    for cluster, column in zip(problem.cluster.tolist(), columns, strict=True):
+        feasible &= problem.width[first_of_cluster.setdefault(cluster, column)] == problem.width[column]
     return feasible
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from mpq_plugins.solvers.deadline import is_over
 from mpq_plugins.solvers.milp import MILP
-from mpq_plugins.solvers.neighbourhood import Plan, best_group_move, best_move, best_of_option, best_two_moves
+from mpq_plugins.solvers.neighbourhood import TrackedPlan, best_cluster_move, best_move, best_of_option, best_two_moves
 from mpq_plugins.solvers.quadratic import Quadratic, without_pairs
 from mpq_plugins.solvers.solution import Status
-from mpq_plugins.solvers.time import is_over
 
 _MOST_MOVES = 10_000
 _SWEEPS = 30
@@ -26,9 +26,9 @@ class Pool:
     quadratic: Quadratic
     loss_of: dict[bytes, float] = field(default_factory=dict)
 
-    def add(self, plan: Plan) -> None:
+    def add(self, plan: TrackedPlan) -> None:
         """Remember a feasible plan."""
-        plan = Plan.of(self.quadratic, plan.taken)  # sums that many moves have rounded are taken anew
+        plan = TrackedPlan.of(self.quadratic, plan.taken)  # sums that many moves have rounded are taken anew
         if plan.is_feasible:
             self.loss_of[plan.taken.astype(np.int64).tobytes()] = plan.loss
             if len(self.loss_of) > 2 * _MOST_KEPT:
@@ -41,22 +41,22 @@ class Pool:
         return min(self.loss_of.values(), default=np.inf)
 
     @property
-    def best(self) -> Plan | None:
+    def best(self) -> TrackedPlan | None:
         """The plan of least loss, None while there is none."""
         if not self.loss_of:
             return None
         return self._plan(min(self.loss_of, key=lambda key: self.loss_of[key]))
 
-    def plans(self) -> list[Plan]:
+    def plans(self) -> list[TrackedPlan]:
         """All of them, best first."""
         return [self._plan(key) for key in sorted(self.loss_of, key=lambda key: self.loss_of[key])][:_MOST_KEPT]
 
-    def moved_to(self, restricted: Quadratic, taken: np.ndarray) -> Plan:
+    def moved_to(self, restricted: Quadratic, taken: np.ndarray) -> TrackedPlan:
         """The plan with the columns `taken` of a restriction of the quadratic problem, in any order."""
-        return Plan.of(self.quadratic, self.quadratic.positions(restricted.choice(taken)))
+        return TrackedPlan.of(self.quadratic, self.quadratic.positions(restricted.choice(taken)))
 
-    def _plan(self, key: bytes) -> Plan:
-        return Plan.of(self.quadratic, np.frombuffer(key, dtype=np.int64))
+    def _plan(self, key: bytes) -> TrackedPlan:
+        return TrackedPlan.of(self.quadratic, np.frombuffer(key, dtype=np.int64))
 
 
 def search(quadratic: Quadratic, *, kicks: int, seed: int, deadline: float) -> tuple[Pool, Status]:
@@ -83,30 +83,30 @@ def search(quadratic: Quadratic, *, kicks: int, seed: int, deadline: float) -> t
     return pool, Status.feasible
 
 
-def descend(plan: Plan, deadline: float = np.inf) -> Plan:
-    """Take the best single, group or double move until none lowers the loss, or until `deadline`."""
+def descend(plan: TrackedPlan, deadline: float = np.inf) -> TrackedPlan:
+    """Take the best single, cluster or double move until none lowers the loss, or until `deadline`."""
     for _ in range(_MOST_MOVES):
         if is_over(deadline):
             break
-        move = best_move(plan) or best_group_move(plan) or best_two_moves(plan)
+        move = best_move(plan) or best_cluster_move(plan) or best_two_moves(plan)
         if move is None:
             break
         plan = plan.moved(move[0])
     return plan
 
 
-def repair(plan: Plan) -> Plan | None:
+def repair(plan: TrackedPlan) -> TrackedPlan | None:
     """Lower the excess over the limits, each time where that adds least loss per excess; None where that ends above them."""
     quadratic = plan.quadratic
     scale = 1 / np.maximum(np.abs(quadratic.limits), 1e-300)
     for _ in range(len(quadratic.columns)):
         if plan.is_feasible:
             return plan
-        added, cost, same_label = plan.gains()
+        added, cost, same_width = plan.gains()
         over = np.maximum(plan.used - quadratic.limits, 0.0) * scale
         after = np.maximum((plan.used - quadratic.limits)[:, None] + cost, 0.0) * scale[:, None]
         less = over.sum() - after.sum(axis=0)
-        useful = same_label & (less > 0)
+        useful = same_width & (less > 0)
         if not useful.any():
             return None
         rate = np.where(useful, added / np.where(useful, less, 1.0), np.inf)
@@ -114,7 +114,7 @@ def repair(plan: Plan) -> Plan | None:
     return None
 
 
-def _starts(quadratic: Quadratic, deadline: float) -> tuple[list[Plan], Status]:
+def _starts(quadratic: Quadratic, deadline: float) -> tuple[list[TrackedPlan], Status]:
     """The best plan without the pairs, and that of a coordinate descent on the priced loss."""
     left = deadline - time.perf_counter()
     linear = MILP(time_limit_s=max(0.1, left / 4), gap=1e-3).solve(without_pairs(quadratic.problem))
@@ -122,17 +122,17 @@ def _starts(quadratic: Quadratic, deadline: float) -> tuple[list[Plan], Status]:
         return [], Status.infeasible
     starts = [] if linear.choice and is_over(deadline) else _priced_descents(quadratic, deadline)
     if linear.choice:
-        starts.append(Plan.of(quadratic, quadratic.positions(linear.choice)))
+        starts.append(TrackedPlan.of(quadratic, quadratic.positions(linear.choice)))
     return starts, Status.no_answer
 
 
-def _priced_descents(quadratic: Quadratic, deadline: float) -> list[Plan]:
+def _priced_descents(quadratic: Quadratic, deadline: float) -> list[TrackedPlan]:
     """Plans of least loss plus price times cost, at the least prices, found by halving, where the limits are met."""
     span = np.ptp(quadratic.cost, axis=1)
     price = np.where(span > 0, np.ptp(quadratic.loss) / np.where(span > 0, span, 1.0), 0.0)
     plan = _least_alone(quadratic)
     low, high = 0.0, None
-    found: list[Plan] = []
+    found: list[TrackedPlan] = []
     factor = 0.0
     for _ in range(_HALVINGS):
         if found and is_over(deadline):
@@ -152,27 +152,27 @@ def _priced_descents(quadratic: Quadratic, deadline: float) -> list[Plan]:
     return sorted([*found, *([repaired] if repaired else [])], key=lambda plan: plan.loss)[:2]
 
 
-def _least_alone(quadratic: Quadratic) -> Plan:
-    options = quadratic.group_start
+def _least_alone(quadratic: Quadratic) -> TrackedPlan:
+    options = quadratic.cluster_start
     taken = np.zeros(quadratic.problem.n_units, dtype=int)
     for option in options.tolist():
         new = best_of_option(quadratic, option, quadratic.loss)
         taken[quadratic.unit_of[new]] = new
-    return Plan.of(quadratic, taken)
+    return TrackedPlan.of(quadratic, taken)
 
 
-def _coordinate_descent(plan: Plan, price: np.ndarray) -> Plan:
-    """Every group in turn takes its best label and choices, given the others, until none changes."""
+def _coordinate_descent(plan: TrackedPlan, price: np.ndarray) -> TrackedPlan:
+    """Every cluster in turn takes its best width and choices, given the others, until none changes."""
     quadratic, taken, values = plan.quadratic, plan.taken.copy(), plan.field + price
     bounds = np.append(quadratic.slot_start, len(quadratic.columns)).tolist()
     options = [list(range(a, b)) for a, b in _ranges(quadratic.option_start, len(quadratic.slot_start))]
-    groups = [list(range(a, b)) for a, b in _ranges(quadratic.group_start, len(options))]
+    clusters = [list(range(a, b)) for a, b in _ranges(quadratic.cluster_start, len(options))]
     units = quadratic.unit_of
     for _ in range(_SWEEPS):
         changed = False
-        for group in groups:
+        for cluster in clusters:
             tried = []
-            for option in group:
+            for option in cluster:
                 new = [bounds[slot] + int(values[bounds[slot] : bounds[slot + 1]].argmin()) for slot in options[option]]
                 tried.append((float(sum(values[at] for at in new)), new))
             for at in min(tried)[1]:
@@ -183,7 +183,7 @@ def _coordinate_descent(plan: Plan, price: np.ndarray) -> Plan:
                     changed = True
         if not changed:
             break
-    return Plan.of(quadratic, taken)
+    return TrackedPlan.of(quadratic, taken)
 
 
 def _ranges(start: np.ndarray, end: int) -> list[tuple[int, int]]:
@@ -191,13 +191,13 @@ def _ranges(start: np.ndarray, end: int) -> list[tuple[int, int]]:
     return list(zip(start.tolist(), stops.tolist(), strict=True))
 
 
-def _kicked(plan: Plan, rng: np.random.Generator) -> Plan:
-    """The plan with a few groups at random labels and choices."""
+def _kicked(plan: TrackedPlan, rng: np.random.Generator) -> TrackedPlan:
+    """The plan with a few clusters at random widths and choices."""
     quadratic = plan.quadratic
-    n_groups = len(quadratic.group_start)
-    most = max(4, n_groups // 5)
-    options = _ranges(quadratic.group_start, len(quadratic.option_start))
+    n_clusters = len(quadratic.cluster_start)
+    most = max(4, n_clusters // 5)
+    options = _ranges(quadratic.cluster_start, len(quadratic.option_start))
     new = []
-    for group in rng.choice(n_groups, min(n_groups, int(rng.integers(3, most + 1))), replace=False).tolist():
-        new.append(best_of_option(quadratic, int(rng.integers(*options[group])), rng.random(len(quadratic.columns))))
+    for cluster in rng.choice(n_clusters, min(n_clusters, int(rng.integers(3, most + 1))), replace=False).tolist():
+        new.append(best_of_option(quadratic, int(rng.integers(*options[cluster])), rng.random(len(quadratic.columns))))
     return plan.moved(np.concatenate(new))

@@ -10,8 +10,8 @@ import numpy as np
 from mpq_plugins.errors import SolverError
 from mpq_plugins.solvers.base import AbstractSolver
 from mpq_plugins.solvers.blocks import Blocks
-from mpq_plugins.solvers.core import nearest_plans
-from mpq_plugins.solvers.dual import relax
+from mpq_plugins.solvers.dynamic_program import nearest_plans
+from mpq_plugins.solvers.lagrangian import relax
 from mpq_plugins.solvers.problem import Problem
 from mpq_plugins.solvers.solution import Solution, Status
 
@@ -19,7 +19,7 @@ from mpq_plugins.solvers.solution import Solution, Status
 @final
 @dataclass(frozen=True)
 class Knapsack(AbstractSolver):
-    """Exact for one limit or none, in numpy alone; the answer is proven within `gap` of the optimum.
+    """Exact for one limit or none and units that need not agree, in numpy alone; proven within `gap` of the optimum.
 
     `max_states` bounds the memory of the dynamic program; where it is too small the proven gap says so.
     """
@@ -30,9 +30,11 @@ class Knapsack(AbstractSolver):
     max_states: int = 100_000
 
     def solve(self, problem: Problem) -> Solution:
-        """The best plan, its bound, and the price of the limit. Raises `SolverError` for several limits or pairs."""
+        """The best plan, its bound, and the price of the limit. Raises `SolverError` for anything else."""
         if problem.pairwise is not None:
-            raise SolverError("the knapsack solver takes no pairwise losses. Use Auto(), BranchAndBound() or Linearized().")
+            raise SolverError("the knapsack solver takes no pairwise losses. Use Auto() or BranchAndBound().")
+        if problem.is_linked:
+            raise SolverError("the knapsack solver takes no units that must agree on activation bits. Use Auto() or MILP().")
         if len(problem.limits) > 1:
             raise SolverError(
                 f"the knapsack solver takes one limit; this problem has {len(problem.limits)}. Use MILP() for several limits."

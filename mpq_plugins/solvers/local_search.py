@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from mpq_plugins.solvers.answer import answer, infeasible, with_pairs
 from mpq_plugins.solvers.base import AbstractSolver
-from mpq_plugins.solvers.iterated_search import search
+from mpq_plugins.solvers.deadline import check_time_limit
 from mpq_plugins.solvers.problem import Problem
-from mpq_plugins.solvers.quadratic import Quadratic
-from mpq_plugins.solvers.solution import Solution, Status
-from mpq_plugins.solvers.time import check_time_limit
-from mpq_plugins.solvers.tree import Tree
+from mpq_plugins.solvers.search_and_bound import search_and_bound
+from mpq_plugins.solvers.solution import Solution
 
 
 @final
@@ -21,7 +17,7 @@ from mpq_plugins.solvers.tree import Tree
 class LocalSearch(AbstractSolver):
     """A feasible plan for pairwise losses, with the bound of one convex relaxation; never a proof.
 
-    A coordinate descent on the priced loss, then the best changes of one unit, one group or two units, then `kicks` random
+    A coordinate descent on the priced loss, then the best changes of one unit, one cluster or two units, then `kicks` random
     restarts near the best plan. Equal seeds give equal plans, unless `time_limit_s` of wall time cuts the kicks off.
     """
 
@@ -36,12 +32,6 @@ class LocalSearch(AbstractSolver):
 
     def solve(self, problem: Problem) -> Solution:
         """The best plan met, and plans around it."""
-        deadline = time.perf_counter() + self.time_limit_s
-        quadratic = Quadratic.of(with_pairs(problem))
-        pool, status = search(quadratic, kicks=self.kicks, seed=self.seed, deadline=deadline)
-        if status is Status.infeasible:
-            return infeasible(self.name)
-        tree = Tree(quadratic, pool, 0.0, deadline)
-        if tree.may_begin:
-            tree.root()
-        return answer(pool, self.name, bound=tree.bound, proven=False, prices=tree.prices, nodes=tree.nodes, deadline=deadline)
+        return search_and_bound(
+            problem, self.name, kicks=self.kicks, seed=self.seed, gap=0.0, time_limit_s=self.time_limit_s, branches=False
+        )

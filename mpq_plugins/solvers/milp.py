@@ -11,13 +11,12 @@ import numpy as np
 from mpq_plugins.errors import SolverError
 from mpq_plugins.solvers.base import AbstractSolver
 from mpq_plugins.solvers.blocks import Blocks
-from mpq_plugins.solvers.dual import relax
-from mpq_plugins.solvers.improve import good_plan
+from mpq_plugins.solvers.deadline import check_time_limit, is_over
+from mpq_plugins.solvers.feasible_plans import good_plan
+from mpq_plugins.solvers.lagrangian import Relaxation, relax
 from mpq_plugins.solvers.problem import Problem
 from mpq_plugins.solvers.program import Backend, Outcome, Program
-from mpq_plugins.solvers.secants import Relaxation
 from mpq_plugins.solvers.solution import Solution, Status
-from mpq_plugins.solvers.time import check_time_limit
 
 _MOST_OVERSHOOTS = 20
 
@@ -43,19 +42,19 @@ class MILP(AbstractSolver):
     def solve(self, problem: Problem) -> Solution:
         """The best plan, its bound, and the prices of the limits. Raises `SolverError` for pairwise losses."""
         if problem.pairwise is not None:
-            raise SolverError("the 0/1 program takes no pairwise losses. Use Auto(), BranchAndBound() or Linearized().")
-        started = time.perf_counter()
+            raise SolverError("the 0/1 program takes no pairwise losses. Use Auto() or BranchAndBound().")
+        deadline = time.perf_counter() + self.time_limit_s
         blocks = Blocks.of(problem)
         relaxation = relax(blocks, backend=self.backend)
         if relaxation.is_infeasible:
             return Solution(Status.infeasible, (), np.inf, np.inf, solver=self.name)
-        known = good_plan(blocks, relaxation)
+        known = good_plan(blocks, relaxation, deadline)
         loss = np.inf if known is None else problem.objective(known)
         prices = tuple(relaxation.prices.tolist())
-        if known is not None and loss - relaxation.value <= self.gap * abs(loss):
-            return Solution(Status.optimal, _as_tuple(known), loss, relaxation.value, shadow_prices=prices, solver=self.name)
-        left = max(0.01, self.time_limit_s - (time.perf_counter() - started))
-        outcome = best_within(blocks, relaxation, loss, backend=self.backend, time_limit_s=left, gap=self.gap)
+        if known is not None and (loss - relaxation.value <= self.gap * abs(loss) or is_over(deadline)):
+            status = Status.feasible if loss - relaxation.value > self.gap * abs(loss) else Status.optimal
+            return Solution(status, _as_tuple(known), loss, relaxation.value, shadow_prices=prices, solver=self.name)
+        outcome = best_within(blocks, relaxation, loss, backend=self.backend, deadline=deadline, gap=self.gap)
         bound = max(relaxation.value, min(outcome.bound, loss))
         if outcome.choice is not None and problem.objective(outcome.choice) <= loss:
             choice, status = outcome.choice, outcome.status
@@ -85,7 +84,7 @@ def best_within(
     *,
     without: tuple[tuple[int, ...], ...] = (),
     backend: Backend,
-    time_limit_s: float,
+    deadline: float,
     gap: float,
 ) -> Outcome:
     """The best plan other than the plans `without`, by a program of the choices that can reach a loss of `loss` or less."""
@@ -94,11 +93,9 @@ def best_within(
     rounding = 1e-9 * abs(stake) + 1e-13 * (abs(loss) + abs(relaxation.value)) if np.isfinite(loss) else 0.0
     kept = (blocks.reduced_costs(minimum, relaxation.prices) <= stake + rounding) & (blocks.index >= 0)
     program = Program(blocks, kept, minimum.choice, stake if np.isfinite(stake) else float(np.ptp(blocks.problem.loss)))
-    deadline = time.perf_counter() + time_limit_s
     cut_off = list(without)
     for _ in range(_MOST_OVERSHOOTS):
-        left = max(0.01, deadline - time.perf_counter())
-        outcome = program.best(without=cut_off, backend=backend, time_limit_s=left, gap=gap)
+        outcome = program.best(without=cut_off, backend=backend, deadline=deadline, gap=gap)
         if outcome.choice is None or blocks.problem.is_feasible(outcome.choice):
             return outcome
         # A solver's row tolerance is wider than ours: cut this plan off and ask again.

@@ -13,7 +13,7 @@ _MOST_PAIRED = 400  # columns that two-moves are built from
 
 
 @dataclass
-class Plan:
+class TrackedPlan:
     """One choice of every unit, kept with the loss that every other column would add."""
 
     quadratic: Quadratic
@@ -23,7 +23,7 @@ class Plan:
     loss: float
 
     @classmethod
-    def of(cls, quadratic: Quadratic, taken: np.ndarray) -> Plan:
+    def of(cls, quadratic: Quadratic, taken: np.ndarray) -> TrackedPlan:
         """The plan that takes the columns `taken`."""
         pairs = quadratic.pairs[:, taken].sum(axis=1)
         loss = float(quadratic.loss[taken].sum() + pairs[taken].sum() / 2)
@@ -34,7 +34,7 @@ class Plan:
         """Whether every limit is met."""
         return bool(np.all(self.used <= self.quadratic.limits))
 
-    def moved(self, new: np.ndarray) -> Plan:
+    def moved(self, new: np.ndarray) -> TrackedPlan:
         """The plan with the columns `new`, one for each of some units, in place of what those units take."""
         quadratic, taken = self.quadratic, self.taken.copy()
         units = quadratic.unit_of[new]
@@ -42,26 +42,26 @@ class Plan:
         taken[units] = new
         field = self.field + quadratic.pairs[new].sum(axis=0) - quadratic.pairs[old].sum(axis=0)
         used = self.used + quadratic.cost[:, new].sum(axis=1) - quadratic.cost[:, old].sum(axis=1)
-        return Plan(quadratic, taken, field, used, self.loss + _added(self, old, new))
+        return TrackedPlan(quadratic, taken, field, used, self.loss + _added(self, old, new))
 
     def gains(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # [open], [limit, open], [open]
-        """What taking each column instead of its unit's adds to the loss and to the costs, and whether its label is kept."""
+        """What taking each column instead of its unit's adds to the loss and to the costs, and whether its width is kept."""
         quadratic = self.quadratic
         now = self.taken[quadratic.unit_of]
         option = quadratic.option_of_slot[quadratic.slot_of]
         return self.field - self.field[now], quadratic.cost - quadratic.cost[:, now], option == option[now]
 
 
-def best_move(plan: Plan) -> tuple[np.ndarray, float] | None:
+def best_move(plan: TrackedPlan) -> tuple[np.ndarray, float] | None:
     """The column whose taking lowers the loss most within the limits, and by how much; None when none does."""
-    added, cost, same_label = plan.gains()
+    added, cost, same_width = plan.gains()
     left = (plan.quadratic.limits - plan.used)[:, None]
-    added = np.where(same_label & np.all(cost <= left, axis=0), added, np.inf)
+    added = np.where(same_width & np.all(cost <= left, axis=0), added, np.inf)
     at = int(np.argmin(added))
     return (np.array([at]), float(added[at])) if added[at] < -_rounding(plan) else None
 
 
-def best_two_moves(plan: Plan) -> tuple[np.ndarray, float] | None:
+def best_two_moves(plan: TrackedPlan) -> tuple[np.ndarray, float] | None:
     """The two columns of different units whose taking lowers the loss most; None when no two do."""
     columns, added, within = two_moves(plan)
     if not len(columns):
@@ -71,12 +71,12 @@ def best_two_moves(plan: Plan) -> tuple[np.ndarray, float] | None:
     return (columns[list(at)], float(added[at])) if added[at] < -_rounding(plan) else None
 
 
-def two_moves(plan: Plan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # [column], [column, column], [column, column]
+def two_moves(plan: TrackedPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # [column], [column, column], [column, column]
     """Columns that are cheap to take, what taking two of them adds to the loss, and which two are within the limits."""
     quadratic = plan.quadratic
-    added, cost, same_label = plan.gains()
+    added, cost, same_width = plan.gains()
     now = plan.taken[quadratic.unit_of]
-    columns = np.flatnonzero(same_label & (now != np.arange(len(now))))
+    columns = np.flatnonzero(same_width & (now != np.arange(len(now))))
     if len(columns) > _MOST_PAIRED:
         columns = np.sort(columns[np.argpartition(added[columns], _MOST_PAIRED)[:_MOST_PAIRED]])
     old, units = now[columns], quadratic.unit_of[columns]
@@ -90,17 +90,17 @@ def two_moves(plan: Plan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # [colu
     return columns, both, within
 
 
-def best_group_move(plan: Plan) -> tuple[np.ndarray, float] | None:
-    """The other label of some group that lowers the loss most, every unit at its best choice; None when none does."""
+def best_cluster_move(plan: TrackedPlan) -> tuple[np.ndarray, float] | None:
+    """The other width of some cluster that lowers the loss most, every unit at its best choice; None when none does."""
     best: tuple[np.ndarray, float] | None = None
-    for new, added in group_moves(plan):
+    for new, added in cluster_moves(plan):
         if added < (best[1] if best else -_rounding(plan)):
             best = (new, added)
     return best
 
 
-def group_moves(plan: Plan) -> Iterator[tuple[np.ndarray, float]]:
-    """Feasible changes of a group's label: every unit takes its best choice there, or its cheapest where that is too much."""
+def cluster_moves(plan: TrackedPlan) -> Iterator[tuple[np.ndarray, float]]:
+    """Feasible changes of a cluster's width: every unit takes its best choice there, or its cheapest where that is too much."""
     quadratic = plan.quadratic
     if not quadratic.is_linked:
         return
@@ -116,18 +116,18 @@ def group_moves(plan: Plan) -> Iterator[tuple[np.ndarray, float]]:
                 break
 
 
-def best_of_option(quadratic: Quadratic, option: int, values: np.ndarray) -> np.ndarray:  # [unit of the group]
+def best_of_option(quadratic: Quadratic, option: int, values: np.ndarray) -> np.ndarray:  # [unit of the cluster]
     """For every slot of an option, its column of least value."""
     slots = np.flatnonzero(quadratic.option_of_slot == option)
     ends = np.append(quadratic.slot_start, len(quadratic.columns))
     return np.array([ends[slot] + int(np.argmin(values[ends[slot] : ends[slot + 1]])) for slot in slots])
 
 
-def _added(plan: Plan, old: np.ndarray, new: np.ndarray) -> float:
+def _added(plan: TrackedPlan, old: np.ndarray, new: np.ndarray) -> float:
     pairs = plan.quadratic.pairs
     squares = pairs[np.ix_(new, new)].sum() + pairs[np.ix_(old, old)].sum() - 2 * pairs[np.ix_(new, old)].sum()
     return float(plan.field[new].sum() - plan.field[old].sum() + squares / 2)
 
 
-def _rounding(plan: Plan) -> float:
+def _rounding(plan: TrackedPlan) -> float:
     return 1e-12 * (abs(plan.loss) + float(np.abs(plan.field[plan.taken]).sum()))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 
@@ -12,7 +14,9 @@ from mpq_plugins.costs.base import Budget, cost_of, format_amount
 from mpq_plugins.costs.budgets import Budgets, as_budgets
 from mpq_plugins.errors import BudgetError, InfeasibleBudgetError
 from mpq_plugins.proxies.scores import Scores
-from mpq_plugins.space.space import Space, Unit
+from mpq_plugins.space.space import Space
+
+_ROUNDING = 1e-12  # of a limit: sums that exceed it by less meet it
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,13 +28,20 @@ class Limit:
     cost: np.ndarray  # [choice of all units]
     limit: float
 
+    def amount(self, value: float) -> str:
+        """A cost in the unit of this limit, as people write it."""
+        return format_amount(value, self.unit).strip()
+
+    def __str__(self) -> str:
+        return f"{self.name} <= {self.amount(self.limit)}"
+
 
 @dataclass(frozen=True, eq=False)
 class Problem:
     """Choose one choice per unit: minimise the summed loss subject to every limit.
 
-    The choices of all units stand in one row: those of unit u are `start[u]:start[u + 1]`. Units of one `group` must choose
-    choices of the same `label` (units that read one quantized activation must agree on its bits). `pairwise`
+    The choices of all units stand in one row: those of unit u are `start[u]:start[u + 1]`. Units of one `cluster` must choose
+    choices of the same `width` (units that read one quantized activation must agree on its bits). `pairwise`
     [choice, choice] adds x'Px / 2 to the loss; it is symmetric, and zero when None.
     """
 
@@ -39,8 +50,8 @@ class Problem:
     start: np.ndarray  # [unit + 1]
     loss: np.ndarray  # [choice of all units]
     limits: tuple[Limit, ...]
-    group: np.ndarray  # [unit]
-    label: np.ndarray  # [choice of all units]
+    cluster: np.ndarray  # [unit]
+    width: np.ndarray  # [choice of all units], of the activations that a cluster shares
     pairwise: np.ndarray | None = None
 
     @classmethod
@@ -49,8 +60,8 @@ class Problem:
         loss: Sequence[Sequence[float]],
         costs: Sequence[tuple[Sequence[Sequence[float]], float]] = (),
         *,
-        group: Sequence[int] | None = None,
-        label: Sequence[Sequence[int]] | None = None,
+        cluster: Sequence[int] | None = None,
+        width: Sequence[Sequence[int]] | None = None,
     ) -> Problem:
         """A problem from nested lists `[unit][choice]`, `costs` being (table, limit) pairs."""
         sizes = [len(row) for row in loss]
@@ -66,8 +77,8 @@ class Problem:
             start=start,
             loss=flat(loss),
             limits=tuple(Limit(f"cost{row}", "", flat(table), float(limit)) for row, (table, limit) in enumerate(costs)),
-            group=np.arange(n_units) if group is None else np.asarray(group, dtype=int),
-            label=np.zeros(n_choices, dtype=int) if label is None else flat(label).astype(int),
+            cluster=np.arange(n_units) if cluster is None else np.asarray(cluster, dtype=int),
+            width=np.zeros(n_choices, dtype=int) if width is None else flat(width).astype(int),
         )
 
     @property
@@ -82,13 +93,13 @@ class Problem:
 
     @cached_property
     def is_linked(self) -> bool:
-        """Whether some group of several units has more than one label to agree on."""
-        groups, units_of_group = np.unique(self.group, return_counts=True)
-        if len(groups) == self.n_units:
+        """Whether some cluster of several units has more than one width to agree on."""
+        clusters, units_of_cluster = np.unique(self.cluster, return_counts=True)
+        if len(clusters) == self.n_units:
             return False
-        pairs = np.unique(np.stack([self.group[self.unit_of], self.label], axis=1), axis=0)
-        labels_of_group = np.bincount(np.searchsorted(groups, pairs[:, 0]))
-        return bool(np.any((labels_of_group > 1) & (units_of_group > 1)))
+        pairs = np.unique(np.stack([self.cluster[self.unit_of], self.width], axis=1), axis=0)
+        widths_of_cluster = np.bincount(np.searchsorted(clusters, pairs[:, 0]))
+        return bool(np.any((widths_of_cluster > 1) & (units_of_cluster > 1)))
 
     def columns(self, choice: Sequence[int] | np.ndarray) -> np.ndarray:  # [unit]
         """Positions in the row of all choices, for one choice index per unit."""
@@ -109,14 +120,14 @@ class Problem:
         return tuple(float(np.sum(limit.cost[columns])) for limit in self.limits)
 
     def agrees(self, choice: Sequence[int] | np.ndarray) -> bool:
-        """Whether all units of each group choose the same label."""
-        label_of_group: dict[int, int] = {}
-        labels = self.label[self.columns(choice)]
-        return all(label_of_group.setdefault(int(g), int(v)) == v for g, v in zip(self.group, labels, strict=True))
+        """Whether all units of each cluster choose the same width."""
+        width_of_cluster: dict[int, int] = {}
+        widths = self.width[self.columns(choice)]
+        return all(width_of_cluster.setdefault(int(g), int(v)) == v for g, v in zip(self.cluster, widths, strict=True))
 
     def is_feasible(self, choice: Sequence[int] | np.ndarray) -> bool:
-        """Whether the choice agrees within groups and meets every limit (to one part in 1e12, for rounding)."""
-        meets = (used <= row.limit * (1 + 1e-12) for used, row in zip(self.usage(choice), self.limits, strict=True))
+        """Whether the choice agrees within clusters and meets every limit (to one part in 1e12, for rounding)."""
+        meets = (used <= row.limit * (1 + _ROUNDING) for used, row in zip(self.usage(choice), self.limits, strict=True))
         return self.agrees(choice) and all(meets)
 
 
@@ -126,24 +137,21 @@ def build_problem(scores: Scores, budgets: Budgets = ()) -> Problem:
     A budget of a "max" cost drops the choices above it; a budget of a "sum" cost becomes a limit.
     Raises `InfeasibleBudgetError` as `check_reachable` does.
     """
-    space, budgets = scores.space, as_budgets(budgets, at_least=0)
-    tables = _checked_tables(space, budgets)
-    limits = [budget.resolve(space) for budget in budgets]
-    kept = np.concatenate(_within_peaks(space, budgets, limits, tables))
-    start = np.concatenate([[0], np.cumsum([len(unit.choices) for unit in space.units])])
-    choices = [choice for unit in space.units for choice in unit.choices]
-    return Problem(
-        units=tuple(unit.name for unit in space.units),
-        choices=tuple(str(choices[column]) for column in np.flatnonzero(kept)),
-        start=np.concatenate([[0], np.cumsum(kept)])[start],
+    budgets = as_budgets(budgets, at_least=0)
+    whole = _without_losses(scores.space, budgets)
+    is_peak = [budget.cost.reduce == "max" for budget in budgets]
+    kept = np.ones(len(whole.loss), dtype=bool)
+    for limit in itertools.compress(whole.limits, is_peak):
+        kept &= limit.cost <= limit.limit * (1 + _ROUNDING)
+    return replace(
+        whole,
+        choices=tuple(itertools.compress(whole.choices, kept)),
+        start=np.concatenate([[0], np.cumsum(kept)])[whole.start],
         loss=np.concatenate([np.asarray(row, dtype=float) for row in scores.loss])[kept],
         limits=tuple(
-            Limit(budget.cost.name, budget.cost.unit, np.concatenate(table)[kept], limit)
-            for budget, limit, table in zip(budgets, limits, tables, strict=True)
-            if budget.cost.reduce == "sum"
+            replace(limit, cost=limit.cost[kept]) for limit, peak in zip(whole.limits, is_peak, strict=True) if not peak
         ),
-        group=np.asarray([unit.activation_group for unit in space.units], dtype=int),
-        label=np.asarray([choice.activation for choice in choices], dtype=int)[kept],
+        width=whole.width[kept],
         pairwise=None if scores.pairwise is None else scores.pairwise[np.ix_(kept, kept)],
     )
 
@@ -154,74 +162,77 @@ def check_reachable(space: Space, budgets: Budgets) -> None:
     Raises `InfeasibleBudgetError` with the least that can be reached and the layers that hold most of it.
     Budgets are checked one by one here; whether they can be met together is the solver's to find out.
     """
-    _checked_tables(space, as_budgets(budgets))
+    _without_losses(space, as_budgets(budgets))
 
 
-Table = list[np.ndarray]  # [unit][choice]
+def unreachable(
+    problem: Problem, limit: Limit, *, reduce: Literal["sum", "max"] = "sum", pins: Iterable[str] = ()
+) -> str | None:
+    """Why no plan meets `limit`, were it alone; None where one does."""
+    least = _least_costs(problem, limit.cost, reduce)
+    total = float(least.sum() if reduce == "sum" else least.max())
+    if total <= limit.limit * (1 + _ROUNDING):
+        return None
+    largest = np.argsort(-least, kind="stable")[:3]
+    held = ", ".join(f"{problem.units[u]} ({limit.amount(least[u])})" for u in largest)
+    pinned = ", ".join(pins)
+    told, fewer = (f" Pinned: {pinned}.", " or fewer pins") if pinned else ("", "")
+    return (
+        f"{limit} cannot be met: the least is {limit.amount(total)}.{told} "
+        f"Raise the limit, or allow lower bits{fewer} for: {held}."
+    )
 
 
-def _checked_tables(space: Space, budgets: Sequence[Budget]) -> list[Table]:
+def _without_losses(space: Space, budgets: Sequence[Budget]) -> Problem:
+    """All choices of the space, with the costs and limits of all budgets, of "max" costs too."""
     names = [budget.cost.name for budget in budgets]
     if len(set(names)) < len(names):
         raise BudgetError(f"the same cost has two budgets: {names}. Keep the smaller one.")
-    tables = [[_costs(space, unit, budget) for unit in space.units] for budget in budgets]
-    for budget, table in zip(budgets, tables, strict=True):
-        limit = budget.resolve(space)
-        least = _least(space, table, sum if budget.cost.reduce == "sum" else max)
-        total = sum(least.values()) if budget.cost.reduce == "sum" else max(least.values())
-        if total > limit * (1 + 1e-12):
-            raise InfeasibleBudgetError(_infeasible_text(space, budget, limit, total, least))
-    return tables
-
-
-def _costs(space: Space, unit: Unit, budget: Budget) -> np.ndarray:  # [choice of the unit]
-    layers = [space.layer(name) for name in unit.layers]
-    rows = [[cost_of(budget.cost, layer, choice) for layer in layers] for choice in unit.choices]
-    return np.asarray([sum(row) if budget.cost.reduce == "sum" else max(row) for row in rows], dtype=float)
-
-
-def _least(space: Space, table: Table, reduce: Callable[[Iterable[float]], float]) -> dict[int, float]:
-    """Least cost of each unit, over the labels its activation group can agree on."""
-    members: dict[int, list[int]] = {}
-    for index, unit in enumerate(space.units):
-        members.setdefault(unit.activation_group, []).append(index)
-    least: dict[int, float] = {}
-    for units in members.values():
-        by_label = [_least_of_labels(space.units[u], table[u]) for u in units]
-        common = sorted(set(by_label[0]).intersection(*by_label[1:]))
-        options = [[labels[label] for labels in by_label] for label in common]
-        least.update(zip(units, min(options, key=reduce), strict=True))
-    return least
-
-
-def _least_of_labels(unit: Unit, costs: np.ndarray) -> dict[int, float]:
-    least: dict[int, float] = {}
-    for choice, cost in zip(unit.choices, costs.tolist(), strict=True):
-        least[choice.activation] = min(cost, least.get(choice.activation, cost))
-    return least
-
-
-def _within_peaks(
-    space: Space, budgets: Sequence[Budget], limits: Sequence[float], tables: Sequence[Table]
-) -> list[np.ndarray]:  # [unit][choice]
-    """Which choices of every unit meet every "max" budget."""
-    kept = [np.ones(len(unit.choices), dtype=bool) for unit in space.units]
-    for budget, limit, table in zip(budgets, limits, tables, strict=True):
-        if budget.cost.reduce == "max":
-            kept = [within & (costs <= limit * (1 + 1e-12)) for within, costs in zip(kept, table, strict=True)]
-    for unit, within in zip(space.units, kept, strict=True):
-        if not within.any():
-            peaks = ", ".join(budget.cost.name for budget in budgets if budget.cost.reduce == "max")
-            raise InfeasibleBudgetError(f"no choice of {unit.name} meets the limits on {peaks} together. Raise one of them.")
-    return kept
-
-
-def _infeasible_text(space: Space, budget: Budget, limit: float, total: float, least: dict[int, float]) -> str:
-    unit_name = budget.cost.unit
-    largest = sorted(least, key=lambda u: -least[u])[:3]
-    held = ", ".join(f"{space.units[u].name} ({format_amount(least[u], unit_name)})" for u in largest)
-    pinned = f" Pinned: {', '.join(space.pins)}." if space.pins else ""
-    return (
-        f"{budget.cost.name} <= {format_amount(limit, unit_name)} cannot be met: the least is "
-        f"{format_amount(total, unit_name)}.{pinned} Raise the limit, or allow lower bits or fewer pins for: {held}."
+    choices = [choice for unit in space.units for choice in unit.choices]
+    problem = Problem(
+        units=tuple(unit.name for unit in space.units),
+        choices=tuple(map(str, choices)),
+        start=np.cumsum([0, *(len(unit.choices) for unit in space.units)]),
+        loss=np.zeros(len(choices)),
+        limits=tuple(
+            Limit(budget.cost.name, budget.cost.unit, _costs(space, budget), budget.resolve(space)) for budget in budgets
+        ),
+        cluster=np.asarray([unit.activation_group for unit in space.units], dtype=int),
+        width=np.asarray([choice.activation for choice in choices], dtype=int),
     )
+    for budget, limit in zip(budgets, problem.limits, strict=True):
+        advice = unreachable(problem, limit, reduce=budget.cost.reduce, pins=space.pins)
+        if advice is not None:
+            raise InfeasibleBudgetError(advice)
+    return problem
+
+
+def _costs(space: Space, budget: Budget) -> np.ndarray:  # [choice of all units]
+    reduce = sum if budget.cost.reduce == "sum" else max
+    return np.array(
+        [
+            reduce([cost_of(budget.cost, space.layer(name), choice) for name in unit.layers])
+            for unit in space.units
+            for choice in unit.choices
+        ],
+        dtype=float,
+    )
+
+
+def _least_costs(problem: Problem, cost: np.ndarray, reduce: Literal["sum", "max"]) -> np.ndarray:  # [unit]
+    """Least cost of each unit, at the width where its cluster costs least."""
+    least: np.ndarray = np.minimum.reduceat(cost, problem.start[:-1])
+    if not problem.is_linked:
+        return least
+    members: dict[int, list[int]] = {}
+    for unit, cluster in enumerate(problem.cluster.tolist()):
+        members.setdefault(cluster, []).append(unit)
+    for units in (units for units in members.values() if len(units) > 1):
+        by_width: list[dict[int, float]] = [{} for _ in units]
+        for own, unit in zip(by_width, units, strict=True):
+            columns = slice(problem.start[unit], problem.start[unit + 1])
+            for width, value in zip(problem.width[columns].tolist(), cost[columns].tolist(), strict=True):
+                own[width] = min(value, own.get(width, value))
+        options = [[own[width] for own in by_width] for width in sorted(set(by_width[0]).intersection(*by_width))]
+        least[units] = min(options, key=sum if reduce == "sum" else max)
+    return least

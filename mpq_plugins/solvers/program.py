@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -43,8 +44,8 @@ class Program:
     reference: np.ndarray  # [unit]
     stake: float
 
-    def best(self, *, without: Sequence[Sequence[int]] = (), backend: Backend, time_limit_s: float, gap: float) -> Outcome:
-        """The plan of least loss that meets the limits and is none of `without`."""
+    def best(self, *, without: Sequence[Sequence[int]] = (), backend: Backend, deadline: float, gap: float) -> Outcome:
+        """The plan of least loss that meets the limits and is none of `without`; what is found by `deadline`."""
         import pulp
 
         program = pulp.LpProblem("allocation", pulp.LpMinimize)
@@ -60,7 +61,8 @@ class Program:
         self._add_limits(program, picks, slots, positions)
         for plan in without:
             self._forbid(program, picks, units, index, np.asarray(plan))
-        ended = run_program(program, backend, time_limit_s=time_limit_s, gap=gap)
+        left = max(0.01, deadline - time.perf_counter())
+        ended = run_program(program, backend, time_limit_s=left, gap=gap)
         choice = None
         if ended.has_values:
             choice = self.reference.copy()
@@ -71,11 +73,13 @@ class Program:
         )
 
     def _free_columns(self) -> tuple[np.ndarray, np.ndarray]:
-        """Slots and positions of the kept choices of every group that has something to decide."""
-        group_of_slot = self.blocks.group[self.blocks.option]
-        n_kept = np.bincount(group_of_slot, weights=self.kept.sum(axis=1), minlength=self.blocks.n_groups)
-        n_units = np.bincount(group_of_slot[np.unique(self.blocks.unit, return_index=True)[1]], minlength=self.blocks.n_groups)
-        slots, positions = np.nonzero(self.kept & (n_kept > n_units)[group_of_slot][:, None])
+        """Slots and positions of the kept choices of every cluster that has something to decide."""
+        cluster_of_slot = self.blocks.cluster[self.blocks.option]
+        n_kept = np.bincount(cluster_of_slot, weights=self.kept.sum(axis=1), minlength=self.blocks.n_clusters)
+        n_units = np.bincount(
+            cluster_of_slot[np.unique(self.blocks.unit, return_index=True)[1]], minlength=self.blocks.n_clusters
+        )
+        slots, positions = np.nonzero(self.kept & (n_kept > n_units)[cluster_of_slot][:, None])
         return slots, positions
 
     def _only_reference(self, without: Sequence[Sequence[int]]) -> Outcome:
@@ -96,15 +100,15 @@ class Program:
         return factor if np.isfinite(factor) else 1.0
 
     def _add_choices(self, program: Any, picks: Sequence[Any], slots: np.ndarray) -> None:
-        """One choice for every unit; linked units agree through one variable for every label of their group."""
+        """One choice for every unit; linked units agree through one variable for every width of their cluster."""
         import pulp
 
         options = self.blocks.option[slots]
-        groups = self.blocks.group[options]
-        n_options = np.bincount(self.blocks.group)
-        agree = {option: pulp.LpVariable(f"y{option}", cat="Binary") for option in np.unique(options[n_options[groups] > 1])}
-        for group in np.unique([self.blocks.group[option] for option in agree]):
-            program += pulp.lpSum(agree[option] for option in agree if self.blocks.group[option] == group) == 1
+        clusters = self.blocks.cluster[options]
+        n_options = np.bincount(self.blocks.cluster)
+        agree = {option: pulp.LpVariable(f"y{option}", cat="Binary") for option in np.unique(options[n_options[clusters] > 1])}
+        for cluster in np.unique([self.blocks.cluster[option] for option in agree]):
+            program += pulp.lpSum(agree[option] for option in agree if self.blocks.cluster[option] == cluster) == 1
         # All slots of an option, kept or not: an option that lost all choices of one unit is ruled out.
         for slot in np.flatnonzero(np.isin(self.blocks.option, options)).tolist():
             first, after = np.searchsorted(slots, [slot, slot + 1])
@@ -133,7 +137,7 @@ class Program:
 
 
 def highest_point(
-    heights: Sequence[float], slopes: Sequence[np.ndarray], most: float, backend: Backend
+    heights: Sequence[float], slopes: Sequence[np.ndarray], most: np.ndarray, backend: Backend
 ) -> tuple[np.ndarray, float] | None:
     """The point of 0 <= prices <= most where the least of heights + slopes . prices is largest, and that height.
 
@@ -144,7 +148,7 @@ def highest_point(
     program = pulp.LpProblem("prices", pulp.LpMaximize)
     height = pulp.LpVariable("height")
     prices = [pulp.LpVariable(f"price{row}", 0, 1) for row in range(len(slopes[0]))]
-    scale = float(np.abs(heights).max()) or most
+    scale = float(np.abs(heights).max()) or 1.0
     program += height
     for value, slope in zip(heights, slopes, strict=True):
         gain = slope * (most / scale)

@@ -1,4 +1,4 @@
-"""A problem with pairwise losses, in the order that groups, labels and units stand together."""
+"""A problem with pairwise losses, in the order that clusters, widths and units stand together."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from mpq_plugins.solvers.problem import Problem
 
 @dataclass(frozen=True)
 class Quadratic:
-    """Minimise loss'x + x'Px / 2 over one-hot x that agree within groups and meet the limits.
+    """Minimise loss'x + x'Px / 2 over one-hot x that agree within clusters and meet the limits.
 
-    Only the choices in `columns` are open, sorted by group, label and unit: the choices of one unit with one label (a slot)
-    stand together, and so do the slots that a group takes with one label (an option). Labels that some unit of a group lacks
-    are left out.
+    Only the choices in `columns` are open, sorted by cluster, width and unit: the choices of one unit with one width (a slot)
+    stand together, and so do the slots that a cluster takes with one width (an option). Widths that some unit of a cluster
+    lacks are left out.
     """
 
     problem: Problem
     columns: np.ndarray  # [open], positions in the row of all choices
     slot_start: np.ndarray  # [slot], first column
     option_start: np.ndarray  # [option], first slot
-    group_start: np.ndarray  # [group], first option
+    cluster_start: np.ndarray  # [cluster], first option
 
     @classmethod
     def of(cls, problem: Problem) -> Quadratic:
-        """All choices that agree with some choice of every other unit of their group."""
+        """All choices that agree with some choice of every other unit of their cluster."""
         blocks = Blocks.of(problem)
         slots, positions = np.nonzero(blocks.index >= 0)
         columns = problem.start[blocks.unit[slots]] + blocks.index[slots, positions]
         option = blocks.option[slots]
-        order = np.lexsort((columns, blocks.unit[slots], option, blocks.group[option]))
+        order = np.lexsort((columns, blocks.unit[slots], option, blocks.cluster[option]))
         slots, option = slots[order], option[order]
         slot_start = _first(slots)
         option_start = _first(option[slot_start])
-        group_start = _first(blocks.group[option[slot_start[option_start]]])
-        return cls(problem, columns[order], slot_start, option_start, group_start)
+        cluster_start = _first(blocks.cluster[option[slot_start[option_start]]])
+        return cls(problem, columns[order], slot_start, option_start, cluster_start)
 
     def restricted(self, kept: np.ndarray) -> Quadratic:
         """The same with only the columns in `kept` [open]; an option that lost all choices of one unit goes as a whole."""
@@ -54,9 +54,9 @@ class Quadratic:
         slot_start = _first(slots)
         options = self.option_of_slot[slots[slot_start]]
         option_start = _first(options)
-        group_start = _first(self.group_of_option[options[option_start]])
+        cluster_start = _first(self.cluster_of_option[options[option_start]])
         return replace(
-            self, columns=self.columns[kept], slot_start=slot_start, option_start=option_start, group_start=group_start
+            self, columns=self.columns[kept], slot_start=slot_start, option_start=option_start, cluster_start=cluster_start
         )
 
     @cached_property
@@ -70,9 +70,9 @@ class Quadratic:
         return _index(self.option_start, len(self.slot_start))
 
     @cached_property
-    def group_of_option(self) -> np.ndarray:  # [option]
-        """Group of every option."""
-        return _index(self.group_start, len(self.option_start))
+    def cluster_of_option(self) -> np.ndarray:  # [option]
+        """Cluster of every option."""
+        return _index(self.cluster_start, len(self.option_start))
 
     @cached_property
     def unit_of(self) -> np.ndarray:  # [open]
@@ -82,8 +82,8 @@ class Quadratic:
 
     @cached_property
     def is_linked(self) -> bool:
-        """Whether some group has several labels to agree on."""
-        return len(self.group_start) < len(self.slot_start)
+        """Whether some cluster has several widths to agree on."""
+        return len(self.cluster_start) < len(self.slot_start)
 
     @cached_property
     def loss(self) -> np.ndarray:  # [open]
@@ -124,16 +124,16 @@ class Quadratic:
             with np.errstate(invalid="ignore"):
                 return in_slot.sum(axis=0), values - in_slot[self.slot_of]
         in_option = np.add.reduceat(in_slot, self.option_start, axis=0)
-        in_group = np.minimum.reduceat(in_option, self.group_start, axis=0)
+        in_cluster = np.minimum.reduceat(in_option, self.cluster_start, axis=0)
         with np.errstate(invalid="ignore"):
-            more = (in_option - in_group[self.group_of_option])[self.option_of_slot] - in_slot
-            return in_group.sum(axis=0), values + more[self.slot_of]
+            more = (in_option - in_cluster[self.cluster_of_option])[self.option_of_slot] - in_slot
+            return in_cluster.sum(axis=0), values + more[self.slot_of]
 
     def attaining(self, values: np.ndarray) -> np.ndarray:  # [unit of the open columns]
         """The columns whose `values` [open] sum up to the least, in order of slots."""
         in_slot = np.minimum.reduceat(values, self.slot_start)
         in_option = np.add.reduceat(in_slot, self.option_start)
-        ends = np.append(self.group_start, len(in_option))
+        ends = np.append(self.cluster_start, len(in_option))
         options = [a + int(np.argmin(in_option[a:b])) for a, b in itertools.pairwise(ends.tolist())]
         slots = np.flatnonzero(np.isin(self.option_of_slot, options))
         stops = np.append(self.slot_start, len(values))

@@ -7,18 +7,18 @@ from dataclasses import replace
 
 import numpy as np
 
-from mpq_plugins.solvers.around import plans_around
 from mpq_plugins.solvers.blocks import Blocks
-from mpq_plugins.solvers.core import nearest_plans
-from mpq_plugins.solvers.dual import relax
-from mpq_plugins.solvers.improve import reachable_losses
+from mpq_plugins.solvers.deadline import is_over
+from mpq_plugins.solvers.dynamic_program import nearest_plans
+from mpq_plugins.solvers.feasible_plans import reachable_losses
 from mpq_plugins.solvers.iterated_search import Pool
+from mpq_plugins.solvers.lagrangian import Relaxation, relax
 from mpq_plugins.solvers.milp import best_within
-from mpq_plugins.solvers.neighbourhood import Plan
+from mpq_plugins.solvers.nearby import nearby_plans
+from mpq_plugins.solvers.neighbourhood import TrackedPlan
 from mpq_plugins.solvers.problem import Problem
 from mpq_plugins.solvers.program import Backend
 from mpq_plugins.solvers.quadratic import Quadratic
-from mpq_plugins.solvers.secants import Relaxation
 from mpq_plugins.solvers.solution import Status
 
 MOST_CHOICES = 4_000
@@ -27,11 +27,13 @@ _TIME_LIMIT_S = 2.0  # for all of them
 _PAIRED = 200  # choices that changes are built from
 
 
-def next_plans(problem: Problem, choice: tuple[int, ...], count: int, *, backend: Backend = "auto") -> list[tuple[int, ...]]:
+def next_plans(
+    problem: Problem, choice: tuple[int, ...], count: int, *, deadline: float = np.inf, backend: Backend = "auto"
+) -> list[tuple[int, ...]]:
     """The `count` plans of least loss other than the optimum `choice`; fewer where a proof is out of reach.
 
-    With several limits, what a few seconds do not prove is filled up with the best plans one or two changes away. Empty for
-    more than `MOST_CHOICES` choices, where thousands of plans are as good as the best.
+    With several limits or linked units, what is not proven within two seconds and by `deadline` is filled up with the best
+    plans one or two changes away. Empty for more than `MOST_CHOICES` choices, where thousands of plans are as good as the best.
     """
     if count <= 0 or len(problem.loss) > MOST_CHOICES:
         return []
@@ -39,8 +41,10 @@ def next_plans(problem: Problem, choice: tuple[int, ...], count: int, *, backend
     relaxation = relax(blocks, backend=backend)
     reachable = reachable_losses(blocks, np.asarray(choice))
     enough = float(reachable[count - 1]) if len(reachable) >= count else np.inf
-    if len(problem.limits) > 1:
-        proven = _by_cuts(blocks, relaxation, choice, count, enough, backend)
+    if len(problem.limits) > 1 or problem.is_linked:
+        proven = _by_cuts(
+            blocks, relaxation, choice, count, enough, backend, min(deadline, time.perf_counter() + _TIME_LIMIT_S)
+        )
         return [*proven, *_around(problem, relaxation, choice, {choice, *proven}, count - len(proven))]
     return _by_program(blocks, relaxation, choice, count, enough)
 
@@ -57,13 +61,18 @@ def _by_program(
 
 
 def _by_cuts(
-    blocks: Blocks, relaxation: Relaxation, choice: tuple[int, ...], count: int, enough: float, backend: Backend
+    blocks: Blocks,
+    relaxation: Relaxation,
+    choice: tuple[int, ...],
+    count: int,
+    enough: float,
+    backend: Backend,
+    deadline: float,
 ) -> list[tuple[int, ...]]:
     """One after the other, each by a program that the plans before are cut from."""
     plans = [choice]
-    deadline = time.perf_counter() + _TIME_LIMIT_S
-    while len(plans) <= count and (left := deadline - time.perf_counter()) > 0:
-        outcome = best_within(blocks, relaxation, enough, without=tuple(plans), backend=backend, time_limit_s=left, gap=1e-9)
+    while len(plans) <= count and not is_over(deadline):
+        outcome = best_within(blocks, relaxation, enough, without=tuple(plans), backend=backend, deadline=deadline, gap=1e-9)
         if outcome.choice is None or outcome.status is not Status.optimal:
             break
         plans.append(tuple(int(index) for index in outcome.choice))
@@ -83,6 +92,6 @@ def _around(
     near = np.argsort(np.abs(priced - priced[now][problem.unit_of]), kind="stable")[: len(now) + _PAIRED]
     few = everything.restricted(np.isin(everything.columns, np.concatenate([now, near])))
     pool = Pool(few)
-    pool.add(Plan.of(few, few.positions(choice)))
-    plans = [few.choice(plan.taken) for plan in plans_around(pool)]
+    pool.add(TrackedPlan.of(few, few.positions(choice)))
+    plans = [few.choice(plan.taken) for plan in nearby_plans(pool)]
     return [plan for plan in plans if plan not in without][:count]

@@ -62,5 +62,5 @@ def select_plan(problem: Problem, space: Space, solution: Solution, measure: Mea
 
 def in_space(problem: Problem, space: Space, choice: Sequence[int]) -> list[int]:
     """Choice indices of the space: the problem may have dropped choices above a peak limit."""
-    labels = [Precision.parse(problem.choices[column]) for column in problem.columns(choice)]
-    return [unit.choices.index(label) for unit, label in zip(space.units, labels, strict=True)]
+    precisions = [Precision.parse(problem.choices[column]) for column in problem.columns(choice)]
+    return [unit.choices.index(precision) for unit, precision in zip(space.units, precisions, strict=True)]

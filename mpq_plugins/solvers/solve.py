@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from mpq_plugins.common.plugins import resolve
-from mpq_plugins.costs.base import format_amount
 from mpq_plugins.errors import InfeasibleBudgetError, SolverError
+from mpq_plugins.solvers.auto import Auto
 from mpq_plugins.solvers.base import AbstractSolver
-from mpq_plugins.solvers.problem import Limit, Problem
+from mpq_plugins.solvers.blocks import Blocks
+from mpq_plugins.solvers.lagrangian import relax
+from mpq_plugins.solvers.milp import MILP
+from mpq_plugins.solvers.problem import Problem, unreachable
+from mpq_plugins.solvers.ranking import next_plans
+from mpq_plugins.solvers.scaling import Scaling, spreads
 from mpq_plugins.solvers.solution import Plan, Solution, Status
 
-_SPREAD = 1e4
-_LIMIT = 2.0**10
 _ASYMMETRY = 1e-6  # of the largest pairwise loss: measured tables are symmetric to their own rounding
 _CLOSED = 2e-6  # relative gap up to which an answer is called optimal
 
@@ -28,18 +31,20 @@ def solve(problem: Problem, solver: AbstractSolver | str | None = None, *, throw
     limits cannot be met and `SolverError` when the solver finds no plan or one that its tables contradict; with
     `throw=False` an infeasible, missing or over-budget answer is returned with its status and advice instead.
     """
-    from mpq_plugins.solvers import Auto
-
     started = time.perf_counter()
     solver = Auto() if solver is None else resolve("solvers", solver)
     _check_tables(problem)
     if problem.n_units == 0:
         return _no_units(problem, solver)
-    advice = unreachable(problem)
+    advice = _excluded(problem)
     if advice is None:
-        scaling = _Scaling.of(problem)
+        scaling = Scaling.of(problem)
         answer = solver.solve(scaling.problem)
-        solution = _certified(problem, scaling, answer, solver, n_next)
+        solution = _certified(problem, scaling, answer, solver)
+        if solution.has_plan and n_next:
+            proven = solution.status is Status.optimal
+            deadline = started + float(getattr(solver, "time_limit_s", math.inf))
+            solution = replace(solution, next_best=_next_best(problem, scaling.problem, answer, proven, n_next, deadline))
     else:
         solution = Solution(Status.infeasible, (), math.inf, math.inf, solver=solver.name, advice=advice)
     solution = replace(solution, seconds=time.perf_counter() - started)
@@ -48,88 +53,19 @@ def solve(problem: Problem, solver: AbstractSolver | str | None = None, *, throw
     return solution
 
 
-def unreachable(problem: Problem) -> str | None:
-    """Why some limit cannot be met even with the cheapest choices that agree within groups; None when each can."""
-    from mpq_plugins.solvers.blocks import Blocks
-
-    if any(not len(choices) for choices in np.split(problem.loss, problem.start[1:-1])):
-        return "some unit has no choice left. Raise a peak limit or widen its menu."
-    blocks = Blocks.of(problem)
-    torn = sorted(set(range(problem.n_units)) - set(blocks.unit.tolist()))
+def _excluded(problem: Problem) -> str | None:
+    """Why some unit has no choice, or some limit cannot be met on its own; None where neither is so."""
+    for name, first, last in zip(problem.units, problem.start, problem.start[1:], strict=False):
+        if first == last:
+            return f"no choice of {name} meets the peak limits together. Raise one of them, or allow lower bits there."
+    torn = sorted(set(range(problem.n_units)) - set(Blocks.of(problem).unit.tolist()))
     if torn:
         named = ", ".join(problem.units[u] for u in torn[:4])
         return f"{named} read one quantized activation and have no activation bits in common. Give them overlapping menus."
-    for row, limit in enumerate(problem.limits):
-        least = blocks.minimum(np.eye(len(problem.limits))[row], with_loss=False)
-        if least.usage[row] > limit.limit * (1 + 1e-12):
-            costs = limit.cost[problem.columns(least.choice)]
-            largest = np.argsort(-costs, kind="stable")[:3]
-            held = ", ".join(f"{problem.units[u]} ({format_amount(float(costs[u]), limit.unit).strip()})" for u in largest)
-            reached = format_amount(float(least.usage[row]), limit.unit).strip()
-            return (
-                f"{_amount(limit)} cannot be met: the least is {reached}, every unit at its cheapest choice. "
-                f"Raise the limit, or allow lower bits for: {held}."
-            )
-    return None
+    return next(filter(None, (unreachable(problem, limit) for limit in problem.limits)), None)
 
 
-@dataclass(frozen=True)
-class _Scaling:
-    """The problem as solvers see it: losses start at zero (unless there are pairs) and spread over 1e4, limits are near 1e3.
-
-    Tiny losses under a solver's absolute tolerances give a wrong "optimal". Factors are powers of two, which round nothing.
-    """
-
-    problem: Problem
-    factor: float
-    shift: float
-
-    @classmethod
-    def of(cls, problem: Problem) -> _Scaling:
-        least = np.minimum.reduceat(problem.loss, problem.start[:-1])
-        spread = float(np.sum(_ptp(problem.loss, problem.start[:-1])))
-        if problem.pairwise is not None:
-            # Pairs may outweigh the linear losses, so that the gap is relative to both together.
-            least = np.zeros_like(least)
-            spread += float(np.abs(problem.pairwise).max())
-        factor = _power_of_two(_SPREAD / spread) if spread > 0 else 1.0
-        limits = []
-        for limit in problem.limits:
-            size = abs(limit.limit) or float(np.abs(limit.cost).max())
-            row = _power_of_two(_LIMIT / size) if size > 0 else 1.0
-            limits.append(replace(limit, cost=limit.cost * row, limit=limit.limit * row))
-        scaled = replace(
-            problem,
-            loss=(problem.loss - least[problem.unit_of]) * factor,
-            limits=tuple(limits),
-            pairwise=None if problem.pairwise is None else problem.pairwise * factor,
-        )
-        return cls(scaled, factor, float(least.sum()))
-
-    def loss(self, scaled: float) -> float:
-        """A loss of the problem, from a loss of the scaled problem."""
-        return scaled / self.factor + self.shift
-
-    def prices(self, scaled: tuple[float, ...], problem: Problem) -> tuple[float, ...]:
-        """Loss per unit of each limit."""
-        if not scaled:
-            return ()
-        rows = zip(scaled, self.problem.limits, problem.limits, strict=True)
-        return tuple(
-            price * _ratio(small.limit, limit.limit, small.cost, limit.cost) / self.factor for price, small, limit in rows
-        )
-
-
-def _ratio(small: float, limit: float, small_cost: np.ndarray, cost: np.ndarray) -> float:
-    at = int(np.argmax(np.abs(cost)))
-    return small / limit if limit else float(small_cost[at] / cost[at]) if cost[at] else 1.0
-
-
-def _power_of_two(value: float) -> float:
-    return 2.0 ** round(math.log2(value)) if math.isfinite(value) else 2.0**900
-
-
-def _certified(problem: Problem, scaling: _Scaling, answer: Solution, solver: AbstractSolver, n_next: int) -> Solution:
+def _certified(problem: Problem, scaling: Scaling, answer: Solution, solver: AbstractSolver) -> Solution:
     """The answer with everything recomputed that the tables can tell."""
     named = answer.solver or solver.name
     if not answer.choice:
@@ -158,10 +94,10 @@ def _certified(problem: Problem, scaling: _Scaling, answer: Solution, solver: Ab
         return replace(solution, bound=scaling.loss(answer.bound))
     if answer.status is Status.optimal and not _is_closed(problem, scaling, solution):
         return replace(solution, status=Status.feasible, advice=Status.feasible.value)
-    return replace(solution, next_best=_next_best(problem, scaling.problem, answer, n_next))
+    return solution
 
 
-def _is_closed(problem: Problem, scaling: _Scaling, solution: Solution) -> bool:
+def _is_closed(problem: Problem, scaling: Scaling, solution: Solution) -> bool:
     """Whether the bound is close enough to call the plan optimal, in losses above the least of every unit or as they are."""
     left = solution.objective - solution.bound
     is_close = left <= _CLOSED * max(abs(solution.objective), abs(solution.objective - scaling.shift)) or left == 0
@@ -176,13 +112,8 @@ def _is_told(problem: Problem, pairwise: np.ndarray, choice: tuple[int, ...]) ->
     between = np.where(problem.unit_of[:, None] == problem.unit_of, 0.0, pairwise)
     most = np.maximum.reduceat(np.maximum.reduceat(between, starts, axis=0), starts, axis=1)
     least = np.minimum.reduceat(np.minimum.reduceat(between, starts, axis=0), starts, axis=1)
-    at_stake = float(np.sum(_ptp(problem.loss + np.diag(pairwise) / 2, starts)) + np.sum(most - least) / 2)
+    at_stake = float(np.sum(spreads(problem.loss + np.diag(pairwise) / 2, starts)) + np.sum(most - least) / 2)
     return rounding <= _CLOSED * at_stake or at_stake == 0
-
-
-def _ptp(values: np.ndarray, starts: np.ndarray) -> np.ndarray:  # [unit]
-    spans: np.ndarray = np.maximum.reduceat(values, starts) - np.minimum.reduceat(values, starts)
-    return spans
 
 
 def _check_plan(problem: Problem, answer: Solution, named: str) -> None:
@@ -202,9 +133,6 @@ def _check_plan(problem: Problem, answer: Solution, named: str) -> None:
 
 def _prices(scaled: Problem, answer: Solution) -> tuple[tuple[float, ...], float]:
     """Shadow prices of the scaled problem, and the bound of its relaxation where it had to be solved for them."""
-    from mpq_plugins.solvers.blocks import Blocks
-    from mpq_plugins.solvers.dual import relax
-
     if len(answer.shadow_prices) == len(scaled.limits) and scaled.limits:
         return answer.shadow_prices, -math.inf
     if scaled.pairwise is not None:
@@ -213,13 +141,13 @@ def _prices(scaled: Problem, answer: Solution) -> tuple[tuple[float, ...], float
     return tuple(relaxation.prices.tolist()), relaxation.value
 
 
-def _next_best(problem: Problem, scaled: Problem, answer: Solution, n_next: int) -> tuple[Plan, ...]:
-    from mpq_plugins.solvers.ranking import next_plans
-
+def _next_best(
+    problem: Problem, scaled: Problem, answer: Solution, proven: bool, n_next: int, deadline: float
+) -> tuple[Plan, ...]:
     if answer.next_best:
         plans = [plan.choice for plan in answer.next_best if plan.choice != answer.choice]
-    elif answer.status is Status.optimal and scaled.pairwise is None:
-        plans = next_plans(scaled, answer.choice, n_next)
+    elif proven and scaled.pairwise is None:
+        plans = next_plans(scaled, answer.choice, n_next, deadline=deadline)
     else:
         plans = []
     ranked = [Plan(plan, problem.objective(plan)) for plan in plans if problem.is_feasible(plan)]
@@ -265,20 +193,13 @@ def _no_answer(named: str) -> str:
 
 def _not_together(problem: Problem) -> str:
     """Which limits exclude each other, and how far each would have to give way alone."""
-    from mpq_plugins.solvers import MILP
-
-    asked = " and ".join(_amount(limit) for limit in problem.limits)
+    asked = " and ".join(map(str, problem.limits))
     least = []
     for row, limit in enumerate(problem.limits):
         others = problem.limits[:row] + problem.limits[row + 1 :]
         single = replace(problem, loss=limit.cost, limits=others, pairwise=None)
-        best = solve(single, MILP(time_limit_s=5.0), throw=False, n_next=0)
-        if best.has_plan:
-            least.append(f"the least {limit.name} is {format_amount(best.objective, limit.unit).strip()}")
+        best = solve(single, MILP(time_limit_s=1.0), throw=False, n_next=0)
+        if best.status is Status.optimal:
+            least.append(f"the least {limit.name} is {limit.amount(best.objective)}")
     within = f" With the other limits kept, {'; '.join(least)}." if least else ""
     return f"{asked} cannot be met together.{within} Relax one of them, or allow lower bits."
-
-
-def _amount(limit: Limit) -> str:
-
-    return f"{limit.name} <= {format_amount(limit.limit, limit.unit).strip()}"

@@ -11,10 +11,10 @@ import numpy as np
 from mpq_plugins.solvers.branching import children, within_limits
 from mpq_plugins.solvers.convex import Simplices, convex
 from mpq_plugins.solvers.curvature import best_blocks
+from mpq_plugins.solvers.deadline import half_way, has_time_for_algebra, is_over
 from mpq_plugins.solvers.iterated_search import Pool, descend, repair
 from mpq_plugins.solvers.quadratic import Quadratic
 from mpq_plugins.solvers.relaxation import Nodes, Relaxed
-from mpq_plugins.solvers.time import half_way, has_time_for_algebra, is_over
 
 _STEP = 4.0  # of the method of multipliers, in units of the mean curvature; 3 to 6 measured best
 _ITERATIONS = 15  # between two looks at the bounds

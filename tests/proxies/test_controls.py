@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from papers import PublishedSize
 from torch import nn
 
 from mpq_plugins import Precision, Space, find_layers, menu, residual_ties
-from mpq_plugins.costs import PublishedSize
 from mpq_plugins.proxies import Constant, Projection, Random, Uniform
 from mpq_plugins.proxies.utility import losses
 

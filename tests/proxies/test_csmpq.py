@@ -5,14 +5,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from papers import PublishedCSMPQ
+from papers.csmpq import published_tf_idf
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 from mpq_plugins import Space, find_layers, menu
 from mpq_plugins.allocation import as_budgets, solve_scores
 from mpq_plugins.errors import DataError
-from mpq_plugins.proxies import CSMPQ, PublishedCSMPQ
-from mpq_plugins.proxies.separability import pooled, published_tf_idf, tf_idf
+from mpq_plugins.proxies import CSMPQ
+from mpq_plugins.proxies.separability import pooled, tf_idf
 from mpq_plugins.proxies.utility import losses
 
 

@@ -6,12 +6,13 @@ import re
 import numpy as np
 import pytest
 import torch
+from papers import PublishedOMPQ
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from mpq_plugins import Space, find_layers, menu, residual_ties
 from mpq_plugins.errors import DataError, ModelError
-from mpq_plugins.proxies import OMPQ, PublishedOMPQ
+from mpq_plugins.proxies import OMPQ
 from mpq_plugins.proxies.ompq import importance, suffix_means
 from mpq_plugins.proxies.orthogonality import centred, gram, u_centred
 

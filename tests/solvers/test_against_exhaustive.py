@@ -7,8 +7,8 @@ from problems import linear_relaxation, random_problem, with_limit
 from mpq_plugins import solve
 from mpq_plugins.solvers import MILP, Auto, Exhaustive, Knapsack
 from mpq_plugins.solvers.blocks import Blocks
-from mpq_plugins.solvers.dual import relax
-from mpq_plugins.solvers.solve import _Scaling
+from mpq_plugins.solvers.lagrangian import relax
+from mpq_plugins.solvers.scaling import Scaling
 
 SEEDS = range(72)  # times 0..3 limits: 288 problems
 
@@ -25,7 +25,7 @@ def test_the_relaxation_is_a_lower_bound_and_equals_an_independent_one(n_limits)
         optimum = solve(problem, Exhaustive(), throw=False, n_next=0)
         if not optimum.has_plan:
             continue
-        scaling = _Scaling.of(problem)
+        scaling = Scaling.of(problem)
         bound = scaling.loss(relax(Blocks.of(scaling.problem)).value)
         assert bound <= optimum.objective + 1e-9 * scale_of(problem), seed
         assert bound == pytest.approx(linear_relaxation(problem), rel=1e-6, abs=1e-6 * scale_of(problem)), seed
@@ -60,6 +60,8 @@ def test_next_best_plans_are_the_exhaustive_ranking(solver, n_limits):
         pytest.skip("takes one limit")
     for seed in SEEDS[:24]:
         problem = random_problem(seed, n_limits)
+        if isinstance(solver, Knapsack) and problem.is_linked:
+            continue
         expected = solve(problem, Exhaustive(), throw=False)
         if not expected.has_plan:
             continue

@@ -62,15 +62,15 @@ def test_limits_that_exclude_each_other_are_refused_with_the_least_of_each():
 
 def test_linked_units_agree_even_when_it_costs():
     """Two units that read one quantized activation take one label, though the best of each has another."""
-    problem = Problem.of([[0.0, 5.0], [5.0, 1.0]], group=[7, 7], label=[[4, 8], [4, 8]])
-    for solver in (Auto(), MILP(), Knapsack(), Exhaustive()):
+    problem = Problem.of([[0.0, 5.0], [5.0, 1.0]], cluster=[7, 7], width=[[4, 8], [4, 8]])
+    for solver in (Auto(), MILP(), Exhaustive()):
         assert solve(problem, solver).choice == (0, 0)
 
 
 def test_units_without_a_common_label_are_refused():
     """A group whose units share no activation bits has no plan, and the text says so."""
     with pytest.raises(InfeasibleBudgetError, match="no activation bits in common"):
-        solve(Problem.of([[0.0], [1.0]], group=[0, 0], label=[[4], [8]]))
+        solve(Problem.of([[0.0], [1.0]], cluster=[0, 0], width=[[4], [8]]))
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_an_answer_that_the_tables_contradict_is_an_error(choice, text):
 
 def test_a_group_that_disagrees_is_an_error():
     """A solver that ignores the groups is not believed."""
-    problem = Problem.of(LOSS, group=[0, 0], label=[[4, 8], [4, 8]])
+    problem = Problem.of(LOSS, cluster=[0, 0], width=[[4, 8], [4, 8]])
     with pytest.raises(SolverError, match="different activation bits"):
         solve(problem, Says((0, 1)))
 
@@ -165,10 +165,12 @@ def test_nothing_to_decide():
 
 
 def test_each_solver_refuses_what_it_cannot_do():
-    """Several limits for the knapsack, pairs for a linear solver, and too many plans to try are clear errors."""
+    """Several limits and linked units for the knapsack, pairs for a linear solver, too many plans: clear errors."""
     two = Problem.of(LOSS, [(COST, 6.0), (COST, 6.0)])
     with pytest.raises(SolverError, match=r"one limit.*MILP\(\)"):
         solve(two, Knapsack())
+    with pytest.raises(SolverError, match=r"must agree.*MILP\(\)"):
+        solve(Problem.of(LOSS, cluster=[0, 0], width=[[4, 8], [4, 8]]), Knapsack())
     pairs = replace(two, pairwise=np.zeros((4, 4)))
     with pytest.raises(SolverError, match=r"no pairwise losses.*BranchAndBound\(\)"):
         solve(pairs, MILP())

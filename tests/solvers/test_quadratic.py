@@ -10,12 +10,12 @@ from scipy.optimize import minimize
 
 from mpq_plugins import Problem, Status, solve
 from mpq_plugins.errors import SolverError
-from mpq_plugins.solvers import MILP, Auto, BranchAndBound, Exhaustive, Linearized, LocalSearch
+from mpq_plugins.solvers import MILP, Auto, BranchAndBound, Exhaustive, LocalSearch
 from mpq_plugins.solvers.convex import Simplices, convex
 from mpq_plugins.solvers.curvature import best_blocks
 from mpq_plugins.solvers.quadratic import Quadratic
 from mpq_plugins.solvers.relaxation import Relaxed
-from mpq_plugins.solvers.solve import _Scaling
+from mpq_plugins.solvers.scaling import Scaling
 
 KINDS = ("gram", "indefinite", "ties", "zero", "pairs only")
 
@@ -62,11 +62,10 @@ def tolerance(problem, optimum):
     ("solver", "seeds"),
     [
         (BranchAndBound(kicks=1), range(70)),
-        (Linearized(kicks=1), range(0, 70, 7)),
         (LocalSearch(kicks=5), range(15)),
         (Auto(), range(15)),
     ],
-    ids=["branch-and-bound", "linearized", "local-search", "auto"],
+    ids=["branch-and-bound", "local-search", "auto"],
 )
 @pytest.mark.parametrize("n_limits", range(3))
 def test_every_quadratic_solver_agrees_with_enumeration(solver, seeds, n_limits):
@@ -107,7 +106,7 @@ def test_the_reference_is_the_definition():
             assert solution.objective == pytest.approx(min(plans), rel=1e-9)
 
 
-@pytest.mark.parametrize("solver", [Auto(), BranchAndBound(), Linearized(), LocalSearch()], ids=repr)
+@pytest.mark.parametrize("solver", [Auto(), BranchAndBound(), LocalSearch()], ids=repr)
 def test_errors_that_cancel_by_hand(solver):
     """Two units whose low widths hurt alone (1 each) but cancel together (-3): both go low, loss 1 + 1 - 3 = -1."""
     pairwise = np.zeros((4, 4))
@@ -120,14 +119,14 @@ def test_errors_that_cancel_by_hand(solver):
     assert solution.bound <= -1.0 + 1e-9
 
 
-@pytest.mark.parametrize("solver", [Auto(), BranchAndBound(), Linearized(), LocalSearch()], ids=repr)
+@pytest.mark.parametrize("solver", [Auto(), BranchAndBound(), LocalSearch()], ids=repr)
 def test_linked_units_move_together(solver):
     """Two units that read one quantized activation both want label 8, which costs too much; a third unit is free to pay."""
     problem = Problem.of(
         [[3.0, 0.0], [3.0, 0.0], [0.0, 1.0]],
         [([[1.0, 4.0], [1.0, 4.0], [6.0, 1.0]], 9.0)],
-        group=[0, 0, 1],
-        label=[[4, 8], [4, 8], [4, 8]],
+        cluster=[0, 0, 1],
+        width=[[4, 8], [4, 8], [4, 8]],
     )
     pairwise = np.zeros((6, 6))
     pairwise[1, 4] = pairwise[4, 1] = 0.5
@@ -160,7 +159,7 @@ def test_the_convex_form_equals_the_loss_on_every_plan(tightened):
 def test_the_relaxation_is_that_of_another_solver():
     """The bound of the root comes up to the minimum that scipy finds on the simplices, and is never above it."""
     for seed in range(4):
-        problem = _Scaling.of(gram(5, 3, seed)).problem
+        problem = Scaling.of(gram(5, 3, seed)).problem
         quadratic = Quadratic.of(problem)
         simplices = Simplices.of(quadratic)
         form = convex(quadratic, simplices)
@@ -199,12 +198,10 @@ def test_gram_problems_of_real_sizes_are_proven(n_units, n_choices):
     assert solution.objective <= solve(problem, LocalSearch(seed=5, kicks=10), n_next=0).objective * (1 + 1e-6)
 
 
-@pytest.mark.parametrize(
-    ("solver", "n_units"), [(BranchAndBound(0.2, kicks=2), 50), (Auto(0.2), 50), (Linearized(0.2, kicks=2), 16)], ids=str
-)
-def test_a_time_limit_is_feasible_with_a_gap(solver, n_units):
+@pytest.mark.parametrize("solver", [BranchAndBound(0.2, kicks=2), Auto(0.2)], ids=str)
+def test_a_time_limit_is_feasible_with_a_gap(solver):
     """A noisy problem cut off early is feasible, never optimal, and its bound is below the best plan known."""
-    problem = gram(n_units, 4, seed=0, noise=0.5)
+    problem = gram(50, 4, seed=0, noise=0.5)
     cut = solve(problem, solver, n_next=0)
     assert cut.status is Status.feasible
     assert cut.gap > 1e-3
@@ -277,11 +274,10 @@ def test_shadow_prices_are_those_of_the_relaxation():
 
 
 def test_auto_says_what_it_picked_and_why():
-    """Few plans are tried, convex pairs are searched, few pairs that are not convex linearized, no pairs solved as linear."""
+    """Few plans are tried, pairs are searched, no pairs solved as linear."""
     picked = {
         "exhaustive": gram(4, 4, 0),
         "branch-and-bound": gram(12, 4, 0),
-        "linearized": gram(8, 4, 0, noise=0.5),
         "no unit interacts": replace(gram(12, 4, 0), pairwise=np.eye(48)),
     }
     for reason, problem in picked.items():
@@ -319,6 +315,6 @@ def test_one_unit_and_one_choice():
     """Nothing to decide, or one unit alone, is answered by every quadratic solver."""
     one = replace(Problem.of([[3.0]], [([[2.0]], 2.0)]), pairwise=np.array([[4.0]]))
     alone = replace(Problem.of([[3.0, 2.0]]), pairwise=np.array([[4.0, 1.0], [1.0, 8.0]]))
-    for solver in (Auto(), BranchAndBound(), Linearized(), LocalSearch()):
+    for solver in (Auto(), BranchAndBound(), LocalSearch()):
         assert solve(one, solver).objective == 5.0
         assert solve(alone, solver).choice == (0,)

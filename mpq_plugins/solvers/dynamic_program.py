@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mpq_plugins.solvers.blocks import Blocks
-from mpq_plugins.solvers.items import Item, items_of, pairs, undominated
-from mpq_plugins.solvers.secants import Relaxation
+from mpq_plugins.solvers.lagrangian import Relaxation
+from mpq_plugins.solvers.stages import Stage, stages_of
 
 _N_PRICES = 32
-_FIRST_ITEMS = 24
+_FIRST_STAGES = 24
 _FIRST_STATES = 4_000
 
 
@@ -57,13 +57,13 @@ def nearest_plans(
     best: list[tuple[float, np.ndarray]] = [(excess, base)]
     n_states = 0
     reach = min(threshold, excess) if n_plans == 1 else threshold
-    for most_items, room in ((_FIRST_ITEMS, min(_FIRST_STATES, max_states)), (None, max_states)):
+    for most_stages, room in ((_FIRST_STAGES, min(_FIRST_STATES, max_states)), (None, max_states)):
         tolerance = gap * abs(relaxation.value + reach) if n_plans == 1 else 0.0
         if n_plans == 1 and reach <= tolerance:
             return Found(best, min(0.0, reach), 0.0, n_states)
-        items = items_of(blocks, minimum, base, price, most_rise=reach, n_plans=n_plans, most_items=most_items)
-        core = CoreProgram(slack, price, reach, n_plans, room, tolerance)
-        core.run(items)
+        stages = stages_of(blocks, minimum, base, price, most_rise=reach, most_stages=most_stages)
+        core = DynamicProgram(slack, price, reach, n_plans, room, tolerance)
+        core.run(stages)
         n_states += core.n_states
         reach = min(reach, core.threshold)
         best = sorted([*best, *core.plans(base)], key=lambda plan: plan[0])[:1] if n_plans == 1 else core.plans(base)
@@ -72,14 +72,14 @@ def nearest_plans(
 
 @dataclass
 class _Step:
-    item: Item
+    stage: Stage
     parent: np.ndarray  # [state]
     taken: np.ndarray  # [state]
 
 
 @dataclass
-class CoreProgram:
-    """Searches changes of a base plan, one item at a time, and remembers the `n_plans` best.
+class DynamicProgram:
+    """Searches changes of a base plan, one stage at a time, and remembers the `n_plans` best.
 
     `excess` values are losses above the value of the relaxation. `threshold` is the excess that a new plan has to beat
     (reach, when several plans are wanted); `dropped` the least bound among the states given up for lack of room.
@@ -96,27 +96,26 @@ class CoreProgram:
     best: list[tuple[float, int, int]] = field(default_factory=list)  # excess, step, state
     _steps: list[_Step] = field(default_factory=list)
 
-    def run(self, items: Sequence[Item]) -> None:
-        """Search all combinations of the items' alternatives that the bounds leave."""
+    def run(self, stages: Sequence[Stage]) -> None:
+        """Search all combinations of the stages' alternatives that the bounds leave."""
         used, rise = np.zeros(1), np.zeros(1)
-        rest = _Rest.of(items, self.price)
-        self.dropped = min([self.dropped, *(item.lost for item in items)])
+        rest = _Rest.of(stages, self.price)
         self._record(used, rise)
-        for at, item in enumerate(items):
-            useful = self._worthwhile(item.rise)
+        for at, stage in enumerate(stages):
+            useful = self._worthwhile(stage.rise)
             useful[0] = True
             if np.count_nonzero(useful) == 1:
                 continue
             alternatives = np.flatnonzero(useful)
-            parent, taken = pairs(len(used), len(alternatives))
-            used = used[parent] + item.used[alternatives][taken]
-            rise = rise[parent] + item.rise[alternatives][taken]
+            parent, taken = _pairs(len(used), len(alternatives))
+            used = used[parent] + stage.used[alternatives][taken]
+            rise = rise[parent] + stage.rise[alternatives][taken]
             bound = rise + rest.after(at, self.slack - used)
             alive = np.flatnonzero(self._worthwhile(bound))
-            alive = alive[undominated(used[alive], (rise - self.price * used)[alive], self.n_plans)]
+            alive = alive[_undominated(used[alive], (rise - self.price * used)[alive], self.n_plans)]
             alive = self._within_room(alive, bound)
             used, rise = used[alive], rise[alive]
-            self._steps.append(_Step(item, parent[alive].astype(np.int32), alternatives[taken[alive]].astype(np.int32)))
+            self._steps.append(_Step(stage, parent[alive].astype(np.int32), alternatives[taken[alive]].astype(np.int32)))
             self.n_states += len(alive)
             self._record(used, rise)
             if not len(alive):
@@ -161,39 +160,39 @@ class CoreProgram:
     def _choice(self, base: np.ndarray, step: int, state: int) -> np.ndarray:
         choice: np.ndarray = base.copy()
         for record in reversed(self._steps[:step]):
-            choice[record.item.units] = record.item.choice[record.taken[state]]
+            choice[record.stage.unit] = record.stage.choice[record.taken[state]]
             state = int(record.parent[state])
         return choice
 
 
 @dataclass(frozen=True)
 class _Rest:
-    """Lower bounds of what the items not yet decided add, as a function of the slack left for them."""
+    """Lower bounds of what the stages not yet decided add, as a function of the slack left for them."""
 
     slope: np.ndarray  # [price]
-    height: np.ndarray  # [item + 1, price]
+    height: np.ndarray  # [stage + 1, price]
 
     @classmethod
-    def of(cls, items: Sequence[Item], price: float) -> _Rest:
-        slope = _price_grid(items, price)
-        added = np.zeros((len(items) + 1, len(slope)))
-        for at, item in enumerate(items):
-            added[at] = (item.rise[:, None] - item.used[:, None] * slope).min(axis=0)
+    def of(cls, stages: Sequence[Stage], price: float) -> _Rest:
+        slope = _price_grid(stages, price)
+        added = np.zeros((len(stages) + 1, len(slope)))
+        for at, stage in enumerate(stages):
+            added[at] = (stage.rise[:, None] - stage.used[:, None] * slope).min(axis=0)
         return cls(slope, np.cumsum(added[::-1], axis=0)[::-1])
 
-    def after(self, item: int, slack: np.ndarray) -> np.ndarray:  # [state]
-        """Least rise of the items after `item`, and of the slack that stays unused."""
-        height = self.height[item + 1]
+    def after(self, stage: int, slack: np.ndarray) -> np.ndarray:  # [state]
+        """Least rise of the stages after `stage`, and of the slack that stays unused."""
+        height = self.height[stage + 1]
         corners = -np.diff(height) / np.diff(self.slope)
         line = np.searchsorted(np.maximum.accumulate(corners), slack)
         bounds: np.ndarray = height[line] + self.slope[line] * slack
         return bounds
 
 
-def _price_grid(items: Sequence[Item], price: float) -> np.ndarray:  # [price], ascending
-    """Changes of the price at which bounds are kept: 0, the price itself, and quantiles of the items' own slopes."""
-    used = np.concatenate([item.used for item in items]) if items else np.zeros(0)
-    rise = np.concatenate([item.rise for item in items]) if items else np.zeros(0)
+def _price_grid(stages: Sequence[Stage], price: float) -> np.ndarray:  # [price], ascending
+    """Changes of the price at which bounds are kept: 0, the price itself, and quantiles of the stages' own slopes."""
+    used = np.concatenate([stage.used for stage in stages]) if stages else np.zeros(0)
+    rise = np.concatenate([stage.rise for stage in stages]) if stages else np.zeros(0)
     moves = (used != 0) & np.isfinite(rise)
     slopes = rise[moves] / used[moves]
     quantiles = np.linspace(0, 1, _N_PRICES)
@@ -202,3 +201,22 @@ def _price_grid(items: Sequence[Item], price: float) -> np.ndarray:  # [price], 
         if len(side):
             parts.append(np.quantile(side, quantiles, method="nearest"))
     return np.unique(np.concatenate(parts))
+
+
+def _pairs(n_states: int, n_alternatives: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every state with every alternative."""
+    return np.repeat(np.arange(n_states), n_alternatives), np.tile(np.arange(n_alternatives), n_states)
+
+
+def _undominated(used: np.ndarray, loss: np.ndarray, n_plans: int) -> np.ndarray:
+    """Positions of the states that fewer than `n_plans` others beat in both cost and loss."""
+    left = np.lexsort((loss, used))
+    layers = []
+    for _ in range(n_plans):
+        best_before = np.concatenate([[np.inf], np.minimum.accumulate(loss[left])[:-1]])
+        front = loss[left] < best_before
+        layers.append(left[front])
+        left = left[~front]
+        if not len(left):
+            break
+    return np.concatenate(layers)

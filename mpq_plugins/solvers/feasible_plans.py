@@ -7,28 +7,36 @@ from collections.abc import Iterable
 import numpy as np
 
 from mpq_plugins.solvers.blocks import Blocks
-from mpq_plugins.solvers.secants import Relaxation
+from mpq_plugins.solvers.deadline import is_over
+from mpq_plugins.solvers.lagrangian import Relaxation
 
 _MOST_MOVES = 500
 
 
-def good_plan(blocks: Blocks, relaxation: Relaxation) -> np.ndarray | None:
-    """The best plan that improving the minima near the relaxation finds; None if none of them meets the limits."""
+def good_plan(blocks: Blocks, relaxation: Relaxation, deadline: float) -> np.ndarray | None:
+    """The best plan that improving the minima near the relaxation finds; None if none of them meets the limits.
+
+    After `deadline`, a value of `time.perf_counter`, no more than the first plan is looked for.
+    """
     met = [minimum.choice for minimum in (*relaxation.seen, relaxation.cheap) if np.all(minimum.usage <= blocks.limits)]
     dearer = _dearer(blocks, relaxation)
     if dearer is not None:
         met.append(dearer)
     distinct = {choice.tobytes(): choice for choice in met}.values()
-    improved = [improve(blocks, choice) for choice in distinct if blocks.problem.is_feasible(choice)]
-    return min(improved, key=blocks.problem.objective, default=None)
+    plans: list[np.ndarray] = []
+    for choice in filter(blocks.problem.is_feasible, distinct):
+        plans.append(improved(blocks, choice, deadline))
+        if is_over(deadline):
+            break
+    return min(plans, key=blocks.problem.objective, default=None)
 
 
-def improve(blocks: Blocks, choice: np.ndarray) -> np.ndarray:
+def improved(blocks: Blocks, choice: np.ndarray, deadline: float = np.inf) -> np.ndarray:
     """Change one unit at a time to what saves most loss within the limits, until nothing does."""
     choice = choice.copy()
     for _ in range(_MOST_MOVES):
         slots, positions, gain = _moves(blocks, choice)
-        if not len(gain) or gain.max() <= 0:
+        if not len(gain) or gain.max() <= 0 or is_over(deadline):
             break
         at = int(np.argmax(gain))
         choice[blocks.unit[slots[at]]] = blocks.index[slots[at], positions[at]]
@@ -41,15 +49,15 @@ def reachable_losses(blocks: Blocks, choice: np.ndarray) -> np.ndarray:
 
 
 def _moves(blocks: Blocks, choice: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Slot, position and saved loss of every feasible change of one unit that keeps its group in agreement."""
+    """Slot, position and saved loss of every feasible change of one unit that keeps its cluster in agreement."""
     problem = blocks.problem
     columns = problem.columns(choice)
-    label = problem.label[columns] if blocks.is_linked else None
+    width = problem.width[columns] if blocks.is_linked else None
     candidates = (blocks.index >= 0) & (blocks.index != choice[blocks.unit][:, None])
-    if label is not None:
-        free = np.bincount(blocks.group[blocks.option], minlength=blocks.n_groups)[blocks.group[blocks.option]] == 1
+    if width is not None:
+        free = np.bincount(blocks.cluster[blocks.option], minlength=blocks.n_clusters)[blocks.cluster[blocks.option]] == 1
         at = problem.start[blocks.unit][:, None] + np.maximum(blocks.index, 0)
-        candidates &= free[:, None] | (problem.label[at] == label[blocks.unit][:, None])
+        candidates &= free[:, None] | (problem.width[at] == width[blocks.unit][:, None])
     for row, limit in enumerate(problem.limits):
         left = blocks.limits[row] - problem.usage(choice)[row]
         candidates &= blocks.cost[row] - limit.cost[columns][blocks.unit][:, None] <= left

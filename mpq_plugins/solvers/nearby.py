@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
+from mpq_plugins.solvers.deadline import is_over
 from mpq_plugins.solvers.iterated_search import Pool
-from mpq_plugins.solvers.neighbourhood import Plan, group_moves, two_moves
-from mpq_plugins.solvers.time import is_over
+from mpq_plugins.solvers.neighbourhood import TrackedPlan, cluster_moves, two_moves
 
 MOST = 64  # plans listed
 _CENTRES = 4  # best plans whose neighbours are listed
 
 
-def plans_around(pool: Pool, deadline: float = np.inf) -> list[Plan]:
+def nearby_plans(pool: Pool, deadline: float = np.inf) -> list[TrackedPlan]:
     """The best of the plans that the search met and of those one or two moves from the best of them; best first.
 
     After `deadline` only the best one, which there must be.
@@ -31,10 +31,10 @@ def plans_around(pool: Pool, deadline: float = np.inf) -> list[Plan]:
     return wide.plans()[:MOST]
 
 
-def _neighbours(plan: Plan) -> list[np.ndarray]:
-    """Columns to take for the best feasible changes: the best single and double moves, and other labels of a group."""
-    added, cost, same_label = plan.gains()
-    within = same_label & np.all(cost <= (plan.quadratic.limits - plan.used)[:, None], axis=0)
+def _neighbours(plan: TrackedPlan) -> list[np.ndarray]:
+    """Columns to take for the best feasible changes: the best single and double moves, and other widths of a cluster."""
+    added, cost, same_width = plan.gains()
+    within = same_width & np.all(cost <= (plan.quadratic.limits - plan.used)[:, None], axis=0)
     within[plan.taken] = False
     singles = np.flatnonzero(within)[np.argsort(added[within], kind="stable")[:MOST]]
     columns, both, allowed = two_moves(plan)
@@ -44,5 +44,5 @@ def _neighbours(plan: Plan) -> list[np.ndarray]:
     return [
         *(np.array([at]) for at in singles.tolist()),
         *(np.array(pair) for pair in doubles),
-        *(new for new, _ in group_moves(plan)),
+        *(new for new, _ in cluster_moves(plan)),
     ]

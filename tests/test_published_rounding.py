@@ -3,10 +3,11 @@
 from dataclasses import replace
 
 import pytest
+from papers import PublishedRounding
 
 from mpq_plugins import Problem, Status, solve
 from mpq_plugins.errors import SolverError
-from mpq_plugins.solvers import Auto, PublishedRounding
+from mpq_plugins.solvers import Auto
 
 
 def published(importance, sizes, limit, widths=(2, 3, 4)):

@@ -12,10 +12,9 @@ import numpy as np
 from mpq_plugins.errors import PrecisionError, SolverError
 from mpq_plugins.solvers.base import AbstractSolver
 from mpq_plugins.solvers.blocks import Blocks
-from mpq_plugins.solvers.dual import relax
-from mpq_plugins.solvers.improve import improve
+from mpq_plugins.solvers.feasible_plans import improved
+from mpq_plugins.solvers.lagrangian import Relaxation, relax
 from mpq_plugins.solvers.problem import Problem
-from mpq_plugins.solvers.secants import Relaxation
 from mpq_plugins.solvers.solution import Solution, Status
 from mpq_plugins.space.precision import Precision
 
@@ -48,7 +47,7 @@ class PublishedRounding(AbstractSolver):
         mixed = _continuous_bits(problem, blocks, relaxation, bits)
         choice = _filled(problem, blocks, mixed, bits) if self.rounding == "fill" else _nearest(problem, mixed, bits)
         if self.repair and not problem.is_feasible(choice):
-            choice = improve(blocks, _lowered(problem, choice))
+            choice = improved(blocks, _lowered(problem, choice))
         return Solution(
             Status.feasible if problem.is_feasible(choice) else Status.over_budget,
             tuple(choice.tolist()),

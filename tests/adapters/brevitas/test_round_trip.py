@@ -8,7 +8,7 @@ import pytest
 import torch
 from brevitas_nets import ALL_PROFILES, CASES, network
 from mpq_brevitas import BrevitasAdapter
-from mpq_brevitas.inference_cost import of_one_image
+from mpq_brevitas.run import of_one_image
 
 from mpq_plugins import BitConfig, Precision, find_layers
 from mpq_plugins.errors import AdapterError, FormatError

@@ -17,14 +17,14 @@ from mpq_brevitas.options import BrevitasOptions, Profile, options_of
 from mpq_brevitas.read import FORMAT, LAYER_OPS, METADATA, BrevitasGraph, call_name, read_quantizer
 from mpq_plugins.adapter.base import bits_of
 from mpq_plugins.adapter.hooks import call_order
-from mpq_plugins.adapter.positional import positional
+from mpq_plugins.adapter.positional import Positional, positional
 from mpq_plugins.adapter.spelled import Spelled
 from mpq_plugins.adapter.stages import told
 from mpq_plugins.common.files import disk_refusal, write_whole
 from mpq_plugins.common.plugins import require
 from mpq_plugins.errors import AdapterError
 from mpq_plugins.model.parametrized import without_parametrizations
-from mpq_plugins.model.run import batch_size, device_of, evaluating, to_device
+from mpq_plugins.model.run import Batch, device_of, evaluating, to_device
 
 # FINN's passes know opset 13; attention and layer normalisation need a later one.
 _OPSETS = {"finn": 13, "layerwise": 17}
@@ -39,8 +39,8 @@ def export(module: nn.Module, path: str | Path, example: Any, *, format: str) ->
         raise AdapterError(f"ONNX QCDQ has no binary weights ({', '.join(binary)}). Export qonnx, or give them 2 bits.")
     for package in ("onnx", "onnxoptimizer"):
         require(package, "brevitas")
-    example = one_image(to_device(example, device_of(module)))
-    positional(module, example)  # refuses examples of other kinds
+    example = Batch(to_device(example, device_of(module))).part(0, 1).inputs
+    wrapped, args, _ = positional(_deployable(module, options), example, plain=brevitas.plain)
     with brevitas.guarded():
         calls = call_order(module, bits.layers, example)
     metadata = {
@@ -55,7 +55,7 @@ def export(module: nn.Module, path: str | Path, example: Any, *, format: str) ->
     }
 
     def write(temporary: Path) -> None:
-        _write_raw(_deployable(module, options), temporary, example, format, options.profile)
+        _write_raw(wrapped, args, temporary, format, options.profile)
         _finish(temporary, calls, metadata)
 
     return write_whole(path, write)
@@ -68,25 +68,10 @@ def _deployable(module: nn.Module, options: BrevitasOptions) -> nn.Module:
     return fold_duq(copied) if options.quantizer == "duq" else copied
 
 
-def one_image(example: Any) -> Any:
-    """The first image of an example: every tensor that has the batch axis is cut to length one."""
-    n_images = batch_size(example)
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value[:1] if value.dim() and value.shape[0] == n_images else value
-        if isinstance(value, Mapping):
-            return {key: cut(item) for key, item in value.items()}
-        return tuple(cut(item) for item in value) if isinstance(value, (tuple, list)) else value
-
-    return cut(example)
-
-
-def _write_raw(module: nn.Module, path: Path, example: Any, format: str, profile: Profile) -> None:
+def _write_raw(wrapped: Positional, args: tuple[Tensor, ...], path: Path, format: str, profile: Profile) -> None:
     """Brevitas' own export. It leaves handlers and caches in the module, which must be a copy."""
     from brevitas.export import export_onnx_qcdq, export_qonnx
 
-    wrapped, args, _ = positional(module, example, plain=brevitas.plain)
     names = list(wrapped.keys or [f"input_{index}" if len(args) > 1 else "input" for index in range(len(args))])
     images = {name for name, value in zip(names, args, strict=True) if value.dim() and value.shape[0] == 1}
     # FINN's passes need every size; everything else takes any number of images.

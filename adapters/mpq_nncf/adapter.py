@@ -48,9 +48,9 @@ class NNCFAdapter(AbstractAdapter):
 
     def refuse(self, layer: Layer, precision: Precision) -> str | None:
         """See `AbstractAdapter.refuse`: NNCF has no binary weights, and `overflow_fix` no w8a8."""
-        from mpq_nncf.support import refusal
+        from mpq_nncf.support import refuse
 
-        return refusal(precision, overflow_fix=self.overflow_fix)
+        return refuse(precision, overflow_fix=self.overflow_fix)
 
     def advice(self, layer: Layer, precision: Precision) -> str | None:
         """See `AbstractAdapter.advice`: what OpenVINO's CPU plugin makes of the precision."""
@@ -112,7 +112,7 @@ class NNCFAdapter(AbstractAdapter):
         """See `AbstractAdapter.use_float_weights`; codes, checkpoints and files stay those of the quantized weights."""
         from mpq_nncf.set_bits import use_float_weights
 
-        return use_float_weights(module, on=on)
+        return use_float_weights(module, on)
 
     def export(self, module: nn.Module, path: str | Path, example: Any, *, format: str | None = None) -> Path:
         """See `AbstractAdapter.export`; OpenVINO's two files are `path` and its neighbour ending in .bin.

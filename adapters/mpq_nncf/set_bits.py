@@ -59,7 +59,7 @@ def _check(wiring: Wiring, bits: BitConfig, old: BitConfig) -> None:
     check_agreement(_sharing(wiring, lambda layer: [layer.parameter]), bits.layers, "weight", TIE)
 
 
-def use_float_weights(module: nn.Module, *, on: bool) -> nn.Module:
+def use_float_weights(module: nn.Module, on: bool) -> nn.Module:
     """Let the weight quantizers of `module` return their input, or quantize again; returns the module.
 
     Bits and the keys of the state dict stay; quantizers that begin again get ranges for what the weights have become. Codes,

@@ -24,12 +24,12 @@ INTEGER_ACTIVATIONS = (4, 8)
 def check_precisions(layers: Mapping[str, Precision], *, overflow_fix: bool = False) -> None:
     """Raise `AdapterError` when NNCF cannot have a layer (name -> precision) as asked."""
     for name, precision in layers.items():
-        reason = refusal(precision, overflow_fix=overflow_fix)
+        reason = refuse(precision, overflow_fix=overflow_fix)
         if reason is not None:
             raise AdapterError(f"{name} cannot be {precision}: {reason}. Choose another precision, or exclude the layer.")
 
 
-def refusal(precision: Precision, *, overflow_fix: bool = False) -> str | None:
+def refuse(precision: Precision, *, overflow_fix: bool = False) -> str | None:
     """Why NNCF cannot have a precision, or None."""
     if precision.weight < 2:
         return "NNCF has no binary weights; the least is 2 bits"

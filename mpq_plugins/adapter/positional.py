@@ -31,7 +31,7 @@ class Positional(nn.Module):
 def positional(
     module: nn.Module, example: Any, *, plain: Callable[[Any], Any] = lambda value: value
 ) -> tuple[Positional, tuple[Tensor, ...], tuple[str, ...]]:
-    """The module wrapped for tracing, its example tensors, and a name for each of them.
+    """The module wrapped for tracing and in evaluation mode, its example tensors, and a name for each of them.
 
     `plain` makes tensors of what the framework returns in their place. Raises `AdapterError` for examples that hold others.
     """

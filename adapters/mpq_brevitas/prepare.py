@@ -44,7 +44,7 @@ def prepare(
     options = replace(options, weight_range=ptq.weight_range, activation_range=activation_rule(options, ptq))
     kinds = {layer.name: layer.kind for layer in inventory}
     # What a normalisation reads is centred by its statistics; only the other layers need another bias.
-    unnormed = {name: kinds[name] for name in bits.layers if not inventory[name].n_norm_parameters}
+    unnormed = {layer.name: layer.kind for layer in inventory if layer.name in bits.layers and not layer.n_norm_parameters}
     seen = None
     if options.profile == "layerwise":
         seen = _observed(model, bits, unnormed, images)

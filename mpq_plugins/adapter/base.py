@@ -24,7 +24,7 @@ class AbstractAdapter(abc.ABC):
     """Turns a bit configuration into a framework's quantized module and reads it back from exported files.
 
     Implementations are frozen dataclasses of their options; they import their framework inside the methods that need it.
-    What that raises is told as an `MPQError` of the stage, and models come checked (see `stages`).
+    What that raises is told as an `MPQError` of the stage, and models come checked (see `stages.py`).
     `formats` lists what `export` writes, the default first. `weight_bits` and `activation_bits` are what the target
     really stores and runs: the default menu of a search.
     """

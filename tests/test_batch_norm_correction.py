@@ -9,7 +9,7 @@ from torch import nn
 
 from mpq_plugins import BitConfig, Precision, find_layers
 from mpq_plugins.adapter.ptq import PTQ
-from mpq_plugins.adapter.repairs import Judge, better, hold_out, repair, repairs_of, to_correct_with
+from mpq_plugins.adapter.repairs import Images, Judge, hold_out, keep_what_helps, repair, repairs_of, to_correct_with
 from mpq_plugins.cli.digits import digits, trained_digits_net
 from mpq_plugins.common.plugins import make
 from mpq_plugins.model.run import Batch
@@ -353,9 +353,11 @@ def test_nothing_is_kept_of_a_network_that_is_broken_anyway():
     """Infinite distance before and after is no success."""
     torch.manual_seed(0)
     net = nn.Linear(3, 4)
-    judge = Judge(net, [Batch(torch.randn(16, 3))])
     broken = copy.deepcopy(net)
     broken.weight.data.fill_(torch.nan)
-    chosen, made = better("rounding=gptq", judge, broken, copy.deepcopy(broken))
+    made = {"nearest": broken, "gptq": copy.deepcopy(broken)}
+    images = Images((), (), (), [Batch(torch.randn(16, 3))])
+    chosen, ptq = keep_what_helps(net, images, PTQ(rounding="gptq"), lambda ptq, _judge: (made[ptq.rounding], []))
     assert chosen is broken
-    assert not made.kept
+    assert ptq.rounding == "nearest"
+    assert [(repair.option, repair.kept) for repair in repairs_of(chosen)] == [("rounding=gptq", False)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
-from mpq_brevitas.recipe import Profile, QuantizerKind, Recipe, Scales, recipe_of
+from mpq_brevitas.options import BrevitasOptions, Profile, QuantizerKind, Scales, options_of
 from mpq_plugins.adapter.base import AbstractAdapter, check_prepared_with, not_defaults, parameters_of
 from mpq_plugins.adapter.ptq import PTQ
 from mpq_plugins.common.allocator import keeping_memory
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
-    from mpq_brevitas.inference_cost import InferenceCost
+    from mpq_brevitas.run import InferenceCost
 
 
 @final
@@ -46,7 +46,7 @@ class BrevitasAdapter(AbstractAdapter):
     activation_bits: ClassVar[tuple[int, ...]] = (8,)
 
     def __post_init__(self) -> None:
-        Recipe(self.profile, "mse", quantizer=self.quantizer, scales=self.scales)  # refuses unknown options
+        self._options()  # refuses unknown ones
         if self.quantizer == "duq" and self.profile != "layerwise":
             raise AdapterError(
                 'quantizer="duq" needs profile="layerwise": exporting it moves the output scale of an activation into the '
@@ -54,6 +54,9 @@ class BrevitasAdapter(AbstractAdapter):
             )
         if self.scales == "power-of-two" and self.profile != "finn":
             raise AdapterError('scales="power-of-two" is for FINN\'s shifts. Use it with profile="finn".')
+
+    def _options(self) -> BrevitasOptions:
+        return BrevitasOptions(self.profile, quantizer=self.quantizer, scales=self.scales)
 
     def refuse(self, layer: Layer, precision: Precision) -> str | None:
         """See `AbstractAdapter.refuse`."""
@@ -82,7 +85,7 @@ class BrevitasAdapter(AbstractAdapter):
         from mpq_brevitas.finn import build_graph
         from mpq_brevitas.groups import activation_groups_of_graph
 
-        graph = build_graph(model, None, Recipe(self.profile, "max"))
+        graph = build_graph(model, None, BrevitasOptions(self.profile, "max"))
         return tuple(group.layers for group in activation_groups_of_graph(graph.module) if len(group.layers) > 1)
 
     @keeping_memory()
@@ -90,7 +93,7 @@ class BrevitasAdapter(AbstractAdapter):
         """A quantized copy of `model`; layers outside `bits` keep float weights. Options: the fields of `PTQ`."""
         from mpq_brevitas.prepare import prepare
 
-        return prepare(model, bits, example, calibration, adapter=self, ptq=PTQ.of(options))
+        return prepare(model, bits, example, calibration, self._options(), PTQ.of(options))
 
     @keeping_memory()
     def set_bits(
@@ -108,7 +111,7 @@ class BrevitasAdapter(AbstractAdapter):
 
     def use_float_weights(self, module: nn.Module, on: bool = True) -> nn.Module:
         """See `AbstractAdapter.use_float_weights`."""
-        from mpq_brevitas.float_weights import use_float_weights
+        from mpq_brevitas.set_bits import use_float_weights
 
         return use_float_weights(module, on)
 
@@ -120,7 +123,7 @@ class BrevitasAdapter(AbstractAdapter):
 
     def read_bits(self, path: str | Path) -> BitConfig:
         """See `AbstractAdapter.read_bits`."""
-        from mpq_brevitas.read_bits import read_bits
+        from mpq_brevitas.read import read_bits
 
         return read_bits(path)
 
@@ -132,7 +135,7 @@ class BrevitasAdapter(AbstractAdapter):
 
     def read_codes(self, path: str | Path) -> dict[str, np.ndarray]:
         """See `AbstractAdapter.read_codes`."""
-        from mpq_brevitas.read_bits import read_codes
+        from mpq_brevitas.read import read_codes
 
         return read_codes(path)
 
@@ -144,7 +147,7 @@ class BrevitasAdapter(AbstractAdapter):
 
     def inference_cost(self, path: str | Path) -> InferenceCost:
         """qonnx's own count of bit operations and weight bits of a QONNX file."""
-        from mpq_brevitas.inference_cost import inference_cost
+        from mpq_brevitas.run import inference_cost
 
         return inference_cost(path)
 
@@ -178,5 +181,5 @@ class BrevitasAdapter(AbstractAdapter):
 
     def prepared_with(self, module: nn.Module) -> Mapping[str, Any]:
         """See `AbstractAdapter.prepared_with`."""
-        recipe = recipe_of(module)
-        return {name: getattr(recipe, name) for name in ("profile", "quantizer", "scales")}
+        options = options_of(module)
+        return {name: getattr(options, name) for name in ("profile", "quantizer", "scales")}

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpq_brevitas import brevitas_internals as brevitas
-from mpq_brevitas import finn, layerwise
-from mpq_brevitas.recipe import Recipe, attach_recipe, recipe_of
+from mpq_brevitas import internals as brevitas
+from mpq_brevitas.convert import convert
+from mpq_brevitas.options import BrevitasOptions, options_of
 from mpq_brevitas.support import check_convertible
 from mpq_plugins.adapter.base import attach_bits
 from mpq_plugins.adapter.checkpoint import check_same_model, read_checkpoint, write_checkpoint
+from mpq_plugins.adapter.record import record
 from mpq_plugins.errors import FormatError
 from mpq_plugins.model.discover import find_layers
 
@@ -22,9 +23,9 @@ _ADAPTER = "brevitas"
 
 
 def save(module: nn.Module, path: str | Path) -> Path:
-    """Write tensors, bits and recipe; a module that is being trained can be saved at any time."""
+    """Write tensors, bits and options; a module that is being trained can be saved at any time."""
     contents = {
-        "recipe": json.dumps(recipe_of(module).to_json(), sort_keys=True),
+        "recipe": json.dumps(options_of(module).to_json(), sort_keys=True),
         "state_dict": {name: tensor.detach() for name, tensor in module.state_dict().items()},
     }
     return write_checkpoint(path, module, contents, adapter=_ADAPTER)
@@ -33,18 +34,17 @@ def save(module: nn.Module, path: str | Path) -> Path:
 def load(model: nn.Module, path: str | Path, example: Any) -> nn.Module:
     """Convert the float `model` again, without calibration, and fill in the saved tensors."""
     bits, document = read_checkpoint(path, {"recipe", "state_dict"}, adapter=_ADAPTER)
-    recipe = Recipe.of(json.loads(document["recipe"]))
+    options = BrevitasOptions.of(json.loads(document["recipe"]))
     inventory = find_layers(model, example)
     check_same_model(path, bits, inventory)
-    check_convertible(model, bits, inventory, recipe.profile, example)
-    module = finn.convert(model, bits, recipe).module if recipe.profile == "finn" else layerwise.convert(model, bits, recipe)
+    check_convertible(model, bits, inventory, options.profile, example)
+    module = convert(model, bits, options).module
     with brevitas.keeping_quantizers():
         try:
             module.load_state_dict(_with_biases(module, document["state_dict"]), strict=True)
         except RuntimeError as error:
             raise FormatError(f"{path} does not fit the model: {error}. It was saved from another one.") from error
-    attach_recipe(module, recipe)
-    return attach_bits(module.eval(), bits)
+    return attach_bits(record(module.eval(), options=options), bits)
 
 
 def _with_biases(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:

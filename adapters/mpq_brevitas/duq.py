@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpq_brevitas import brevitas_internals as brevitas
+from mpq_brevitas import internals as brevitas
+from mpq_brevitas.options import BrevitasOptions
 from mpq_plugins.quantizers.duq import DuQ, activation_range, n_levels, weight_range
 
 
@@ -93,14 +94,23 @@ class DuQActivation(brevitas.ActQuantSolver):
     tracked_parameter_list = None
 
 
-def duq_weight_quantizer(bits: int) -> Any:
-    """The quantizer class of a weight; its bit-width is part of the state dict."""
-    return DuQWeight.let(bit_width=int(bits))
+def weight_quantizer(bits: int, options: BrevitasOptions) -> Any:
+    """The quantizer class of a weight of so many bits."""
+    if options.quantizer == "duq":
+        return DuQWeight.let(bit_width=int(bits))
+    return brevitas.weight_quantizer(
+        bits,
+        options.weight_range,
+        power_of_two=options.scales == "power-of-two",
+        learned=options.weight_scale == "learned",
+    )
 
 
-def duq_activation_quantizer(bits: int, *, signed: bool) -> Any:
-    """The quantizer class of an activation; its bit-width is part of the state dict."""
-    return DuQActivation.let(bit_width=int(bits), signed=signed, narrow_range=signed)
+def activation_quantizer(bits: int, options: BrevitasOptions, *, signed: bool) -> Any:
+    """The quantizer class of an activation of so many bits."""
+    if options.quantizer == "duq":
+        return DuQActivation.let(bit_width=int(bits), signed=signed, narrow_range=signed)
+    return brevitas.activation_quantizer(bits, signed=signed, power_of_two=options.scales == "power-of-two")
 
 
 def fold_duq(module: nn.Module) -> nn.Module:

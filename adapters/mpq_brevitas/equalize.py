@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpq_brevitas import brevitas_internals as brevitas
+from mpq_brevitas import internals as brevitas
 from mpq_plugins.adapter.ptq import Equalization
 from mpq_plugins.errors import AdapterError
 from mpq_plugins.model.discover import LAYER_TYPES

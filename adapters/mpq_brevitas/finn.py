@@ -11,16 +11,21 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from mpq_brevitas import brevitas_internals as brevitas
-from mpq_brevitas.groups import Group, activation_groups_of_graph, quantizers_of_group
-from mpq_brevitas.modules import get_layer, rooted
-from mpq_brevitas.quantizers import activation_quantizer, weight_quantizer
-from mpq_brevitas.recipe import Recipe
+from mpq_brevitas import internals as brevitas
+from mpq_brevitas.duq import activation_quantizer, weight_quantizer
+from mpq_brevitas.groups import Group, activation_groups_of_graph, quantizers_of_group, rooted
+from mpq_brevitas.options import BrevitasOptions
 from mpq_brevitas.subclasses import make_plain
+from mpq_plugins.adapter.checks import check_agreement
 from mpq_plugins.adapter.record import RECORD, record
+from mpq_plugins.adapter.stages import told
 from mpq_plugins.errors import AdapterError
 from mpq_plugins.space.bits import BitConfig
 
+_TIE = (
+    "Give them the same, or allocate with this adapter and profile (`mpq allocate --adapter brevitas --adapter-option "
+    "profile=finn`), which ties them."
+)
 UNFED_BITS = 8  # of quantizers that no layer of the bit configuration reads
 _NOT_IN_HARDWARE = frozenset(
     "sigmoid hardsigmoid logsigmoid tanh silu gelu hardswish mish softplus elu selu celu softmax logsoftmax softmin".split()
@@ -38,7 +43,7 @@ class QuantizedGraph(brevitas.GraphModule):
 
 
 @dataclass(frozen=True)
-class Graph:
+class Converted:
     """A converted graph, per layer the batch normalisation that was merged into it, and the same graph in float."""
 
     module: nn.Module
@@ -49,7 +54,7 @@ class Graph:
 Equalizer = Callable[[Any, Mapping[str, nn.Module]], None]
 
 
-def convert(model: nn.Module, bits: BitConfig, recipe: Recipe, equalizer: Equalizer | None = None) -> Graph:
+def convert(model: nn.Module, bits: BitConfig, options: BrevitasOptions, equalizer: Equalizer | None = None) -> Converted:
     """A traced, quantized copy of `model`; layers outside `bits` keep float weights. Not calibrated yet.
 
     `equalizer` may change the float graph before it is quantized; it gets the merged normalisations by layer, too.
@@ -57,12 +62,14 @@ def convert(model: nn.Module, bits: BitConfig, recipe: Recipe, equalizer: Equali
     Raises `AdapterError` when the model cannot be traced, or when layers that share an activation quantizer are asked
     for different activation bits.
     """
-    graph = build_graph(model, bits, recipe, equalizer)
+    graph = build_graph(model, bits, options, equalizer)
     set_activation_bits(graph.module, bits)
     return graph
 
 
-def build_graph(model: nn.Module, bits: BitConfig | None, recipe: Recipe, equalizer: Equalizer | None = None) -> Graph:
+def build_graph(
+    model: nn.Module, bits: BitConfig | None, options: BrevitasOptions, equalizer: Equalizer | None = None
+) -> Converted:
     """The converted graph with every activation at 8 bits; without `bits` weights stay float."""
     copied = rooted(copy.deepcopy(model).eval())
     make_plain(copied)
@@ -76,21 +83,20 @@ def build_graph(model: nn.Module, bits: BitConfig | None, recipe: Recipe, equali
             reference = copy.deepcopy(traced)
             module = brevitas.quantize_graph(
                 traced,
-                quant_identity_map=_identity_map(recipe),
-                quant_act_map=_activation_map(recipe),
-                compute_layer_map={**_float_subclasses(copied), **_layer_map(bits, recipe)},
+                quant_identity_map=_identity_map(options),
+                quant_act_map=_activation_map(options),
+                compute_layer_map={**_float_subclasses(copied), **_layer_map(bits, options)},
             )
         except AdapterError:
             raise
         except Exception as error:
             raise AdapterError(
-                f"the graph of {type(model).__name__} could not be traced and converted for FINN: "
-                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. "
+                f"the graph of {type(model).__name__} could not be traced and converted for FINN: {told(error)}. "
                 'Use profile="layerwise", which traces nothing, or remove data-dependent control flow.'
             ) from error
     kept = dict(module.named_modules())
     swallowed = {layer: norm for layer, (name, norm) in merged.items() if name not in kept}
-    return Graph(QuantizedGraph(module, module.graph).eval(), swallowed, reference.eval())
+    return Converted(QuantizedGraph(module, module.graph).eval(), swallowed, reference.eval())
 
 
 def _traced(model: nn.Module) -> Any:
@@ -127,11 +133,11 @@ def _mergeable_norms(traced: Any) -> dict[str, tuple[str, nn.Module]]:
     return found
 
 
-def _identity_map(recipe: Recipe) -> dict[str, Any]:
+def _identity_map(options: BrevitasOptions) -> dict[str, Any]:
     # FINN takes unsigned quantizers only right behind a ReLU, which changes nothing where values are never negative.
     kinds = {"signed": (brevitas.qnn.QuantIdentity, True), "unsigned": (brevitas.qnn.QuantReLU, False)}
     return {
-        name: (kind, {"act_quant": activation_quantizer(UNFED_BITS, recipe, signed=signed), "return_quant_tensor": True})
+        name: (kind, {"act_quant": activation_quantizer(UNFED_BITS, options, signed=signed), "return_quant_tensor": True})
         for name, (kind, signed) in kinds.items()
     }
 
@@ -182,30 +188,30 @@ def _layer_behind(traced: Any, node: Any) -> str | None:
     return None
 
 
-def _activation_map(recipe: Recipe) -> dict[type[nn.Module], Any]:
+def _activation_map(options: BrevitasOptions) -> dict[type[nn.Module], Any]:
     chosen = {}
-    for float_class, (quantized, options) in brevitas.QUANT_ACT_MAP.items():
+    for float_class, (quantized, known) in brevitas.QUANT_ACT_MAP.items():
         if float_class in (nn.Hardtanh, nn.Sigmoid):
             # Brevitas' entry of the first holds lambdas that it never evaluates; the layer behind quantizes its input.
             continue  # The second has no layer behind it, or was refused.
         if float_class is nn.ReLU6:
             quantized = brevitas.QuantReLU6
-        quantizer = activation_quantizer(UNFED_BITS, recipe, signed=brevitas.is_signed(options["act_quant"]))
-        chosen[float_class] = (quantized, {**options, "act_quant": quantizer})
+        quantizer = activation_quantizer(UNFED_BITS, options, signed=brevitas.is_signed(known["act_quant"]))
+        chosen[float_class] = (quantized, {**known, "act_quant": quantizer})
     return chosen
 
 
-def _layer_map(bits: BitConfig | None, recipe: Recipe) -> dict[type[nn.Module], Any]:
+def _layer_map(bits: BitConfig | None, options: BrevitasOptions) -> dict[type[nn.Module], Any]:
     def quantizer(name: str) -> Any:
         if bits is None or name not in bits.layers:
             return None
-        return weight_quantizer(bits[name].weight, recipe)
+        return weight_quantizer(bits[name].weight, options)
 
     # Brevitas evaluates options per layer only if they are lambdas.
-    options = {"weight_quant": lambda _, name: quantizer(name), "bias_quant": None, "return_quant_tensor": False}
+    quantizers = {"weight_quant": lambda _, name: quantizer(name), "bias_quant": None, "return_quant_tensor": False}
     others = {kind: entry for kind, entry in brevitas.COMPUTE_LAYER_MAP.items() if entry is None}
     others |= dict.fromkeys(brevitas.QUANTIZED.values())  # a layer that is called again is converted already
-    return {**others, **{kind: (quantized, options) for kind, quantized in brevitas.QUANTIZED.items()}}
+    return {**others, **{kind: (quantized, quantizers) for kind, quantized in brevitas.QUANTIZED.items()}}
 
 
 def _float_subclasses(model: nn.Module) -> dict[type[nn.Module], None]:
@@ -227,22 +233,10 @@ def activation_widths(module: nn.Module, bits: BitConfig) -> dict[Any, int]:
     }
 
 
-def check_agreement(module: nn.Module, bits: BitConfig) -> None:
-    """Raise `AdapterError` where layers that share a quantizer are asked for different activation bits."""
-    list(_asked(module, bits))
-
-
 def _asked(module: nn.Module, bits: BitConfig) -> Iterator[tuple[Group, int]]:
     for group in activation_groups_of_graph(module):
-        asked = {name: bits[name].activation for name in group.layers if name in bits.layers}
-        if len(set(asked.values())) > 1:
-            listed = ", ".join(f"{name}: {width}" for name, width in asked.items())
-            raise AdapterError(
-                f"these layers read one activation quantizer or meet in an add, but are asked for different activation "
-                f"bits ({listed}). Give them the same, or allocate with this adapter and profile (`mpq allocate --adapter "
-                "brevitas --adapter-option profile=finn`), which ties them."
-            )
-        yield group, next(iter(asked.values()), UNFED_BITS)
+        check_agreement([group.layers], bits.layers, "activation", _TIE)
+        yield group, next((bits[name].activation for name in group.layers if name in bits.layers), UNFED_BITS)
 
 
 def check_activations(module: nn.Module, bits: BitConfig) -> None:
@@ -253,7 +247,7 @@ def check_activations(module: nn.Module, bits: BitConfig) -> None:
             raise AdapterError(
                 f'{name} is not fed by an activation quantizer in the traced graph. Exclude it, or use profile="layerwise".'
             )
-        found = {int(get_layer(module, quantizer).act_quant.bit_width()) for quantizer in fed[name].quantizers}
+        found = {int(module.get_submodule(quantizer).act_quant.bit_width()) for quantizer in fed[name].quantizers}
         if found != {precision.activation}:
             raise AdapterError(
                 f"{name} got {found} activation bits instead of {precision.activation}. Report this as a defect."

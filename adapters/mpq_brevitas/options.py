@@ -1,36 +1,85 @@
-"""Which options of post-training quantization go with which options of the adapter."""
+"""How a module is quantized: what a checkpoint must remember besides tensors and bits, and what cannot be combined."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
-from mpq_plugins.adapter.ptq import PTQ, ActivationRange
+from mpq_plugins.adapter.ptq import PTQ, ActivationRange, WeightRange
+from mpq_plugins.adapter.record import recorded_fact
+from mpq_plugins.common.values import check_values
 from mpq_plugins.errors import AdapterError
 
 if TYPE_CHECKING:
-    from mpq_brevitas.adapter import BrevitasAdapter
+    from torch import nn
+
+Profile = Literal["layerwise", "finn"]
+QuantizerKind = Literal["uniform", "duq"]
+Scales = Literal["float", "power-of-two"]
+WeightScale = Literal["learned", "statistics"]
 
 
-def activation_rule(adapter: BrevitasAdapter, ptq: PTQ) -> ActivationRange:
+@dataclass(frozen=True)
+class BrevitasOptions:
+    """The options that rebuild a quantized module's structure, and fit its ranges again.
+
+    `signed` tells, per layer, whether the quantizer of its input is signed; `profile` "finn" has no use for it, because
+    there the operation in front of the quantizer decides. `weight_scale` "statistics" computes scales of
+    `weight_range="max"` from the weights at every step, as checkpoints of the first release do.
+    """
+
+    profile: Profile = "layerwise"
+    weight_range: WeightRange = "mse"
+    signed: Mapping[str, bool] = field(default_factory=dict)
+    activation_range: ActivationRange = "default"
+    quantizer: QuantizerKind = "uniform"
+    scales: Scales = "float"
+    weight_scale: WeightScale = "learned"
+
+    def __post_init__(self) -> None:
+        check_values(BrevitasOptions, vars(self), AdapterError)
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> BrevitasOptions:
+        """From what `to_json` wrote, in this release or in the first."""
+        return cls(**{"weight_scale": "statistics" if document["weight_range"] == "max" else "learned", **document})
+
+    def to_json(self) -> dict[str, Any]:
+        """The options as plain JSON values."""
+        return {**vars(self), "signed": dict(self.signed)}
+
+
+def options_of(module: nn.Module) -> BrevitasOptions:
+    """The options of a quantized module; raises `AdapterError` for a module of another origin."""
+    options = recorded_fact(module, "options")
+    if not isinstance(options, BrevitasOptions):
+        raise AdapterError(
+            f"{type(module).__name__} was not made by BrevitasAdapter's prepare() or load(). Call one of them first."
+        )
+    return options
+
+
+def activation_rule(options: BrevitasOptions, ptq: PTQ) -> ActivationRange:
     """The rule for activation ranges that "default" stands for: least squared error wherever the adapter's scales allow it."""
-    if ptq.activation_range != "default" or adapter.quantizer == "duq":
+    if ptq.activation_range != "default" or options.quantizer == "duq":
         return ptq.activation_range
-    return "percentile" if adapter.scales == "power-of-two" else "mse"
+    return "percentile" if options.scales == "power-of-two" else "mse"
 
 
-def check_options(adapter: BrevitasAdapter, ptq: PTQ) -> None:
+def check_options(options: BrevitasOptions, ptq: PTQ) -> None:
     """Raise `AdapterError` for what cannot be combined, with the reason."""
-    if ptq.equalization != "none" and adapter.profile == "layerwise":
+    if ptq.equalization != "none" and options.profile == "layerwise":
         raise AdapterError(
             f'equalization="{ptq.equalization}" moves factors through the traced graph from one layer into the next. '
             'Use profile="finn", or equalization="none".'
         )
-    if adapter.scales == "power-of-two" and ptq.activation_range == "mse":
+    if options.scales == "power-of-two" and ptq.activation_range == "mse":
         raise AdapterError(
             'activation_range="mse" finds scales that are no powers of two. Use "percentile" or "max" with '
             'scales="power-of-two".'
         )
-    if adapter.quantizer != "duq":
+    if options.quantizer != "duq":
         return
     refused = {
         "weight_range": (ptq.weight_range == "max", "its weights start at 0.9 of the largest magnitude"),

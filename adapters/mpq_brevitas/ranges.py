@@ -1,39 +1,65 @@
-"""Ranges fitted again in a module that has some: weights one by one, activations in one pass over the data."""
+"""Ranges: of weights one by one, of activations in one pass over the data; first by Brevitas, then fitted again."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mpq_brevitas import brevitas_internals as brevitas
+from mpq_brevitas import internals as brevitas
 from mpq_brevitas.duq import DuQTensorQuant
-from mpq_brevitas.modules import get_layer
+from mpq_plugins.adapter.hooks import PreHook, run_hooked
 from mpq_plugins.adapter.ptq import ActivationRange
 from mpq_plugins.errors import DataError
-from mpq_plugins.model.run import Batch, call, evaluating
+from mpq_plugins.model.run import Batch, call, tensors
 from mpq_plugins.quantizers.duq import activation_range as duq_range
-from mpq_plugins.quantizers.histogram import Histogram, best_threshold
+from mpq_plugins.quantizers.histogram import Histogram, least_error_threshold
 
 _PERCENTILE = 0.9999900  # Brevitas' own for activations
+
+
+def calibrate(module: nn.Module, batches: Sequence[Batch]) -> None:
+    """Set activation ranges over `batches`, then weight ranges."""
+    from brevitas.graph.calibrate import calibration_mode
+
+    with brevitas.guarded(), torch.no_grad():
+        with calibration_mode(module):
+            for batch in batches:
+                call(module, batch.inputs)
+        module.eval()
+        # MSE ranges of the weights are searched in the first quantized forward pass.
+        call(module, batches[0].inputs)
+
+
+def observe_inputs(model: nn.Module, histograms: Mapping[str, Histogram], batches: Sequence[Batch]) -> None:
+    """Count the inputs of the layers named in `histograms` over `batches`; `model` is rooted."""
+
+    def counting(histogram: Histogram) -> PreHook:
+        def count(_module: nn.Module, args: object, keywords: object) -> None:
+            for tensor in tensors((args, keywords)):
+                histogram.add(tensor)
+
+        return count
+
+    hooks = [(model.get_submodule(name), counting(histogram)) for name, histogram in histograms.items()]
+    run_hooked(model, hooks, [batch.inputs for batch in batches])
 
 
 def fit_weights(module: nn.Module, names: Iterable[str]) -> None:
     """Fit the weight ranges of the named layers to the bits they have."""
     with brevitas.guarded():
         for name in names:
-            brevitas.refit_weight_scale(get_layer(module, name))
+            brevitas.refit_weight_scale(module.get_submodule(name))
 
 
 def restart_weights(module: nn.Module, names: Iterable[str]) -> None:
     """Give the named layers the weight ranges that preparing the module with the weights of now would give."""
     names = list(names)
     for name in names:
-        layer = get_layer(module, name)
+        layer = module.get_submodule(name)
         if isinstance(layer.weight_quant.tensor_quant, DuQTensorQuant):
             layer.weight_quant.tensor_quant.duq.calibrate_weight(layer.weight)
     fit_weights(module, names)
@@ -59,7 +85,7 @@ def fit_to_inputs(module: nn.Module, inputs: Mapping[str, Histogram], rule: Acti
             continue
         if not histogram.usable:
             raise _not_finite(f"the input of {name}")
-        proxy = get_layer(module, name).input_quant
+        proxy = module.get_submodule(name).input_quant
         thresholds[proxy] = _fitted(proxy, histogram, brevitas.activation_format(proxy)[0], rule)
     set_thresholds(thresholds)
 
@@ -76,15 +102,12 @@ def measured(
     batches = list(batches)
     counted = {_range_of(proxy): Histogram(1, len(batches)) for proxy in widths if rule == "mse" and not _is_duq(proxy)}
     found: dict[int, list[Tensor]] = {}
-    with contextlib.ExitStack() as stack:
-        for proxy in widths:
-            own = _range_of(proxy)
-            hook = _observer(found.setdefault(own, []), rule, counted.get(own))
-            stack.callback(proxy.register_forward_pre_hook(hook).remove)
-        stack.enter_context(brevitas.guarded())
-        stack.enter_context(evaluating(module))
-        for batch in batches:
-            call(module, batch.inputs)
+    hooks = []
+    for proxy in widths:
+        own = _range_of(proxy)
+        hooks.append((proxy, _observer(found.setdefault(own, []), rule, counted.get(own))))
+    with brevitas.guarded():
+        run_hooked(module, hooks, [batch.inputs for batch in batches])
     thresholds = {proxy: _joined(proxy, found[_range_of(proxy)], rule) for proxy in widths if found[_range_of(proxy)]}
     for proxy, width in widths.items():
         histogram = counted.get(_range_of(proxy))
@@ -116,8 +139,8 @@ def _is_duq(proxy: Any) -> bool:
     return isinstance(brevitas.activation_tensor_quant(proxy), DuQTensorQuant)
 
 
-def _observer(thresholds: list[Tensor], rule: ActivationRange, histogram: Histogram | None) -> Callable[[Any, Any], None]:
-    def observe(proxy: Any, inputs: Any) -> None:
+def _observer(thresholds: list[Tensor], rule: ActivationRange, histogram: Histogram | None) -> PreHook:
+    def observe(proxy: Any, inputs: Any, _keywords: Any) -> None:
         values = brevitas.unquantized(proxy, inputs[0]).detach()
         if histogram is not None:
             histogram.add(values)
@@ -154,9 +177,4 @@ def _fitted(proxy: Any, histogram: Histogram, width: int, rule: ActivationRange)
     n_steps = 2 ** (width - 1) if signed else 2**width - 1
     lowest, highest = (-n_steps, n_steps - 1) if signed else (0, n_steps)
     most = torch.where(largest > 0, largest, torch.ones_like(largest)) * (n_steps / max(highest, 1))
-
-    def error(thresholds: Tensor) -> Tensor:
-        steps = thresholds / n_steps
-        return histogram.squared_error(steps * lowest, steps * highest, 2**width)
-
-    return best_threshold(most, error)[0]
+    return least_error_threshold(histogram, most, (lowest, highest), n_steps)[0]

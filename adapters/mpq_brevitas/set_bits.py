@@ -1,4 +1,4 @@
-"""Other bits for a prepared module, in place and at once."""
+"""Other bits for a prepared module, or its weights left unquantized for a while, in place."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from mpq_brevitas import brevitas_internals as brevitas
 from mpq_brevitas import finn
-from mpq_brevitas.modules import get_layer
-from mpq_brevitas.ranges import fit_weights, measured, set_thresholds
-from mpq_brevitas.recipe import Recipe, recipe_of
+from mpq_brevitas import internals as brevitas
+from mpq_brevitas.options import BrevitasOptions, options_of
+from mpq_brevitas.ranges import fit_weights, measured, restart_weights, set_thresholds
 from mpq_plugins.adapter.base import attach_bits, bits_of, check_switch
 from mpq_plugins.errors import AdapterError
 from mpq_plugins.model.run import Batch, batches_of
@@ -27,7 +26,7 @@ def set_bits(module: nn.Module, bits: BitConfig, calibration: Iterable[Any], bat
     DuQ's weights keep their learned ranges at any width. Raises `AdapterError` where weights would change between binary
     and integer codes.
     """
-    _check(module, bits_of(module), bits, recipe_of(module))
+    _check(module, bits_of(module), bits, options_of(module))
     batches = tuple(batches_of(calibration))
     if bits.layers == bits_of(module).layers or batch_norm == "kept":
         return _switch(module, bits, batches)
@@ -37,18 +36,18 @@ def set_bits(module: nn.Module, bits: BitConfig, calibration: Iterable[Any], bat
 
 def _sites(module: nn.Module, bits: BitConfig) -> dict[str, AbstractSite]:
     sites: dict[str, AbstractSite] = {**norm_sites(module)}
-    if recipe_of(module).profile == "finn":
-        sites.update(bias_sites(module, {name: _KINDS[get_layer(module, name).weight.dim()] for name in bits.layers}))
+    if options_of(module).profile == "finn":
+        sites.update(bias_sites(module, {name: _KINDS[module.get_submodule(name).weight.dim()] for name in bits.layers}))
     return sites
 
 
 def _switch(module: nn.Module, bits: BitConfig, batches: Sequence[Batch]) -> nn.Module:
-    old, recipe = bits_of(module), recipe_of(module)
+    old, options = bits_of(module), options_of(module)
     reweighted = [name for name, precision in bits.layers.items() if precision.weight != old[name].weight]
-    widths = _new_widths(module, bits, recipe)
-    thresholds = measured(module, widths, batches, recipe.activation_range) if widths else {}
+    widths = _new_widths(module, bits, options)
+    thresholds = measured(module, widths, batches, options.activation_range) if widths else {}
     for name in reweighted:
-        brevitas.set_weight_bits(get_layer(module, name).weight_quant, bits[name].weight)
+        brevitas.set_weight_bits(module.get_submodule(name).weight_quant, bits[name].weight)
     for proxy, width in widths.items():
         brevitas.set_activation_bits(proxy, width)
     fit_weights(module, reweighted)
@@ -56,7 +55,7 @@ def _switch(module: nn.Module, bits: BitConfig, batches: Sequence[Batch]) -> nn.
     return attach_bits(module, bits)
 
 
-def _check(module: nn.Module, old: BitConfig, bits: BitConfig, recipe: Recipe) -> None:
+def _check(module: nn.Module, old: BitConfig, bits: BitConfig, options: BrevitasOptions) -> None:
     check_switch(old, bits)
     for name, precision in bits.layers.items():
         if precision.weight != old[name].weight and 1 in (precision.weight, old[name].weight):
@@ -64,15 +63,25 @@ def _check(module: nn.Module, old: BitConfig, bits: BitConfig, recipe: Recipe) -
                 f"{name} cannot change from {old[name].weight} to {precision.weight} weight bits in place: binary weights have "
                 "another quantizer. Prepare the model again."
             )
-    if recipe.profile == "finn":
-        finn.check_agreement(module, bits)
+    if options.profile == "finn":
+        finn.activation_widths(module, bits)  # raises where layers disagree
 
 
-def _new_widths(module: nn.Module, bits: BitConfig, recipe: Recipe) -> dict[Any, int]:
+def _new_widths(module: nn.Module, bits: BitConfig, options: BrevitasOptions) -> dict[Any, int]:
     """The activation quantizers whose width changes, and the width that they get."""
     asked = (
         finn.activation_widths(module, bits)
-        if recipe.profile == "finn"
-        else {get_layer(module, name).input_quant: precision.activation for name, precision in bits.layers.items()}
+        if options.profile == "finn"
+        else {module.get_submodule(name).input_quant: precision.activation for name, precision in bits.layers.items()}
     )
     return {proxy: width for proxy, width in asked.items() if brevitas.activation_format(proxy)[0] != width}
+
+
+def use_float_weights(module: nn.Module, on: bool) -> nn.Module:
+    """Pass the weights of quantized layers as they are, or quantize them again, with ranges for what they have become."""
+    layers = {name: module.get_submodule(name) for name in bits_of(module).layers}
+    beginning = [name for name, layer in layers.items() if not on and not brevitas.is_quantized_layer(layer)]
+    for layer in layers.values():
+        brevitas.set_weight_quantization(layer, not on)
+    restart_weights(module, beginning)
+    return module

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from mpq_brevitas import brevitas_internals as brevitas
-from mpq_plugins.model.run import call, evaluating
+from mpq_brevitas import internals as brevitas
+from mpq_plugins.adapter.hooks import PreHook, run_hooked
+from mpq_plugins.model.run import evaluating
 from mpq_plugins.model.watch import WEIGHTED, AbstractWatch, input_argument, weight_argument
 
 _PARTS = ("_parameters", "_buffers", "_modules")
@@ -46,24 +47,17 @@ def computes_as_its_parent(module: nn.Module) -> bool:
 def differing_forwards(model: nn.Module, modules: Mapping[str, nn.Module], example: Any) -> dict[str, str]:
     """Name -> how the forward pass of a module differs from padding and its parent's operation on `example`."""
     reasons: dict[str, str] = {}
-    handles = []
-    for name, module in modules.items():
 
-        def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
-            if name not in reasons:
-                reason = _difference(module, args, kwargs)
-                if reason is not None:
-                    reasons[name] = (
-                        f"{type(module).__name__} {reason}; Brevitas has layers for padding and {_parent_name(module)} only"
-                    )
+    def checking(name: str) -> PreHook:
+        def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            reason = _difference(module, args, kwargs) if name not in reasons else None
+            if reason is not None:
+                parent = _parent_name(module)
+                reasons[name] = f"{type(module).__name__} {reason}; Brevitas has layers for padding and {parent} only"
 
-        handles.append(module.register_forward_pre_hook(check, with_kwargs=True))
-    try:
-        with evaluating(model):
-            call(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
+        return check
+
+    run_hooked(model, [(module, checking(name)) for name, module in modules.items()], [example])
     return reasons
 
 

@@ -1,4 +1,4 @@
-"""What Brevitas can quantize, and why it cannot do the rest."""
+"""What Brevitas can quantize, why it cannot do the rest, and whether it did: nothing stays in float silently."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from mpq_brevitas import brevitas_internals as brevitas
-from mpq_brevitas.recipe import Profile
+from mpq_brevitas import internals as brevitas
+from mpq_brevitas.options import Profile
 from mpq_brevitas.subclasses import computes_as_its_parent, differing_forwards, plain_form
+from mpq_plugins.adapter.checks import check_tied_weights
 from mpq_plugins.errors import AdapterError
 from mpq_plugins.model.discover import LAYER_TYPES
 from mpq_plugins.model.layers import Inventory, Layer
@@ -129,12 +130,19 @@ def check_convertible(model: nn.Module, bits: BitConfig, inventory: Inventory, p
     if problems:
         listed = "; ".join(f"{name}: {why}" for name, why in problems.items())
         raise AdapterError(f"Brevitas cannot quantize {listed}. Exclude these layers from the search, or change the model.")
-    for layer in inventory:
-        holder = layer.shares_weight_with
-        if holder is None or layer.name not in bits.layers or holder not in bits.layers:
-            continue
-        if bits[holder].weight != bits[layer.name].weight:
-            raise AdapterError(
-                f"{holder} and {layer.name} hold one weight, yet are asked for {bits[holder].weight} and "
-                f"{bits[layer.name].weight} weight bits. Give them the same."
-            )
+    check_tied_weights(inventory, bits.layers)
+
+
+def check_quantized(module: nn.Module, bits: BitConfig, *, inputs: bool) -> None:
+    """Raise `AdapterError` for the first layer without the bits it was asked for; `inputs`: it quantizes its own input."""
+    for name, precision in bits.layers.items():
+        layer: Any = module.get_submodule(name)
+        if not brevitas.is_quantized_layer(layer):
+            raise AdapterError(f"{name} was left in float ({type(layer).__name__}). Exclude it from the bit configuration.")
+        found = {"weight": int(layer.weight_quant.bit_width())}
+        if inputs:
+            found["activation"] = int(layer.input_quant.bit_width()) if layer.input_quant.is_quant_enabled else 32
+        for part, width in found.items():
+            asked = getattr(precision, part)
+            if width != asked:
+                raise AdapterError(f"{name} got {width} {part} bits instead of {asked}. Report this as a defect.")

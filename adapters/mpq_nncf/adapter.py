@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
-from mpq_plugins.adapter.base import AbstractAdapter, parameters_of
+from mpq_nncf.options import NNCFOptions
+from mpq_plugins.adapter.base import AbstractAdapter, bits_of, check_prepared_with, not_defaults, parameters_of
 from mpq_plugins.adapter.ptq import PTQ
 from mpq_plugins.common.allocator import keeping_memory
 from mpq_plugins.model.layers import Inventory, Layer
@@ -59,19 +60,19 @@ class NNCFAdapter(AbstractAdapter):
 
     def refuse(self, layer: Layer, precision: Precision) -> str | None:
         """See `AbstractAdapter.refuse`: NNCF has no binary weights, and `overflow_fix` no w8a8."""
-        from mpq_nncf.advice import refusal
+        from mpq_nncf.support import refuse
 
-        return refusal(precision, overflow_fix=self.overflow_fix)
+        return refuse(precision, overflow_fix=self.overflow_fix)
 
     def advice(self, layer: Layer, precision: Precision) -> str | None:
         """See `AbstractAdapter.advice`: what OpenVINO's CPU plugin makes of the precision."""
-        from mpq_nncf.advice import advice
+        from mpq_nncf.support import advice
 
         return advice(layer, precision)
 
     def unconvertible(self, model: nn.Module, inventory: Inventory, example: Any = None) -> Mapping[str, str]:
         """See `AbstractAdapter.unconvertible`; with an `example` NNCF's own trace is asked too."""
-        from mpq_nncf.unconvertible import unconvertible
+        from mpq_nncf.support import unconvertible
 
         return unconvertible(model, inventory, example)
 
@@ -79,7 +80,7 @@ class NNCFAdapter(AbstractAdapter):
         """See `AbstractAdapter.activation_groups`: from the quantizer setup NNCF computes, without calibration."""
         from mpq_nncf.groups import activation_groups
 
-        return activation_groups(model, example, merge_branches=self.merge_branches, asymmetric=self.asymmetric)
+        return activation_groups(model, example, NNCFOptions(self.merge_branches, self.asymmetric))
 
     @keeping_memory()
     def prepare(
@@ -96,12 +97,12 @@ class NNCFAdapter(AbstractAdapter):
 
         Also raises `AdapterError` for the equalization and rounding that NNCF lacks on torch models.
         """
-        from mpq_nncf.advice import check_precisions
-        from mpq_nncf.prepare import Recipe, prepare
+        from mpq_nncf.prepare import prepare
+        from mpq_nncf.support import check_precisions
 
         check_precisions(bits.layers, overflow_fix=self.overflow_fix)
-        recipe = Recipe(self.merge_branches, self.asymmetric, PTQ.of(options), subset)
-        return prepare(model, bits, example, calibration, recipe)
+        kept = NNCFOptions(self.merge_branches, self.asymmetric)
+        return prepare(model, bits, example, calibration, kept, PTQ.of(options), subset=subset)
 
     @keeping_memory()
     def set_bits(
@@ -113,17 +114,17 @@ class NNCFAdapter(AbstractAdapter):
         batch_norm: Literal["corrected", "kept"] = "corrected",
     ) -> nn.Module:
         """See `AbstractAdapter.set_bits`; quantizers that keep their width keep their range."""
-        from mpq_nncf.advice import check_precisions
         from mpq_nncf.set_bits import set_bits
+        from mpq_nncf.support import check_precisions
 
         check_precisions(bits.layers, overflow_fix=self.overflow_fix)
         return set_bits(module, bits, calibration, batch_norm)
 
     def use_float_weights(self, module: nn.Module, on: bool = True) -> nn.Module:
         """See `AbstractAdapter.use_float_weights`; codes, checkpoints and files stay those of the quantized weights."""
-        from mpq_nncf.float_weights import use_float_weights
+        from mpq_nncf.set_bits import use_float_weights
 
-        return use_float_weights(module, on=on)
+        return use_float_weights(module, on)
 
     def export(self, module: nn.Module, path: str | Path, example: Any, *, format: str | None = None) -> Path:
         """See `AbstractAdapter.export`; OpenVINO's two files are `path` and its neighbour ending in .bin.
@@ -136,7 +137,7 @@ class NNCFAdapter(AbstractAdapter):
 
     def read_bits(self, path: str | Path) -> BitConfig:
         """See `AbstractAdapter.read_bits`; the file's suffix says which reader."""
-        from mpq_nncf.read_bits import read_bits
+        from mpq_nncf.read import read_bits
 
         return read_bits(path)
 
@@ -148,7 +149,7 @@ class NNCFAdapter(AbstractAdapter):
 
     def read_codes(self, path: str | Path) -> dict[str, np.ndarray]:
         """See `AbstractAdapter.read_codes`."""
-        from mpq_nncf.read_bits import read_codes
+        from mpq_nncf.read import read_codes
 
         return read_codes(path)
 
@@ -166,9 +167,8 @@ class NNCFAdapter(AbstractAdapter):
 
     def load(self, model: nn.Module, path: str | Path, example: Any) -> nn.Module:
         """See `AbstractAdapter.load`; raises `AdapterError` where the checkpoint was prepared with other options."""
-        from mpq_nncf.advice import check_precisions
         from mpq_nncf.checkpoint import load
-        from mpq_plugins.adapter.base import bits_of, check_prepared_with, not_defaults
+        from mpq_nncf.support import check_precisions
 
         module = load(model, path, example)
         check_prepared_with(self.prepared_with(module), not_defaults(self), path)
@@ -177,10 +177,9 @@ class NNCFAdapter(AbstractAdapter):
 
     def prepared_with(self, module: nn.Module) -> Mapping[str, Any]:
         """See `AbstractAdapter.prepared_with`; of checkpoints older than this record it is whether there are zero points."""
-        from mpq_nncf.checkpoint import has_zero_points
-        from mpq_nncf.options import options_of
+        from mpq_nncf.checkpoint import prepared_with
 
-        return options_of(module) or {"asymmetric": has_zero_points(module)}
+        return prepared_with(module)
 
     def range_parameters(self, module: nn.Module) -> Sequence[nn.Parameter]:
         """See `AbstractAdapter.range_parameters`."""

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from mpq_nncf import nncf_quantizers
-from mpq_nncf.hookable import as_hookable
-from mpq_nncf.options import attach_options, options_of
-from mpq_nncf.options import from_json as options_from_json
-from mpq_nncf.options import to_json as options_to_json
-from mpq_nncf.ptq import attach_ptq, ptq_of
-from mpq_nncf.ptq import from_json as ptq_from_json
-from mpq_nncf.ptq import to_json as ptq_to_json
-from mpq_nncf.quiet import quiet
-from mpq_nncf.wiring import attach_wiring, from_json, to_json, wiring_of
+from mpq_nncf import nncf_quantizers, nncf_setup
+from mpq_nncf.internals import quiet
+from mpq_nncf.options import NNCFOptions
+from mpq_nncf.wiring import LayerWiring, wiring_of
 from mpq_plugins.adapter.base import attach_bits
 from mpq_plugins.adapter.checkpoint import check_same_model, read_checkpoint, write_checkpoint
+from mpq_plugins.adapter.ptq import PTQ
+from mpq_plugins.adapter.record import record, recorded_fact
+from mpq_plugins.common.files import parse_json, read_fields
 from mpq_plugins.errors import FormatError
 from mpq_plugins.model.discover import find_layers
 
@@ -31,18 +29,24 @@ def save(module: nn.Module, path: str | Path) -> Path:
     """See `AbstractAdapter.save`."""
     with quiet():
         placement = nncf_quantizers.placement(module)
+    options: NNCFOptions | None = recorded_fact(module, "options")
     contents = {
         "placement": json.dumps(placement),
-        "wiring": json.dumps(to_json(wiring_of(module))),
-        "ptq": ptq_to_json(ptq_of(module)),
-        "options": options_to_json(options_of(module)),
+        "wiring": json.dumps({name: asdict(layer) for name, layer in wiring_of(module).items()}),
+        "ptq": json.dumps(asdict(recorded_fact(module, "ptq") or PTQ())),
+        "options": json.dumps({} if options is None else asdict(options), sort_keys=True),
         "state": dict(module.state_dict()),
     }
     return write_checkpoint(path, module, contents, adapter=_ADAPTER)
 
 
-def has_zero_points(module: nn.Module) -> bool:
-    """Whether any activation has a zero point."""
+def prepared_with(module: nn.Module) -> dict[str, bool]:
+    """See `AbstractAdapter.prepared_with`."""
+    options: NNCFOptions | None = recorded_fact(module, "options")
+    return {"asymmetric": _has_zero_points(module)} if options is None else asdict(options)
+
+
+def _has_zero_points(module: nn.Module) -> bool:
     places = {place for layer in wiring_of(module).values() for place in layer.activation}
     quantizers = [nncf_quantizers.quantizer_at(module, place) for place in places]
     return any(nncf_quantizers.activation_kind(quantizer).asymmetric for quantizer in quantizers)
@@ -54,7 +58,7 @@ def load(model: nn.Module, path: str | Path, example: Any) -> nn.Module:
     bits, document = read_checkpoint(path, keys, adapter=_ADAPTER, optional={"ptq", "options"})  # older ones lack them
     check_same_model(path, bits, find_layers(model, example))
     with quiet():
-        module = nncf_quantizers.place(as_hookable(copy.deepcopy(model)), json.loads(document["placement"]))
+        module = nncf_quantizers.place(nncf_setup.as_hookable(copy.deepcopy(model)), json.loads(document["placement"]))
     try:
         module.load_state_dict(document["state"])
     except RuntimeError as error:
@@ -63,8 +67,10 @@ def load(model: nn.Module, path: str | Path, example: Any) -> nn.Module:
         ) from error
     for hook in nncf_quantizers.hooks(module):
         nncf_quantizers.refresh_levels(nncf_quantizers.quantizer_at(module, hook.name))
-    attach_wiring(module, from_json(json.loads(document["wiring"])))
-    attach_ptq(module, ptq_from_json(document.get("ptq", "{}")))
-    if "options" in document:
-        attach_options(module, options_from_json(document["options"], where=f"{path}: its options"))
+    wiring = parse_json(document["wiring"], where=f"{path}: its wiring")
+    places = {name: read_fields(LayerWiring, item, where=f"{path}: {name}") for name, item in wiring.items()}
+    record(module, wiring=places, ptq=PTQ.of(json.loads(document.get("ptq", "{}"))))
+    options = parse_json(document.get("options", "{}"), where=f"{path}: its options")
+    if options:
+        record(module, options=read_fields(NNCFOptions, options, where=f"{path}: its options"))
     return attach_bits(module.eval(), bits)

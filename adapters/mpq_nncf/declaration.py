@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -149,6 +150,17 @@ def shaped(declaration: Declaration | None, found: Mapping[str, Found]) -> dict[
     return result
 
 
-def json_or_none(value: Any) -> str | None:
-    """The declaration text of a file, or None when it has none."""
-    return value if isinstance(value, str) and value.startswith("{") else None
+def declared_in(text: Any, path: Path) -> Declaration | None:
+    """The declaration of a file from the text in its metadata, or None when it has none; raises `FormatError`."""
+    is_one = isinstance(text, str) and text.startswith("{")
+    return Declaration.loads(text, where=str(path)) if is_one else None
+
+
+def levels_by_user(holder: str, calls: Iterable[tuple[str, Levels]]) -> dict[str, Levels]:
+    """What feeds each layer that uses the weight of `holder`, from the names of its operations and what feeds those."""
+    levels: dict[str, Levels] = {}
+    for name, fed in calls:
+        user, marked, _ = name.rpartition(CALL)
+        user = user if marked else holder
+        levels[user] = (*levels.get(user, ()), *fed)
+    return levels

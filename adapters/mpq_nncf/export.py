@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from mpq_nncf.declaration import Declaration, declare
-from mpq_nncf.float_weights import use_float_weights
+from mpq_nncf.set_bits import use_float_weights
 from mpq_nncf.wiring import wiring_of
 from mpq_plugins.adapter.base import bits_of
 from mpq_plugins.errors import AdapterError

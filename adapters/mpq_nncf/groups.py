@@ -9,46 +9,37 @@ from typing import Any
 from torch import nn
 
 from mpq_nncf import nncf_setup
-from mpq_nncf.hookable import as_hookable
-from mpq_nncf.quiet import quiet
+from mpq_nncf.internals import quiet
+from mpq_nncf.options import NNCFOptions
 from mpq_nncf.wiring import calls_of, owners
-from mpq_plugins.errors import AdapterError
+from mpq_plugins.adapter.checks import check_agreement
 from mpq_plugins.model.discover import find_layers
-from mpq_plugins.model.layers import Layer
 from mpq_plugins.model.run import device_of, evaluating, to_device
 from mpq_plugins.space.precision import Precision
 
 
-def activation_groups(
-    model: nn.Module, example: Any, *, merge_branches: bool, asymmetric: bool = False
-) -> tuple[tuple[str, ...], ...]:
+def activation_groups(model: nn.Module, example: Any, options: NNCFOptions) -> tuple[tuple[str, ...], ...]:
     """Groups of two or more layers whose activation bits must agree, in the order of the layers."""
     layers = find_layers(model, example).layers
     graph = traced_copy(model, example)
     calls = calls_of(layers, graph)
-    setup = planned(graph, calls, merge_branches=merge_branches, asymmetric=asymmetric)
+    setup = planned(graph, calls, options)
     return shared_inputs(nncf_setup.points(setup), owners(calls), [layer.name for layer in layers])
 
 
-def traced_copy(model: nn.Module, example: Any) -> nncf_setup.Graph:
+def traced_copy(model: nn.Module, example: Any) -> nncf_setup.TracedGraph:
     """NNCF's graph of a copy of `model`; the model stays as it was."""
     with quiet(), evaluating(model):
-        return nncf_setup.trace(as_hookable(copy.deepcopy(model)), to_device(example, device_of(model)))
+        return nncf_setup.trace(nncf_setup.as_hookable(copy.deepcopy(model)), to_device(example, device_of(model)))
 
 
-def planned(
-    graph: nncf_setup.Graph,
-    calls: Mapping[str, Sequence[nncf_setup.WeightedOp]],
-    *,
-    merge_branches: bool,
-    asymmetric: bool,
-) -> Any:
+def planned(graph: nncf_setup.TracedGraph, calls: Mapping[str, Sequence[nncf_setup.WeightedOp]], options: NNCFOptions) -> Any:
     """NNCF's quantizer setup when only the given layers are quantized."""
     with quiet():
-        return nncf_setup.plan(graph, merge_branches=merge_branches, ignored=others(graph, calls), asymmetric=asymmetric)
+        return nncf_setup.plan(graph, options, ignored=others(graph, calls))
 
 
-def others(graph: nncf_setup.Graph, calls: Mapping[str, Sequence[nncf_setup.WeightedOp]]) -> tuple[str, ...]:
+def others(graph: nncf_setup.TracedGraph, calls: Mapping[str, Sequence[nncf_setup.WeightedOp]]) -> tuple[str, ...]:
     """Operations NNCF might quantize that are no call of a layer: residual adds, pools, means, float layers."""
     wanted = owners(calls)
     return tuple(name for name in graph.quantizable if name not in wanted)
@@ -79,23 +70,8 @@ def shared_inputs(
 
 def check_groups(groups: Iterable[Sequence[str]], bits: Mapping[str, Precision]) -> None:
     """Raise `AdapterError` when layers that read one activation quantizer ask for different activation bits."""
-    for group in groups:
-        asked = {name: bits[name].activation for name in group if name in bits}
-        if len(set(asked.values())) > 1:
-            told = ", ".join(f"{name}: {width}" for name, width in asked.items())
-            raise AdapterError(
-                f"{', '.join(asked)} read one activation quantizer but ask for different activation bits ({told}). "
-                "Allocate with this adapter (`mpq allocate --adapter nncf`), which ties them, or give the readers of one "
-                "tensor a quantizer each: NNCFAdapter(merge_branches=False), `--adapter-option merge_branches=false`."
-            )
-
-
-def check_tied_weights(layers: Iterable[Layer], bits: Mapping[str, Precision]) -> None:
-    """Raise `AdapterError` when layers that hold the same weight ask for different weight bits."""
-    for layer in layers:
-        holder = layer.shares_weight_with
-        if holder in bits and layer.name in bits and bits[holder].weight != bits[layer.name].weight:
-            raise AdapterError(
-                f"{layer.name} and {holder} hold the same weight but ask for {bits[layer.name].weight} and "
-                f"{bits[holder].weight} weight bits. Tie them: tie=[({holder!r}, {layer.name!r})]."
-            )
+    advice = (
+        "Allocate with this adapter (`mpq allocate --adapter nncf`), which ties them, or give the readers of one "
+        "tensor a quantizer each: NNCFAdapter(merge_branches=False), `--adapter-option merge_branches=false`."
+    )
+    check_agreement(groups, bits, "activation", advice)

@@ -1,4 +1,12 @@
-"""OpenVINO IR with every weight at the width that was asked for."""
+"""OpenVINO IR with every weight at the width that was asked for, written so that its CPU plugin computes what it says.
+
+The plugin (2026.4) merges a multiplication or addition per channel, with or without a ReLU behind it, into the FakeQuantize
+that reads it. Where the batch axis is open it then computes something else, at any rank whose channels are the second axis:
+without its low-precision transformations (`run` with `exact`) at every width, by default at widths other than 4 and 8 bits,
+behind a ReLU at those as well. That meets batch normalisation in front of a layer, input normalisation, LayerScale and
+SmoothQuant's factors. Arithmetic that the operation before takes up, be it a convolution, a matrix product or a
+normalisation, is computed right, and so is any with another operation between: see `_part_from_scaling`.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +22,11 @@ from torch import nn
 from mpq_nncf import nncf_quantizers
 from mpq_nncf.codes import quantized_weight, stored_codes
 from mpq_nncf.declaration import ACTIVATION, CALL, KEY, WEIGHT, Declaration
-from mpq_nncf.ir_graph import Weight, feeding_quantizers, weights
-from mpq_nncf.ir_scaling import part_from_scaling
+from mpq_nncf.internals import quiet
+from mpq_nncf.ir_read import Weight, feeding_quantizers, weights
 from mpq_nncf.ir_storage import Storage, compact, pack, widest
-from mpq_nncf.positional import positional
-from mpq_nncf.quiet import quiet
 from mpq_nncf.wiring import wiring_of
+from mpq_plugins.adapter.positional import positional
 from mpq_plugins.adapter.spelled import Spelled
 from mpq_plugins.common.files import NO_ROOM, check_replaceable, disk_refusal
 from mpq_plugins.common.partial import partial_folder
@@ -27,6 +34,11 @@ from mpq_plugins.common.plugins import require
 from mpq_plugins.errors import AdapterError, WriteError
 
 _NOTHING = 1e-30  # beside any activation
+_ARITHMETIC = frozenset("Add Subtract Multiply Divide".split())
+_LIMITS = frozenset("Relu Clamp".split())  # merged as well
+_NEUTRAL = frozenset("Reshape Squeeze Unsqueeze Convert".split())  # may be removed as having no effect
+_TAKING_UP = frozenset("Convolution GroupConvolution ConvolutionBackpropData GroupConvolutionBackpropData MatMul MVN".split())
+_LEAST = np.array(np.finfo(np.float32).min)
 
 
 def export_ir(module: nn.Module, path: Path, example: Any, declaration: Declaration, *, widen: bool) -> Path:
@@ -43,7 +55,7 @@ def export_ir(module: nn.Module, path: Path, example: Any, declaration: Declarat
     for port, name in zip(model.inputs, names, strict=True):
         port.get_tensor().set_names({name})
         port.get_node().set_friendly_name(name)
-    part_from_scaling(model)
+    _part_from_scaling(model)
     for layer, found in _match(model, codes).items():
         storage = widest() if widen else compact(declaration.layers[layer].precision.weight)
         _store(layer, found, codes[layer], storage)
@@ -222,3 +234,36 @@ def _save_pair(model: Any, path: Path) -> Path:
                     aside.replace(target)
             raise
     return path
+
+
+def _part_from_scaling(model: Any) -> None:
+    """Put an operation that changes nothing between quantizers and the arithmetic per channel that feeds them, in place.
+
+    It is the maximum with the least number there is: not merged into the quantizer, and of no shape of its own.
+    """
+    from openvino import opset13
+
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "FakeQuantize" and _is_scaled(node.input_value(0)):
+            parted = opset13.maximum(node.input_value(0), opset13.constant(_LEAST))
+            node.input(0).replace_source_output(parted.output(0))
+
+
+def _is_scaled(output: Any) -> bool:
+    """Whether a tensor was added to or multiplied with a constant of several values that no operation before takes up."""
+    found, is_read_once = False, True
+    while output.get_node().get_type_name() in _ARITHMETIC | _LIMITS | _NEUTRAL:
+        node = output.get_node()
+        is_read_once = is_read_once and len(output.get_target_inputs()) == 1
+        data, *others = sorted(node.input_values(), key=_is_constant)
+        if node.get_type_name() in _ARITHMETIC:
+            if not any(map(_is_constant, others)):
+                return found
+            found = found or any(_is_constant(other) and other.get_node().data.size > 1 for other in others)
+        output = data
+    is_read_once = is_read_once and len(output.get_target_inputs()) == 1
+    return found and not (is_read_once and output.get_node().get_type_name() in _TAKING_UP)
+
+
+def _is_constant(output: Any) -> bool:
+    return bool(output.get_node().get_type_name() == "Constant")

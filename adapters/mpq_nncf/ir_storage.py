@@ -8,7 +8,7 @@ high two bits in a third, first value at the high end.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -44,56 +44,49 @@ def storage_of(element_type: str) -> Storage | None:
 
 def pack(codes: np.ndarray, storage: Storage) -> np.ndarray:
     """Signed codes as the bytes [n] of a constant."""
-    values = (codes.reshape(-1).astype(np.int16) + storage.zero_point).astype(np.int16)
-    unsigned = (values & ((1 << storage.bits) - 1)).astype(np.uint8)
-    if storage.bits == 8:
-        return unsigned
-    if storage.bits == 2:
-        return _join(_rows(unsigned, 4), (0, 2, 4, 6))
-    if storage.bits == 4:
-        return _join(_rows(unsigned, 2), (0, 4))
-    if storage.bits == 3:
-        rows = _rows(unsigned, 8)
-        low = _join((rows & 3).reshape(-1, 4), (6, 4, 2, 0)).reshape(-1, 2)
-        return np.concatenate([low, _join(rows >> 2, tuple(range(7, -1, -1)))[:, None]], axis=1).reshape(-1)
-    rows = _rows(unsigned, 4)
-    low = _join((rows & 15).reshape(-1, 2), (4, 0)).reshape(-1, 2)
-    return np.concatenate([low, _join(rows >> 4, (6, 4, 2, 0))[:, None]], axis=1).reshape(-1)
+    planes, n_values = _layout(storage.bits)
+    values = (codes.reshape(-1).astype(np.int16) + storage.zero_point).astype(np.uint8)
+    rows = np.pad(values, (0, -len(values) % n_values)).reshape(-1, n_values)
+    parts = []
+    for plane in planes:
+        bits = ((rows >> plane.first) & plane.mask).reshape(-1, len(plane.shifts))
+        parts.append(np.bitwise_or.reduce(bits << plane.shifts, axis=1).astype(np.uint8).reshape(len(rows), -1))
+    return np.concatenate(parts, axis=1).reshape(-1)
 
 
 def unpack(data: np.ndarray, n_codes: int, storage: Storage) -> np.ndarray:
     """Inverse of `pack`: int8 codes [n_codes]."""
-    data = data.reshape(-1).view(np.uint8)
-    if storage.bits == 8:
-        values = data
-    elif storage.bits == 2:
-        values = _split(data, (0, 2, 4, 6), 3)
-    elif storage.bits == 4:
-        values = _split(data, (0, 4), 15)
-    elif storage.bits == 3:
-        rows = data.reshape(-1, 3)
-        values = _split(rows[:, :2].reshape(-1), (6, 4, 2, 0), 3) | _split(rows[:, 2], tuple(range(7, -1, -1)), 1) << 2
-    else:
-        rows = data.reshape(-1, 3)
-        values = _split(rows[:, :2].reshape(-1), (4, 0), 15) | _split(rows[:, 2], (6, 4, 2, 0), 3) << 4
-    values = values[:n_codes]
-    if storage.zero_point:
-        return (values.astype(np.int16) - storage.zero_point).astype(np.int8)
-    if storage.bits == 4:
-        return ((values ^ 8).astype(np.int16) - 8).astype(np.int8)
-    return values.view(np.int8)
+    planes, n_values = _layout(storage.bits)
+    rows = data.reshape(-1).view(np.uint8).reshape(-1, n_values * storage.bits // 8)
+    values, start = np.zeros(len(rows) * n_values, np.uint8), 0
+    for plane in planes:
+        end = start + n_values // len(plane.shifts)
+        values |= ((rows[:, start:end].reshape(-1, 1) >> plane.shifts) & plane.mask).reshape(-1) << plane.first
+        start = end
+    half = np.uint8(1 << (storage.bits - 1))
+    # Two's complement is what a zero point in the middle gives, with the highest bit turned.
+    shifted, zero_point = (values, storage.zero_point) if storage.zero_point else (values ^ half, int(half))
+    return (shifted[:n_codes].astype(np.int16) - zero_point).astype(np.int8)
 
 
-def _rows(values: np.ndarray, width: int) -> np.ndarray:
-    return np.pad(values, (0, -len(values) % width)).reshape(-1, width)
+class _Plane(NamedTuple):
+    """Some bits of every value: the first of them, a mask as wide as they are, and where a byte has those of each value."""
+
+    first: np.uint8
+    mask: np.uint8
+    shifts: np.ndarray
 
 
-def _join(rows: np.ndarray, shifts: tuple[int, ...]) -> np.ndarray:
-    return np.bitwise_or.reduce(rows << np.array(shifts, np.uint8), axis=1).astype(np.uint8)
-
-
-def _split(data: np.ndarray, shifts: tuple[int, ...], mask: int) -> np.ndarray:
-    return ((data[:, None] >> np.array(shifts, np.uint8)) & np.uint8(mask)).reshape(-1)
+def _layout(bits: int) -> tuple[list[_Plane], int]:
+    """The planes that values of so many bits are stored in, one after the other, and for how many values at a time."""
+    widths = {3: (2, 1), 6: (4, 2)}.get(bits, (bits,))
+    order = -1 if len(widths) > 1 else 1
+    starts = (0, widths[0])
+    planes = [
+        _Plane(np.uint8(start), np.uint8((1 << width) - 1), np.arange(0, 8, width, np.uint8)[::order])
+        for start, width in zip(starts, widths, strict=False)
+    ]
+    return planes, 8 // widths[-1]
 
 
 def raw_bytes(constant: Any) -> np.ndarray:

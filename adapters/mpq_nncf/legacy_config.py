@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from mpq_nncf import nncf_setup
 from mpq_nncf.groups import traced_copy
-from mpq_nncf.quiet import quiet
+from mpq_nncf.internals import quiet
+from mpq_nncf.options import NNCFOptions
 from mpq_nncf.wiring import calls_of, owners
 from mpq_plugins.common.files import write_json
 from mpq_plugins.model.discover import find_layers
@@ -50,7 +51,7 @@ def bitwidth_per_scope(model: nn.Module, bits: BitConfig, example: Any) -> list[
     calls = calls_of([layer for layer in inventory if layer.name in bits.layers], graph)
     owner = owners(calls)
     with quiet():
-        setup = nncf_setup.plan(graph, merge_branches=True, ignored=(), asymmetric=False)
+        setup = nncf_setup.plan(graph, NNCFOptions(), ignored=())
     inputs = nncf_setup.input_names(graph)
     rows: list[list[Any]] = [
         [bits[name].weight, f"{_scope(model, op.name)}|WEIGHT"] for name, ops in calls.items() for op in ops

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import nn
 
-from mpq_nncf.nncf_internals import private
-from mpq_plugins.adapter.remembered import Remembered
+from mpq_nncf.internals import private
 
 
 @dataclass(frozen=True)
@@ -51,11 +47,6 @@ def replace_quantizer(module: nn.Module, hook_name: str, quantizer: nn.Module) -
     storage.get_submodule(place)[key] = quantizer
 
 
-def is_quantized(module: nn.Module) -> bool:
-    """Whether the module carries NNCF's hooks."""
-    return hasattr(module, "__nncf_hooks")
-
-
 def bits_of(quantizer: Any) -> int:
     """The width of a placed quantizer."""
     return int(quantizer.num_bits)
@@ -71,11 +62,6 @@ def set_quantizer_bits(quantizer: Any, bits: int) -> None:
 def refresh_levels(quantizer: Any) -> None:
     """Recompute the levels from the bits; asymmetric quantizers do not do so themselves after loading."""
     quantizer.set_levels()
-
-
-def set_weight_step(quantizer: Any, step: Any) -> None:
-    """Give a symmetric weight quantizer the step between two codes."""
-    quantizer.scale.data.copy_((step * quantizer.level_high).reshape(quantizer.scale.shape))
 
 
 def set_weight_limit(quantizer: Any, limit: Any) -> None:
@@ -145,19 +131,6 @@ def passes_through(quantizer: Any) -> bool:
 
 def _unchanged(value: Any) -> Any:
     return value
-
-
-@contextlib.contextmanager
-def remembering(quantizers: Iterable[Any]) -> Iterator[None]:
-    """Without gradients: quantizers compute anew only when the weight or their own parameters changed since the last call."""
-    chosen = [quantizer for quantizer in quantizers if not passes_through(quantizer)]
-    try:
-        for quantizer in chosen:
-            quantizer.forward = Remembered(partial(type(quantizer).forward, quantizer), quantizer)
-        yield
-    finally:
-        for quantizer in chosen:
-            vars(quantizer).pop("forward", None)
 
 
 def quantized(quantizer: Any, value: Any) -> Any:

@@ -7,15 +7,63 @@ edited is the setup (`MinMaxQuantization.find_quantization_setup`) and the quant
 from __future__ import annotations
 
 import contextlib
+import copyreg
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-from mpq_nncf.accessors import copyable_accessors
-from mpq_nncf.nncf_internals import private
+from mpq_nncf.internals import private
+from mpq_nncf.options import NNCFOptions
 from mpq_plugins.common.plugins import require
+
+_KIND = type(torch.Tensor.mT)
+
+
+@contextlib.contextmanager
+def copyable_accessors() -> Iterator[None]:
+    """Let `copy.deepcopy` take accessors by name, as it takes functions; NNCF keeps them in the graphs that it copies."""
+    before = copyreg.dispatch_table.get(_KIND)
+    copyreg.dispatch_table[_KIND] = _by_name
+    try:
+        yield
+    finally:
+        copyreg.dispatch_table.pop(_KIND)
+        if before is not None:
+            copyreg.dispatch_table[_KIND] = before
+
+
+def _by_name(accessor: Any) -> tuple[Any, tuple[Any, str]]:
+    return getattr, (accessor.__objclass__, accessor.__name__)
+
+
+class _Chain(nn.Module):
+    """The children of an `nn.Sequential` under their own names, without its iteration over every child."""
+
+    def __init__(self, chain: nn.Sequential) -> None:
+        super().__init__()
+        self._order = tuple(chain._modules)
+        for name, child in chain._modules.items():
+            self.add_module(name, child)
+        self.train(chain.training)
+
+    def forward(self, input: Any) -> Any:  # the name by which a Sequential may be called
+        value = input
+        for name in self._order:
+            value = self._modules[name](value)  # type: ignore[misc]  # children of a Sequential are modules
+        return value
+
+
+def as_hookable(model: nn.Module) -> nn.Module:
+    """`model` itself, or for a top-level `nn.Sequential` a module with the same children, names and result.
+
+    NNCF stores its hooks as one more child, and a Sequential would call that child.
+    """
+    if isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward:
+        return _Chain(model)
+    return model
 
 
 @dataclass(frozen=True)
@@ -28,7 +76,7 @@ class WeightedOp:
 
 
 @dataclass(frozen=True)
-class Graph:
+class TracedGraph:
     """What NNCF's trace of a model says: the weighted operations, and every operation it might quantize."""
 
     weighted: tuple[WeightedOp, ...]
@@ -37,7 +85,7 @@ class Graph:
     wrapper: Any
 
 
-def trace(model: nn.Module, example: Any) -> Graph:
+def trace(model: nn.Module, example: Any) -> TracedGraph:
     """Trace `model` (wrapped in place for NNCF's hooks) on an example in evaluation mode."""
     names = private()
     wrapper = names["GraphModelWrapper"](names["wrap_model"](model), example)
@@ -53,10 +101,10 @@ def trace(model: nn.Module, example: Any) -> Graph:
             constant = names["get_const_node"](node, port, graph)
             if constant is not None:
                 weighted.append(WeightedOp(node.node_name, constant.layer_attributes.name, port))
-    return Graph(tuple(weighted), tuple(quantizable), graph, wrapper)
+    return TracedGraph(tuple(weighted), tuple(quantizable), graph, wrapper)
 
 
-def fed(graph: Graph) -> frozenset[str]:
+def fed(graph: TracedGraph) -> frozenset[str]:
     """The operations that something on the way from the model's inputs reaches; the others give every image the same."""
     waiting, found = list(graph.nncf_graph.get_input_nodes()), set()
     while waiting:
@@ -67,7 +115,7 @@ def fed(graph: Graph) -> frozenset[str]:
     return frozenset(found)
 
 
-def input_names(graph: Graph) -> list[str]:
+def input_names(graph: TracedGraph) -> list[str]:
     """The names of the model's inputs, in order."""
     return [node.node_name for node in graph.nncf_graph.get_input_nodes()]
 
@@ -140,29 +188,29 @@ def drop_point(setup: Any, point: Point) -> None:
                 del groups[key]
 
 
-def propagation_rule(*, merge_branches: bool) -> Any:
-    """NNCF's rule for a tensor with several readers: one quantizer for all, or one for each."""
-    rule = private()["QuantizerPropagationRule"]
-    return rule.MERGE_ALL_IN_ONE if merge_branches else rule.DO_NOT_MERGE_BRANCHES
-
-
 @copyable_accessors()
-def plan(graph: Graph, *, merge_branches: bool, ignored: tuple[str, ...], asymmetric: bool) -> Any:
+def plan(graph: TracedGraph, options: NNCFOptions, *, ignored: tuple[str, ...]) -> Any:
     """The quantizer setup NNCF would use, without calibrating anything."""
     nncf, names = require("nncf", "nncf"), private()
     algorithm = names["MinMaxQuantization"](
-        preset=_preset(asymmetric=asymmetric),
+        preset=_preset(options),
         ignored_scope=nncf.IgnoredScope(names=list(ignored), validate=False),
         overflow_fix=names["OverflowFix"].DISABLE,
-        quantizer_propagation_rule=propagation_rule(merge_branches=merge_branches),
+        quantizer_propagation_rule=_propagation_rule(options),
     )
     algorithm._set_backend_entity(graph.wrapper)
     return algorithm.find_quantization_setup(graph.wrapper, graph.nncf_graph)
 
 
-def _preset(*, asymmetric: bool) -> Any:
+def _preset(options: NNCFOptions) -> Any:
     preset = require("nncf", "nncf").QuantizationPreset
-    return preset.MIXED if asymmetric else preset.PERFORMANCE
+    return preset.MIXED if options.asymmetric else preset.PERFORMANCE
+
+
+def _propagation_rule(options: NNCFOptions) -> Any:
+    """NNCF's rule for a tensor with several readers: one quantizer for all, or one for each."""
+    rule = private()["QuantizerPropagationRule"]
+    return rule.MERGE_ALL_IN_ONE if options.merge_branches else rule.DO_NOT_MERGE_BRANCHES
 
 
 @contextlib.contextmanager
@@ -201,29 +249,28 @@ def edited_quantization(
 def quantize(
     model: nn.Module,
     inputs: list[Any],
+    options: NNCFOptions,
     *,
     ignored: tuple[str, ...],
-    merge_branches: bool,
-    asymmetric: bool,
     batchwise: bool,
     smooth: bool,
 ) -> nn.Module:
     """The public `nncf.quantize` on all `inputs`, as this adapter always calls it.
 
-    `smooth` lets SmoothQuant move ranges from activations into linear layers. Biases are not corrected: see `_repairs`.
+    `smooth` lets SmoothQuant move ranges from activations into linear layers. Biases are not corrected: see `repairs`.
     """
     nncf, names = require("nncf", "nncf"), private()
     module: nn.Module = nncf.quantize(
         model,
         nncf.Dataset(inputs),
         subset_size=len(inputs),
-        preset=_preset(asymmetric=asymmetric),
+        preset=_preset(options),
         ignored_scope=nncf.IgnoredScope(names=list(ignored), validate=False),
         advanced_parameters=names["AdvancedQuantizationParameters"](
             overflow_fix=names["OverflowFix"].DISABLE,  # its doubled first-layer scale is wrong below 8 bits
             batchwise_statistics=batchwise,
             disable_bias_correction=True,
-            quantizer_propagation_rule=propagation_rule(merge_branches=merge_branches),
+            quantizer_propagation_rule=_propagation_rule(options),
         ),
         # NNCF runs SmoothQuant for this type only, by default on linear layers; the preset is ours all the same.
         model_type=nncf.ModelType.TRANSFORMER if smooth else None,

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from mpq_nncf import nncf_quantizers
 from mpq_nncf.codes import layer_codes, quantized_weight
 from mpq_nncf.declaration import CALL, KEY, WEIGHT, Declaration
-from mpq_nncf.positional import positional
-from mpq_nncf.quiet import quiet
+from mpq_nncf.internals import quiet
 from mpq_nncf.wiring import LayerWiring, wiring_of
+from mpq_plugins.adapter.positional import positional
 from mpq_plugins.adapter.spelled import Spelled
 from mpq_plugins.common.files import write_whole
 from mpq_plugins.common.plugins import require

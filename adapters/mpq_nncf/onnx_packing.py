@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from mpq_nncf.declaration import WEIGHT, Declaration
 from mpq_nncf.ir_storage import Storage, pack
+from mpq_plugins.adapter.onnx_graph import onnx_session
 from mpq_plugins.common.plugins import require
 from mpq_plugins.errors import AdapterError
 
-
-@dataclass(frozen=True)
-class _Type:
-    """An element type of ONNX for signed codes: its width, and the opset whose DequantizeLinear reads it."""
-
-    name: str
-    bits: int
-    opset: int
-
-
-_TYPES = (_Type("INT2", 2, 25), _Type("INT4", 4, 21))
-_BITS = {kind.name: kind.bits for kind in _TYPES}
+# Their layouts are OpenVINO's, and the opset is the one whose DequantizeLinear reads them.
+_TYPES = (Storage("INT2", 2, zero_point=0), Storage("INT4", 4, zero_point=0))
+_OPSETS = {"INT2": 25, "INT4": 21}
 
 
 def pack_weights(model: Any, declaration: Declaration) -> Any:
@@ -54,24 +45,21 @@ def pack_weights(model: Any, declaration: Declaration) -> Any:
     )
 
 
-def _loadable(onnx: Any, model: Any, chosen: dict[str, _Type]) -> Any:
-    runtime = require("onnxruntime", "onnx")
-    packed = onnx.version_converter.convert_version(model, max(kind.opset for kind in chosen.values()))
+def _loadable(onnx: Any, model: Any, chosen: dict[str, Storage]) -> Any:
+    packed = onnx.version_converter.convert_version(model, max(_OPSETS[kind.name] for kind in chosen.values()))
     packed.ir_version = max(packed.ir_version, onnx.helper.find_min_ir_version_for(list(packed.opset_import)))
     for tensor in packed.graph.initializer:
         if tensor.name in chosen:
             codes = onnx.numpy_helper.to_array(tensor)
             kind = chosen[tensor.name]
-            packed_codes = pack(codes, Storage(kind.name, kind.bits, zero_point=0)).tobytes()  # the layouts are OpenVINO's
             element = getattr(onnx.TensorProto, kind.name)
-            tensor.CopyFrom(onnx.helper.make_tensor(tensor.name, element, codes.shape, packed_codes, raw=True))
-    options = runtime.SessionOptions()
-    options.log_severity_level = 4
-    runtime.InferenceSession(packed.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            tensor.CopyFrom(onnx.helper.make_tensor(tensor.name, element, codes.shape, pack(codes, kind).tobytes(), raw=True))
+    onnx_session(packed.SerializeToString(), exact=False)
     return packed
 
 
-def storage_bits(onnx: Any, tensor: Any) -> int | None:
+def storage_bits(tensor: Any) -> int | None:
     """The width of the type that a constant of codes is stored in; None for other constants."""
-    names = {getattr(onnx.TensorProto, name): bits for name, bits in _BITS.items() if hasattr(onnx.TensorProto, name)}
-    return {**names, onnx.TensorProto.INT8: 8}.get(tensor.data_type)
+    onnx = require("onnx", "onnx")
+    name = onnx.TensorProto.DataType.Name(tensor.data_type)
+    return {"INT8": 8, **{kind.name: kind.bits for kind in _TYPES}}.get(name)

@@ -1,37 +1,39 @@
-"""The options of the adapter that are part of a module: which quantizers it has, and of which kind."""
+"""The options of a module's quantizers, and which options of post-training quantization NNCF has."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import final
 
-from torch import nn
-
-from mpq_plugins.adapter.record import record, recorded_fact
-from mpq_plugins.common.files import check_keys, of_kinds, parse_json
-
-_NAMES = ("merge_branches", "asymmetric")
+from mpq_plugins.adapter.ptq import PTQ
+from mpq_plugins.errors import AdapterError
+from mpq_plugins.model.layers import Layer
 
 
-def attach_options(module: nn.Module, options: Mapping[str, bool]) -> nn.Module:
-    """Let a quantized module remember the options that it was prepared with; deepcopy keeps them."""
-    return record(module, options=dict(options))
+@final
+@dataclass(frozen=True)
+class NNCFOptions:
+    """The options of the adapter that are part of a module; see `NNCFAdapter`."""
+
+    merge_branches: bool = True
+    asymmetric: bool = False
 
 
-def options_of(module: nn.Module) -> Mapping[str, bool]:
-    """The options that a module was prepared with; none for checkpoints older than this record."""
-    return recorded_fact(module, "options") or {}
-
-
-def to_json(options: Mapping[str, bool]) -> str:
-    """The options as JSON text."""
-    return json.dumps(dict(options), sort_keys=True)
-
-
-def from_json(text: Any, *, where: str) -> dict[str, bool]:
-    """Inverse of `to_json`; raises `FormatError`."""
-    options = parse_json(text if isinstance(text, str) else "", where=where)
-    check_keys(options, allowed=set(_NAMES), required=set(), where=where)
-    of_kinds(options, dict.fromkeys(options, bool), where=where)
-    return dict(options)
+def check_options(ptq: PTQ, layers: Iterable[Layer]) -> None:
+    """Raise `AdapterError` for what NNCF's torch backend lacks."""
+    if ptq.rounding != "nearest":
+        raise AdapterError(
+            f"NNCF has no rounding={ptq.rounding!r} for torch modules: its GPTQ belongs to weight-only compression of OpenVINO "
+            "models. Use the Brevitas adapter (--adapter brevitas), or rounding='nearest'."
+        )
+    if ptq.equalization == "cross-layer":
+        raise AdapterError(
+            "NNCF's cross-layer equalization (channel alignment) works on OpenVINO models only, not on torch modules. "
+            "Use the Brevitas adapter (--adapter brevitas), or equalization='none'."
+        )
+    if ptq.equalization == "smooth-quant" and not any(layer.kind == "Linear" for layer in layers):
+        raise AdapterError(
+            "NNCF's SmoothQuant moves ranges into linear layers only, and no layer with bits is one. "
+            "Use equalization='none', or the Brevitas adapter (--adapter brevitas)."
+        )

@@ -1,21 +1,20 @@
-"""Other bits for a prepared module, in place."""
+"""Other bits for a prepared module, or its weights left unquantized for a while, in place."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
 from mpq_nncf import nncf_quantizers
-from mpq_nncf.activation_range import fit, measured
-from mpq_nncf.advice import check_precisions
 from mpq_nncf.groups import check_groups
-from mpq_nncf.ptq import ptq_of
-from mpq_nncf.weight_range import fit_weight_ranges
-from mpq_nncf.wiring import Wiring, wiring_of
+from mpq_nncf.ranges import first_places, fit, fit_weight_ranges, measured
+from mpq_nncf.wiring import LayerWiring, Wiring, wiring_of
 from mpq_plugins.adapter.base import attach_bits, bits_of, check_switch
-from mpq_plugins.errors import AdapterError
+from mpq_plugins.adapter.checks import TIE, check_agreement
+from mpq_plugins.adapter.ptq import PTQ
+from mpq_plugins.adapter.record import recorded_fact
 from mpq_plugins.model.run import Batch, batches_of
 from mpq_plugins.quantizers.batch_norm import corrected_around, norm_sites
 from mpq_plugins.space.bits import BitConfig
@@ -49,40 +48,43 @@ def _switch(module: nn.Module, bits: BitConfig, batches: Sequence[Batch]) -> nn.
             nncf_quantizers.set_quantizer_bits(nncf_quantizers.quantizer_at(module, hook), bits[name].weight)
     for hook, width in widths.items():
         nncf_quantizers.set_quantizer_bits(nncf_quantizers.quantizer_at(module, hook), width)
-    fit_weight_ranges(module, [wiring[name] for name in reweighted], method=ptq_of(module).weight_range)
-    fit(module, histograms, method=ptq_of(module).activation_range)
+    fit_weight_ranges(module, [wiring[name] for name in reweighted], method=_ptq_of(module).weight_range)
+    fit(module, histograms, method=_ptq_of(module).activation_range)
     return attach_bits(module, bits)
-
-
-def first_places(module: nn.Module, hooks: Iterable[str]) -> list[str]:
-    """One of `hooks` for each quantizer: those of joined inputs stand in several places."""
-    places: dict[int, str] = {}
-    for hook in hooks:
-        places.setdefault(id(nncf_quantizers.quantizer_at(module, hook)), hook)
-    return list(places.values())
 
 
 def _check(wiring: Wiring, bits: BitConfig, old: BitConfig) -> None:
     check_switch(old, bits)
-    check_precisions(bits.layers)
-    check_groups(_sharing(wiring), bits.layers)
-    _check_weights(wiring, bits)
+    check_groups(_sharing(wiring, lambda layer: layer.activation), bits.layers)
+    check_agreement(_sharing(wiring, lambda layer: [layer.parameter]), bits.layers, "weight", TIE)
 
 
-def _check_weights(wiring: Wiring, bits: BitConfig) -> None:
-    first: dict[str, str] = {}
-    for name, layer in wiring.items():
-        holder = first.setdefault(layer.parameter, name)
-        if bits[name].weight != bits[holder].weight:
-            raise AdapterError(
-                f"{name} and {holder} hold the same weight but ask for {bits[name].weight} and {bits[holder].weight} "
-                f"weight bits. Tie them: tie=[({holder!r}, {name!r})]."
-            )
+def use_float_weights(module: nn.Module, on: bool) -> nn.Module:
+    """Let the weight quantizers of `module` return their input, or quantize again; returns the module.
+
+    Bits and the keys of the state dict stay; quantizers that begin again get ranges for what the weights have become. Codes,
+    checkpoints and exported files are those of the quantized weights all along.
+    """
+    beginning = []
+    for layer in wiring_of(module).values():
+        quantizers = [nncf_quantizers.quantizer_at(module, hook) for hook in layer.weight]
+        if not on and any(nncf_quantizers.passes_through(quantizer) for quantizer in quantizers):
+            beginning.append(layer)
+        for quantizer in quantizers:
+            nncf_quantizers.pass_through(quantizer, on=on)
+    fit_weight_ranges(module, beginning, method=_ptq_of(module).weight_range)
+    return module
 
 
-def _sharing(wiring: Wiring) -> tuple[tuple[str, ...], ...]:
+def _ptq_of(module: nn.Module) -> PTQ:
+    # Checkpoints of the first release do not say how ranges were fitted.
+    return recorded_fact(module, "ptq") or PTQ()
+
+
+def _sharing(wiring: Wiring, parts: Callable[[LayerWiring], Iterable[str]]) -> list[list[str]]:
+    """The layers of each of their `parts`."""
     readers: dict[str, list[str]] = {}
     for name, layer in wiring.items():
-        for hook in layer.activation:
-            readers.setdefault(hook, []).append(name)
-    return tuple(tuple(names) for names in readers.values() if len(names) > 1)
+        for part in parts(layer):
+            readers.setdefault(part, []).append(name)
+    return list(readers.values())

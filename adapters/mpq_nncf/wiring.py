@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from mpq_nncf import nncf_quantizers, nncf_setup
-from mpq_plugins.adapter.record import record, recorded_fact
+from mpq_plugins.adapter.record import recorded_fact
 from mpq_plugins.errors import AdapterError
 from mpq_plugins.model.layers import Layer
 
@@ -27,11 +26,6 @@ class LayerWiring:
 Wiring = Mapping[str, LayerWiring]
 
 
-def attach_wiring(module: nn.Module, wiring: Wiring) -> nn.Module:
-    """Let a quantized module remember its wiring; deepcopy keeps it."""
-    return record(module, wiring=dict(wiring))
-
-
 def wiring_of(module: nn.Module) -> Wiring:
     """The wiring of a module of this adapter; raises `AdapterError` for any other."""
     wiring: Wiring | None = recorded_fact(module, "wiring")
@@ -40,7 +34,7 @@ def wiring_of(module: nn.Module) -> Wiring:
     return wiring
 
 
-def calls_of(layers: Iterable[Layer], graph: nncf_setup.Graph) -> dict[str, tuple[nncf_setup.WeightedOp, ...]]:
+def calls_of(layers: Iterable[Layer], graph: nncf_setup.TracedGraph) -> dict[str, tuple[nncf_setup.WeightedOp, ...]]:
     """Layer name -> the traced operations that are its calls, found through the weight parameter they read.
 
     Layers that hold the same weight are told apart by the module path in the operation's name.
@@ -104,24 +98,3 @@ def _stands_at(hook: nncf_quantizers.Hook, point: nncf_setup.Point) -> bool:
     if hook.operation != point.target:
         return False
     return hook.before and hook.port == point.port if point.port is not None else not hook.before
-
-
-def to_json(wiring: Wiring) -> dict[str, Any]:
-    """The wiring as plain JSON values."""
-    return {
-        name: {
-            "parameter": layer.parameter,
-            "channel_axis": layer.channel_axis,
-            "weight": list(layer.weight),
-            "activation": list(layer.activation),
-        }
-        for name, layer in wiring.items()
-    }
-
-
-def from_json(document: Mapping[str, Any]) -> dict[str, LayerWiring]:
-    """Inverse of `to_json`."""
-    return {
-        name: LayerWiring(item["parameter"], item["channel_axis"], tuple(item["weight"]), tuple(item["activation"]))
-        for name, item in document.items()
-    }

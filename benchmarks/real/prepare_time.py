@@ -90,7 +90,7 @@ def seconds(work: Callable[[], Any]) -> float:
 def by_nncf(net: nn.Module, bits: BitConfig, images: tuple[Any, ...]) -> float:
     """NNCF's own quantization, at 8 bits whatever was asked."""
     import nncf
-    from mpq_nncf.hookable import as_hookable
+    from mpq_nncf.nncf_setup import as_hookable
 
     return seconds(lambda: nncf.quantize(as_hookable(net), nncf.Dataset(list(images)), subset_size=len(images)))
 
@@ -98,10 +98,10 @@ def by_nncf(net: nn.Module, bits: BitConfig, images: tuple[Any, ...]) -> float:
 def by_brevitas(net: nn.Module, bits: BitConfig, images: tuple[Any, ...]) -> float:
     """Calibration, weight ranges and bias correction of Brevitas, on the layers that the adapter puts in place."""
     from brevitas.graph.calibrate import bias_correction_mode, calibration_mode
-    from mpq_brevitas.layerwise import convert
-    from mpq_brevitas.recipe import Recipe
+    from mpq_brevitas.convert import convert
+    from mpq_brevitas.options import BrevitasOptions
 
-    module = convert(net, bits, Recipe("layerwise", "mse", dict.fromkeys(bits.layers, True)))
+    module = convert(net, bits, BrevitasOptions(signed=dict.fromkeys(bits.layers, True))).module
 
     def quantize() -> None:
         with torch.no_grad():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +21,8 @@ def accuracy(model: nn.Module, batches: Iterable[Any], *, output: Output = None)
 
     Raises `DataError` when a batch has no labels or there is no batch.
     """
-    n_right = n_images = 0
     with evaluating(model, fused=True):
-        for batch in batches_of(batches):
-            logits = _logits(select(call(model, batch.inputs), output))
-            labels = class_indices(batch, logits)
-            n_right += int((logits.argmax(dim=1).cpu() == labels).sum())
-            n_images += len(labels)
-    if not n_images:
-        raise DataError("accuracy needs at least one batch, and there was none. Pass labelled data.")
-    return n_right / n_images
+        return _share_of_right(batches, lambda batch: select(call(model, batch.inputs), output))
 
 
 def exported_accuracy(adapter: AbstractAdapter, path: str | Path, batches: Iterable[Any], *, output: Output = None) -> float:
@@ -38,12 +30,20 @@ def exported_accuracy(adapter: AbstractAdapter, path: str | Path, batches: Itera
 
     `output` selects among the file's outputs, which have only an order: an index, or a callable that takes the list.
     """
+    chosen = output if callable(output) or isinstance(output, int) else None
+
+    def logits_of(batch: Batch) -> Tensor:
+        return select([torch.from_numpy(array) for array in adapter.run(path, batch.inputs)], chosen)
+
+    return _share_of_right(batches, logits_of)
+
+
+def _share_of_right(batches: Iterable[Any], logits_of: Callable[[Batch], Tensor]) -> float:
     n_right = n_images = 0
     for batch in batches_of(batches):
-        results = [torch.from_numpy(array) for array in adapter.run(path, batch.inputs)]
-        logits = select(results, output if callable(output) or isinstance(output, int) else None)
-        labels = class_indices(batch, _logits(logits))
-        n_right += int((logits.argmax(dim=1) == labels).sum())
+        logits = _logits(logits_of(batch))
+        labels = class_indices(batch, logits)
+        n_right += int((logits.argmax(dim=1).cpu() == labels).sum())
         n_images += len(labels)
     if not n_images:
         raise DataError("accuracy needs at least one batch, and there was none. Pass labelled data.")

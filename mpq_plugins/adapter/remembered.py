@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, final
 
 from torch import Tensor, nn
@@ -31,3 +33,19 @@ class Remembered:
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
     return one is other or (one.data_ptr(), one.shape, one.stride()) == (other.data_ptr(), other.shape, other.stride())
+
+
+@contextlib.contextmanager
+def remembered(quantizers: Iterable[nn.Module]) -> Iterator[None]:
+    """Without gradients: let each of `quantizers`, which take one weight, compute anew only what changed since the last call.
+
+    Those whose forward pass is replaced already stay as they are.
+    """
+    chosen = {id(quantizer): quantizer for quantizer in quantizers if "forward" not in vars(quantizer)}.values()
+    try:
+        for quantizer in chosen:
+            quantizer.forward = Remembered(partial(type(quantizer).forward, quantizer), quantizer)
+        yield
+    finally:
+        for quantizer in chosen:
+            vars(quantizer).pop("forward", None)

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, final
 
 import torch
@@ -245,17 +245,26 @@ def note(made: Repair) -> None:
     _LOG.log(logging.INFO if made.kept else logging.WARNING, "%s", made)
 
 
-def better(option: str, judge: Judge, plain: nn.Module, changed: nn.Module) -> tuple[nn.Module, Repair]:
-    """The one of two modules whose outputs are nearer to the float network's: the `changed` one with an option, or not."""
-    before, after = judge.distance(plain), judge.distance(changed)
-    made = _compared(option, judge, before, after)
-    note(made)
-    return (changed if made.kept else plain), made
+def keep_what_helps(
+    model: nn.Module, images: Images, ptq: PTQ, quantized: Callable[[PTQ, Judge | None], tuple[nn.Module, list[Repair]]]
+) -> tuple[nn.Module, PTQ]:
+    """What `quantized` makes of `model` with the options of `ptq`, less those that take it farther from the float network.
 
-
-def attach_repairs(module: nn.Module, repairs: Sequence[Repair]) -> nn.Module:
-    """Let a quantized module remember what its repairs were worth; deepcopy keeps it."""
-    return record(module, repairs=tuple(repairs))
+    Rounding and equalization are judged by quantizing without them too, on held-out images where there are some. The module
+    remembers its repairs.
+    """
+    judge = Judge(model, images.quick_held) if images.quick_held else None
+    module, repairs = quantized(ptq, judge)
+    for option, plain in (("rounding", "nearest"), ("equalization", "none")):
+        if judge is not None and getattr(ptq, option) != plain:
+            without: PTQ = replace(ptq, **{option: plain})  # type: ignore[arg-type]  # the name is a field's
+            simpler, of_simpler = quantized(without, judge)
+            before, after = judge.distance(simpler), judge.distance(module)
+            made = _compared(f"{option}={getattr(ptq, option)}", judge, before, after)
+            note(made)
+            module, repairs, ptq = (module, repairs, ptq) if made.kept else (simpler, of_simpler, without)
+            repairs = [*repairs, made]
+    return record(module, repairs=tuple(repairs)), ptq
 
 
 def repairs_of(module: nn.Module) -> tuple[Repair, ...]:

@@ -347,6 +347,8 @@ def _rounded_otherwise(module: nn.Module, seed: int, roundings: int = _ROUNDINGS
     """Adds noise of some roundings of single precision, of each channel's typical value, to what quantized layers return."""
     import torch
 
+    from mpq_plugins.adapter.hooks import hooked
+
     generator = torch.Generator().manual_seed(seed)
 
     def noisy(layer: nn.Module, _: Any, result: Any) -> Any:
@@ -359,12 +361,8 @@ def _rounded_otherwise(module: nn.Module, seed: int, roundings: int = _ROUNDINGS
         return result + roundings * torch.finfo(torch.float32).eps * typical * noise
 
     names = set(bits_of(module).layers)
-    hooks = [layer.register_forward_hook(noisy) for name, layer in module.named_modules() if name in names]
-    try:
+    with hooked(layer.register_forward_hook(noisy) for name, layer in module.named_modules() if name in names):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _outputs(module: nn.Module, inputs: Any) -> list[np.ndarray]:

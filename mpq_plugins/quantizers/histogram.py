@@ -149,6 +149,20 @@ def _in_memory_order(values: Tensor) -> Tensor:
     return values.permute(sorted(range(values.dim()), key=lambda axis: -strides[axis])).reshape(-1)
 
 
+def least_error_threshold(histogram: Histogram, most: Tensor, codes: tuple[int, int], n_steps: int) -> Tensor:
+    """The threshold of least squared error for each row, `n_steps` steps long, up to `most`.  # most and result [row]
+
+    The quantizer has the lowest and highest of `codes` and no zero point.
+    """
+    lowest, highest = codes
+
+    def error(thresholds: Tensor) -> Tensor:
+        least, largest = thresholds * (lowest / n_steps), thresholds * (highest / n_steps)
+        return histogram.squared_error(least, largest, highest - lowest + 1)
+
+    return best_threshold(most, error)
+
+
 def _sampled(values: Tensor, most: int) -> Tensor:
     """Every so many of a row of values; no channel and no column of images is left out, as the stride divides nothing."""
     stride = max(1, len(values) // most)

@@ -5,7 +5,7 @@ import copyreg
 import pytest
 import torch
 from mpq_brevitas import BrevitasAdapter
-from mpq_brevitas.onnx_graph import OnnxGraph, call_name, layer_of_call
+from mpq_brevitas.read import BrevitasGraph, call_name, layer_of_call
 from mpq_nncf import NNCFAdapter
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -138,7 +138,7 @@ def test_calls_of_a_layer_whose_second_name_is_taken(tmp_path):
             return self.a(torch.relu(self.get_submodule("a#2")(torch.relu(self.a(x)))))
 
     _, path = round_trip(LAYERWISE, Net(), tmp_path)
-    assert sorted(name for name, _ in OnnxGraph.load(path).calls()) == ["a", "a", "a#2"]
+    assert sorted(name for name, _ in BrevitasGraph.load(path).calls()) == ["a", "a", "a#2"]
     known = {"a", "a#2", "b"}
     for layer in known:
         assert [layer_of_call(call_name(layer, number, known), known) for number in (1, 2, 3)] == [layer] * 3

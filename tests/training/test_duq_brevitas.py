@@ -7,14 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mpq_brevitas import BrevitasAdapter
-from mpq_brevitas import brevitas_internals as brevitas
-from mpq_brevitas.calibrate import calibrate
-from mpq_brevitas.duq import DuQTensorQuant, duq_activation_quantizer, duq_weight_quantizer, fold_duq
-from mpq_brevitas.recipe import Recipe, attach_recipe
+from mpq_brevitas import internals as brevitas
+from mpq_brevitas.duq import DuQTensorQuant, activation_quantizer, fold_duq, weight_quantizer
+from mpq_brevitas.options import BrevitasOptions
+from mpq_brevitas.ranges import calibrate
 from torch import nn
 
 from mpq_plugins import BitConfig, Precision, find_layers
 from mpq_plugins.adapter.base import attach_bits, bits_of
+from mpq_plugins.adapter.record import record
 from mpq_plugins.model.run import Batch
 from mpq_plugins.training import duq, parameter_groups
 
@@ -35,9 +36,10 @@ def net(images):
     module, example = _float_net().eval(), images
     bits = BitConfig(BITS, find_layers(module, example).fingerprint)
     signed = {"0": True, "3": False, "7": True}
+    duq = BrevitasOptions(quantizer="duq")
     options = {
-        "weight_quant": lambda _, name: duq_weight_quantizer(bits[name].weight),
-        "input_quant": lambda _, name: duq_activation_quantizer(bits[name].activation, signed=signed[name]),
+        "weight_quant": lambda _, name: weight_quantizer(bits[name].weight, duq),
+        "input_quant": lambda _, name: activation_quantizer(bits[name].activation, duq, signed=signed[name]),
         "bias_quant": None,
         "return_quant_tensor": False,
     }
@@ -45,7 +47,7 @@ def net(images):
         layers = {kind: (quantized, options) for kind, quantized in brevitas.QUANTIZED.items()}
         module = brevitas.layerwise_quantize(copy.deepcopy(module), compute_layer_map=layers)
     calibrate(module, [Batch(images[:8]), Batch(images[8:])])
-    attach_recipe(module, Recipe("layerwise", "max", signed))
+    record(module, options=BrevitasOptions("layerwise", "max", signed))
     return attach_bits(module, bits)
 
 
@@ -110,7 +112,7 @@ def test_folded_and_exported_file_holds_bits_codes_and_outputs(net, images, tmp_
     folded = fold_duq(copy.deepcopy(trained)).eval()
     torch.testing.assert_close(folded(images), outputs, rtol=1e-5, atol=1e-5)
     path = adapter.export(
-        attach_recipe(attach_bits(folded, BitConfig(BITS, "sha256:0")), Recipe("layerwise", "max")),
+        record(attach_bits(folded, BitConfig(BITS, "sha256:0")), options=BrevitasOptions("layerwise", "max")),
         tmp_path / "net.onnx",
         images,
     )

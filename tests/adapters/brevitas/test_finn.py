@@ -2,7 +2,7 @@
 
 import onnx
 import pytest
-from mpq_brevitas.onnx_graph import OnnxGraph, attribute
+from mpq_brevitas.read import BrevitasGraph, attribute
 
 
 def _quantizers(graph):
@@ -13,7 +13,7 @@ def _quantizers(graph):
 class TestRules:
     def test_signs(self, exported, name):
         """Unsigned, non-narrow quantizers stand right behind a ReLU (or its clipped form), signed ones everywhere else."""
-        graph = OnnxGraph.load(exported(name, "finn"))
+        graph = BrevitasGraph.load(exported(name, "finn"))
         assert _quantizers(graph)
         for node in _quantizers(graph):
             producer = graph.producers.get(node.input[0])
@@ -23,27 +23,27 @@ class TestRules:
 
     def test_no_zero_points_and_at_most_eight_bits(self, exported, name):
         """Every zero point is 0 and every activation has 2 to 8 bits."""
-        graph = OnnxGraph.load(exported(name, "finn"))
+        graph = BrevitasGraph.load(exported(name, "finn"))
         for node in _quantizers(graph):
             assert not graph.constant(node.input[2]).any()
             assert 2 <= int(graph.constant(node.input[3])) <= 8
 
     def test_biases_are_float(self, exported, name):
         """No bias is quantized; FINN puts float biases into thresholds."""
-        graph = OnnxGraph.load(exported(name, "finn"))
+        graph = BrevitasGraph.load(exported(name, "finn"))
         biases = [node.input[2] for _, node in graph.calls() if len(node.input) > 2]
         assert biases
         assert all(graph.constant(bias) is not None for bias in biases)
 
     def test_normalisation_is_merged(self, exported, name):
         """No batch normalisation is left in the file."""
-        graph = OnnxGraph.load(exported(name, "finn"))
+        graph = BrevitasGraph.load(exported(name, "finn"))
         assert not [node for node in graph.model.graph.node if node.op_type == "BatchNormalization"]
 
 
 def test_adds_have_equal_scales(exported):
     """Both operands of every residual add come from quantizers with one scale and one bit-width."""
-    graph = OnnxGraph.load(exported("residual", "finn"))
+    graph = BrevitasGraph.load(exported("residual", "finn"))
     adds = [node for node in graph.model.graph.node if node.op_type == "Add"]
     assert len(adds) == 2
     for add in adds:

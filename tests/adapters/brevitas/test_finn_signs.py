@@ -3,7 +3,7 @@
 import pytest
 import torch
 from mpq_brevitas import BrevitasAdapter
-from mpq_brevitas.onnx_graph import OnnxGraph, attribute
+from mpq_brevitas.read import BrevitasGraph, attribute
 from torch import nn
 
 from mpq_plugins import BitConfig, Precision, build_space, find_layers
@@ -78,7 +78,7 @@ def test_joined_relus_lose_no_bit(join, second):
 def test_signs_of_a_file(join, second, tmp_path):
     """Unsigned right behind a ReLU, signed everywhere else, also where a ReLU is joined with what has both signs."""
     adapter, module = _prepared(Joined(join, second), "finn")
-    graph = OnnxGraph.load(adapter.export(module, tmp_path / "net.onnx", _example()))
+    graph = BrevitasGraph.load(adapter.export(module, tmp_path / "net.onnx", _example()))
     found = {True: 0, False: 0}
     for node in graph.model.graph.node:
         if node.op_type == "Quant" and graph.constant(node.input[0]) is None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from brevitas_nets import images, mixed_bits, network
 from mpq_brevitas import BrevitasAdapter
-from mpq_brevitas.onnx_graph import OnnxGraph
-from mpq_brevitas.recipe import recipe_of
+from mpq_brevitas.options import options_of
+from mpq_brevitas.read import BrevitasGraph
 from small_nets import mobilenet_v3
 from torch import nn
 
@@ -41,7 +41,7 @@ class TestDuQ:
         """A checkpoint is rebuilt with DuQ, whatever the options of the adapter that loads it."""
         model, adapter, _, module, example = prepared
         loaded = BrevitasAdapter().load(model, adapter.save(module, tmp_path / "m.pt"), example)
-        assert recipe_of(loaded).quantizer == "duq"
+        assert options_of(loaded).quantizer == "duq"
         assert torch.equal(loaded(example), module(example))
 
     def test_refusals(self):
@@ -71,7 +71,7 @@ class TestPowersOfTwo:
         optimizer.step()
         for part in (module, trained.eval()):
             path = adapter.export(part, tmp_path / "m.onnx", example)
-            graph = OnnxGraph.load(path)
+            graph = BrevitasGraph.load(path)
             scales = [graph.constant(node.input[1]) for node in graph.model.graph.node if node.op_type == "Quant"]
             assert len(scales) > len(bits.layers)
             for scale in scales:
@@ -105,7 +105,7 @@ class TestPowersOfTwo:
         model, example, adapter = network("residual"), images(), BrevitasAdapter("finn", scales="power-of-two")
         module = adapter.prepare(model, mixed_bits("residual", model), example, [example])
         loaded = BrevitasAdapter().load(model, adapter.save(module, tmp_path / "m.pt"), example)
-        assert recipe_of(loaded).scales == "power-of-two"
+        assert options_of(loaded).scales == "power-of-two"
         assert torch.equal(loaded(example), module(example))
 
     def test_refusals(self):

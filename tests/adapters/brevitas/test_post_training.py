@@ -7,7 +7,7 @@ import pytest
 import torch
 from brevitas_nets import CASES, mixed_bits, network
 from mpq_brevitas import BrevitasAdapter
-from mpq_brevitas import brevitas_internals as brevitas
+from mpq_brevitas import internals as brevitas
 from torch import nn
 
 from mpq_plugins import BitConfig, Precision, find_layers

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from brevitas_nets import ALL_PROFILES, CASES, Cnn, Residual, images, mixed_bits, network
-from mpq_brevitas import BrevitasAdapter, version
+from mpq_brevitas import BrevitasAdapter, internals
 from torch import nn
 
 from mpq_plugins import BitConfig, Precision, find_layers
@@ -255,7 +255,7 @@ class TestRefusals:
         model = network("odd")
         bits = mixed_bits("odd", model)
         layers = {**bits.layers, "tied": Precision(5, 8)}
-        with pytest.raises(AdapterError, match="mix and tied hold one weight"):
+        with pytest.raises(AdapterError, match="mix, tied hold the same weight"):
             BrevitasAdapter().prepare(model, BitConfig(layers, bits.fingerprint), images(), [images()])
 
     def test_unknown_options(self):
@@ -297,16 +297,16 @@ class TestRefusals:
 
     def test_version(self, monkeypatch):
         """A Brevitas outside the known range, or none, is refused with what to install."""
-        monkeypatch.setattr(version.importlib.metadata, "version", lambda _name: "0.14.0")
+        monkeypatch.setattr(internals.importlib.metadata, "version", lambda _name: "0.14.0")
         with pytest.raises(AdapterError, match=r"0\.14\.0 is installed.*>=0\.13,<0\.14"):
-            version.require_brevitas()
+            internals.require_brevitas()
 
         def missing(_name):
-            raise version.importlib.metadata.PackageNotFoundError
+            raise internals.importlib.metadata.PackageNotFoundError
 
-        monkeypatch.setattr(version.importlib.metadata, "version", missing)
+        monkeypatch.setattr(internals.importlib.metadata, "version", missing)
         with pytest.raises(MissingExtraError, match=r"mpq-plugins\[brevitas\]"):
-            version.require_brevitas()
+            internals.require_brevitas()
 
 
 class TestGroups:

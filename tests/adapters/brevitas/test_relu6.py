@@ -4,7 +4,7 @@ import onnx
 import pytest
 import torch
 from mpq_brevitas import BrevitasAdapter
-from mpq_brevitas import brevitas_internals as brevitas
+from mpq_brevitas import internals as brevitas
 from torch import nn
 
 import mpq_plugins as mpq

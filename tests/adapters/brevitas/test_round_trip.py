@@ -8,7 +8,7 @@ import pytest
 import torch
 from brevitas_nets import ALL_PROFILES, CASES, network
 from mpq_brevitas import BrevitasAdapter
-from mpq_brevitas.inference_cost import of_one_image
+from mpq_brevitas.run import of_one_image
 
 from mpq_plugins import BitConfig, Precision, find_layers
 from mpq_plugins.errors import AdapterError, FormatError
@@ -163,7 +163,7 @@ class TestTampering:
     def test_missing_and_foreign(self, prepared, tmp_path):
         """A missing file and an ONNX file of another tool are refused with what is wrong."""
         adapter = prepared("cnn").adapter
-        with pytest.raises(FormatError, match="cannot read"):
+        with pytest.raises(FormatError, match="does not exist"):
             adapter.read_bits(tmp_path / "none.onnx")
         node = onnx.helper.make_node("Relu", ["x"], ["y"])
         values = [onnx.helper.make_tensor_value_info(name, 1, [1]) for name in "xy"]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from mpq_brevitas import BrevitasAdapter
-from mpq_brevitas import brevitas_internals as brevitas
+from mpq_brevitas import internals as brevitas
 from mpq_brevitas.subclasses import padding_of, plain_form
 from torch import nn
 from torchvision.models.video.resnet import Conv3DSimple

@@ -7,7 +7,7 @@ import pytest
 import torch
 from brevitas_nets import images, mixed_bits, network
 from mpq_brevitas import BrevitasAdapter
-from mpq_brevitas import brevitas_internals as brevitas
+from mpq_brevitas import internals as brevitas
 
 from mpq_plugins import BitConfig, Precision, find_layers
 from mpq_plugins.adapter.base import bits_of
@@ -131,14 +131,14 @@ class TestSetBits:
         """A checkpoint whose recipe has three keys and whose max ranges are computed from the weights still loads."""
         import json
 
-        from mpq_brevitas import layerwise
-        from mpq_brevitas.recipe import Recipe, recipe_of
+        from mpq_brevitas.convert import convert
+        from mpq_brevitas.options import BrevitasOptions, options_of
 
         model, example, adapter = network("residual"), images(), BrevitasAdapter()
         bits = uniform(model, example, "w4a4")
         module = adapter.prepare(model, bits, example, [example], weight_range="max", **PLAIN)
-        old = Recipe("layerwise", "max", recipe_of(module).signed, weight_scale="statistics")
-        state = layerwise.convert(model, bits, old).state_dict()
+        old = BrevitasOptions("layerwise", "max", options_of(module).signed, weight_scale="statistics")
+        state = convert(model, bits, old).module.state_dict()
         document = torch.load(adapter.save(module, tmp_path / "m.pt"), weights_only=True)
         document["recipe"] = json.dumps({"profile": "layerwise", "weight_range": "max", "signed": dict(old.signed)})
         document["state_dict"] = {key: value for key, value in document["state_dict"].items() if _is_old(key, state)}

@@ -86,7 +86,7 @@ def test_nothing_is_compiled_on_the_cpu(tmp_path):
     """A fresh process quantizes through NNCF's own function, forward and backward, and its build folder stays empty."""
     code = """
 import torch
-from mpq_nncf.nncf_internals import private
+from mpq_nncf.internals import private
 private()
 from nncf.torch.quantization.quantize_functions import QuantizeSymmetric
 values, scale = torch.randn(8, requires_grad=True), torch.ones(1, requires_grad=True)

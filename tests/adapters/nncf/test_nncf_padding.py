@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from mpq_brevitas import BrevitasAdapter
-from mpq_brevitas.recipe import recipe_of
+from mpq_brevitas.options import options_of
 from mpq_nncf import NNCFAdapter, nncf_quantizers
 from mpq_nncf.wiring import wiring_of
 from nncf_nets import images
@@ -33,7 +33,7 @@ class Small(nn.Module):
 def signed_readers(adapter, module: nn.Module) -> list[bool]:
     """Whether the layers that read hard swishes have signed input quantizers."""
     if isinstance(adapter, BrevitasAdapter):
-        return [recipe_of(module).signed[name] for name in READERS]
+        return [options_of(module).signed[name] for name in READERS]
     places = [wiring_of(module)[name].activation[0] for name in READERS]
     return [nncf_quantizers.activation_kind(nncf_quantizers.quantizer_at(module, place)).signed for place in places]
 

@@ -1,4 +1,4 @@
-"""From a converted module to a usable one: ranges, bias correction, batch-normalisation statistics."""
+"""Corrections and statistics of batch normalisations that are merged into layers."""
 
 from __future__ import annotations
 
@@ -9,23 +9,9 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from mpq_brevitas import brevitas_internals as brevitas
-from mpq_brevitas.modules import get_layer, set_layer
-from mpq_plugins.model.run import Batch, call
+from mpq_brevitas import internals as brevitas
+from mpq_plugins.model.run import Batch
 from mpq_plugins.quantizers.batch_norm import AbstractSite, Shift, reestimate_batch_norm
-
-
-def calibrate(module: nn.Module, batches: Sequence[Batch]) -> None:
-    """Set activation ranges over `batches`, then weight ranges."""
-    from brevitas.graph.calibrate import calibration_mode
-
-    with brevitas.guarded(), torch.no_grad():
-        with calibration_mode(module):
-            for batch in batches:
-                call(module, batch.inputs)
-        module.eval()
-        # MSE ranges of the weights are searched in the first quantized forward pass.
-        call(module, batches[0].inputs)
 
 
 @final
@@ -81,7 +67,7 @@ def reestimate_merged_norms(module: nn.Module, merged: Mapping[str, nn.Module], 
     the one it swallowed; the statistics found are then folded in. Scaling a channel's weights, and its scale with
     them, changes no weight code.
     """
-    chains = {name: _ThenNorm(get_layer(module, name), norm) for name, norm in merged.items()}
+    chains = {name: _ThenNorm(module.get_submodule(name), norm) for name, norm in merged.items()}
     if not chains:
         return
     with _replaced(module, chains), brevitas.guarded():
@@ -117,12 +103,12 @@ def _or(value: Tensor | None, default: float, like: Tensor) -> Tensor:
 @contextlib.contextmanager
 def _replaced(module: nn.Module, replacements: Mapping[str, _ThenNorm]) -> Iterator[None]:
     for name, chain in replacements.items():
-        set_layer(module, name, chain)
+        module.set_submodule(name, chain)
     try:
         yield
     finally:
         for name, chain in replacements.items():
-            set_layer(module, name, chain.layer)
+            module.set_submodule(name, chain.layer)
 
 
 @torch.no_grad()

@@ -1,48 +1,39 @@
-"""The layerwise profile: every layer is replaced where it stands; no graph is traced."""
+"""A float model with Brevitas' layers: replaced where they stand, or in a traced graph (`finn`)."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from mpq_brevitas import brevitas_internals as brevitas
-from mpq_brevitas.modules import aliases, get_layer, rooted, set_layer, tie_parameters, tied_parameters
-from mpq_brevitas.quantizers import activation_quantizer, weight_quantizer
-from mpq_brevitas.recipe import Recipe
+from mpq_brevitas import finn
+from mpq_brevitas import internals as brevitas
+from mpq_brevitas.duq import activation_quantizer, weight_quantizer
+from mpq_brevitas.finn import Converted
+from mpq_brevitas.groups import aliases, rooted, tie_parameters, tied_parameters
+from mpq_brevitas.options import BrevitasOptions
 from mpq_brevitas.subclasses import as_exact_layers, restore_forward
-from mpq_plugins.model.run import Batch, call, evaluating, tensors
-from mpq_plugins.quantizers.histogram import Histogram
 from mpq_plugins.space.bits import BitConfig
 
 
-def observe_inputs(model: nn.Module, histograms: Mapping[str, Histogram], batches: Sequence[Batch]) -> None:
-    """Count the inputs of the layers named in `histograms` over `batches`; `model` is rooted."""
-    with contextlib.ExitStack() as stack:
-        for name, histogram in histograms.items():
-
-            def observe(_module: nn.Module, args: object, keywords: object, histogram: Histogram = histogram) -> None:
-                for tensor in tensors((args, keywords)):
-                    histogram.add(tensor)
-
-            stack.callback(get_layer(model, name).register_forward_pre_hook(observe, with_kwargs=True).remove)
-        stack.enter_context(evaluating(model))
-        for batch in batches:
-            call(model, batch.inputs)
+def convert(model: nn.Module, bits: BitConfig, options: BrevitasOptions, equalizer: finn.Equalizer | None = None) -> Converted:
+    """What the profile makes of a copy of `model`, not calibrated yet; `equalizer` is for "finn" only."""
+    if options.profile == "finn":
+        return finn.convert(model, bits, options, equalizer)
+    return Converted(_layerwise(model, bits, options), {}, rooted(model))
 
 
-def convert(model: nn.Module, bits: BitConfig, recipe: Recipe) -> nn.Module:
-    """A copy of `model` whose layers in `bits` are Brevitas layers; the others stay float. Not calibrated yet."""
+def _layerwise(model: nn.Module, bits: BitConfig, options: BrevitasOptions) -> nn.Module:
+    """A copy of `model` whose layers in `bits` are Brevitas layers; the others stay float, no graph is traced."""
     converted = rooted(copy.deepcopy(model).eval())
     later_names, ties = aliases(converted), tied_parameters(converted)
     trainable = {name: parameter.requires_grad for name, parameter in converted.named_parameters()}
     # Brevitas evaluates options per layer only if they are lambdas.
-    options = {
-        "weight_quant": lambda _, name: weight_quantizer(bits[name].weight, recipe),
-        "input_quant": lambda _, name: activation_quantizer(bits[name].activation, recipe, signed=recipe.signed[name]),
+    quantizers = {
+        "weight_quant": lambda _, name: weight_quantizer(bits[name].weight, options),
+        "input_quant": lambda _, name: activation_quantizer(bits[name].activation, options, signed=options.signed[name]),
         "bias_quant": None,
         "return_quant_tensor": False,
     }
@@ -51,15 +42,15 @@ def convert(model: nn.Module, bits: BitConfig, recipe: Recipe) -> nn.Module:
     with brevitas.guarded():
         converted = brevitas.layerwise_quantize(
             converted,
-            compute_layer_map={float_class: (quantized, options) for float_class, quantized in brevitas.QUANTIZED.items()},
+            compute_layer_map={float_class: (quantized, quantizers) for float_class, quantized in brevitas.QUANTIZED.items()},
             name_blacklist=sorted(name for name in names if _is_layer(converted, name) and name not in bits.layers),
         )
     for name, subclass in subclasses.items():
-        restore_forward(get_layer(converted, name), subclass)
+        restore_forward(converted.get_submodule(name), subclass)
     # Brevitas leaves the later registrations of a module in float, and parts parameters that were one.
     for later, first in later_names.items():
         if first in bits.layers:
-            set_layer(converted, later, get_layer(converted, first))
+            converted.set_submodule(later, converted.get_submodule(first))
     tie_parameters(converted, ties)
     _leave_fused_paths(converted)
     _restore_trainability(converted, trainable)
@@ -67,7 +58,7 @@ def convert(model: nn.Module, bits: BitConfig, recipe: Recipe) -> nn.Module:
 
 
 def _is_layer(model: nn.Module, name: str) -> bool:
-    return type_before_parametrizations(get_layer(model, name)) in brevitas.QUANTIZED
+    return type_before_parametrizations(model.get_submodule(name)) in brevitas.QUANTIZED
 
 
 def _leave_fused_paths(model: nn.Module) -> None:

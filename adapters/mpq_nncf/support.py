@@ -1,4 +1,4 @@
-"""Layers that NNCF would leave in float."""
+"""What NNCF can quantize, what OpenVINO makes of it, and why neither can do the rest."""
 
 from __future__ import annotations
 
@@ -11,9 +11,57 @@ from torch import Tensor, nn
 from mpq_nncf import nncf_setup
 from mpq_nncf.groups import traced_copy
 from mpq_nncf.wiring import calls_of
-from mpq_plugins.model.layers import Inventory
-from mpq_plugins.model.run import call, evaluating, tensors
+from mpq_plugins.adapter.hooks import PreHook, run_hooked
+from mpq_plugins.errors import AdapterError
+from mpq_plugins.model.layers import Inventory, Layer
+from mpq_plugins.model.run import tensors
 from mpq_plugins.model.unread import unread_layers
+from mpq_plugins.space.precision import Precision
+
+INTEGER_ACTIVATIONS = (4, 8)
+
+
+def check_precisions(layers: Mapping[str, Precision], *, overflow_fix: bool = False) -> None:
+    """Raise `AdapterError` when NNCF cannot have a layer (name -> precision) as asked."""
+    for name, precision in layers.items():
+        reason = refuse(precision, overflow_fix=overflow_fix)
+        if reason is not None:
+            raise AdapterError(f"{name} cannot be {precision}: {reason}. Choose another precision, or exclude the layer.")
+
+
+def refuse(precision: Precision, *, overflow_fix: bool = False) -> str | None:
+    """Why NNCF cannot have a precision, or None."""
+    if precision.weight < 2:
+        return "NNCF has no binary weights; the least is 2 bits"
+    if overflow_fix and _may_saturate(precision):
+        return "overflow_fix=True keeps 8-bit weights away from 8-bit activations; w7a8 is stored in as many bytes"
+    return None
+
+
+def _may_saturate(precision: Precision) -> bool:
+    # Two products of an unsigned and a signed byte are added in 16 bits: 2 x 255 x 127 exceeds 32,767, 2 x 255 x 64 does not.
+    return precision.weight == 8 and precision.activation == 8
+
+
+def advice(layer: Layer, precision: Precision) -> str | None:
+    """What to know before deploying `layer` at `precision` on OpenVINO's CPU plugin, or None."""
+    told = []
+    if precision.activation not in INTEGER_ACTIVATIONS:
+        told.append(f"{precision.activation}-bit activations are simulated in f32; integer kernels need 4 or 8 bits")
+    elif precision.weight <= 4 and (layer.kind == "Linear" or is_pointwise(layer)):
+        told.append("its kernel runs in f32 with compressed weights, not in integers")
+    if precision.weight in (5, 7):
+        told.append(f"stored as {precision.weight + 1} bits, since OpenVINO has no {precision.weight}-bit type")
+    if _may_saturate(precision):
+        told.append("8-bit sums saturate in integer kernels of CPUs without VNNI: there use overflow_fix=True, or w7a8")
+    if precision.weight <= 4:
+        told.append("weights of 4 bits or less save space, not time: use the fast format where time counts")
+    return "; ".join(told) or None
+
+
+def is_pointwise(layer: Layer) -> bool:
+    """Whether the layer is a convolution with a kernel of one element."""
+    return layer.kind.startswith("Conv") and all(size == 1 for size in layer.weight_shape[2:])
 
 
 def unconvertible(model: nn.Module, inventory: Inventory, example: Any = None) -> dict[str, str]:
@@ -37,7 +85,7 @@ def unconvertible(model: nn.Module, inventory: Inventory, example: Any = None) -
 
 
 def _unfed(
-    model: nn.Module, graph: nncf_setup.Graph, calls: Mapping[str, Sequence[nncf_setup.WeightedOp]], example: Any
+    model: nn.Module, graph: nncf_setup.TracedGraph, calls: Mapping[str, Sequence[nncf_setup.WeightedOp]], example: Any
 ) -> dict[str, str]:
     """Layer name -> reason, for layers that compute the same for every image, as those of relative positions do.
 
@@ -56,19 +104,13 @@ def _with_equal_inputs(model: nn.Module, names: Sequence[str], example: Any) -> 
     modules = dict(model.named_modules())
     seen: dict[str, list[Tensor]] = {name: [] for name in names if name in modules}
 
-    def note(name: str) -> Any:
+    def note(name: str) -> PreHook:
         return lambda _module, args, kwargs: seen[name].extend(tensors((args, kwargs)))
 
-    handles = [modules[name].register_forward_pre_hook(note(name), with_kwargs=True) for name in seen]
     try:
-        with evaluating(model):
-            call(model, example)
-            call(model, _changed(example))
+        run_hooked(model, [(modules[name], note(name)) for name in seen], [example, _changed(example)])
     except Exception:  # of the user's model, which need not take changed inputs
         return frozenset()
-    finally:
-        for handle in handles:
-            handle.remove()
     halves = {name: (values[: len(values) // 2], values[len(values) // 2 :]) for name, values in seen.items()}
     return frozenset(
         name

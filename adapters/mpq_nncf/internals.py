@@ -1,21 +1,28 @@
-"""Every private name of NNCF that this adapter touches, checked against the installed version.
+"""Every private name of NNCF that this adapter touches, checked against the installed version, and its noise.
 
-Only `_nncf_setup` (what NNCF plans) and `_nncf_quantizers` (what it has placed) use them; the rest of the adapter sees the
+Only `nncf_setup` (what NNCF plans) and `nncf_quantizers` (what it has placed) use the names; the rest of the adapter sees the
 functions and values of those two.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import logging
 import re
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
+
 from mpq_nncf.fake_quantize import spare_compiling
-from mpq_nncf.tuples import take_tuples
 from mpq_plugins.common.plugins import require
 from mpq_plugins.errors import AdapterError
 
+_MARK = "_mpq_takes_tuples"
+_LOGGERS = ("nncf", "openvino", "torch.onnx", "torch.utils.cpp_extension")
 SUPPORTED = ((3, 0), (4, 0))  # from, below
 TESTED = "3.4"
 
@@ -82,3 +89,48 @@ def private() -> dict[str, Any]:
     take_tuples(found["FunctionHookMode"])
     spare_compiling(found["QuantizedFunctionsCPU"], found["QuantizedFunctionsCUDA"])
     return found
+
+
+def take_tuples(mode: Any) -> None:
+    """Let NNCF's `mode` see parameters in a tuple as it sees those in a list; else its trace ends in an error.
+
+    `torch.cat((self.q_bias, self.v_bias))` stands in timm's attention. The whole process is affected, with equal numbers.
+    """
+    process = mode.process_parameters
+    if hasattr(process, _MARK):
+        return
+
+    @functools.wraps(process)
+    def process_tuples(self: Any, args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        found, named = process(self, [_as_list(value) for value in args], {key: _as_list(kwargs[key]) for key in kwargs})
+        return (
+            [_as_given(one, given) for one, given in zip(found, args, strict=True)],
+            {key: _as_given(named[key], kwargs[key]) for key in named},
+        )
+
+    setattr(process_tuples, _MARK, True)
+    mode.process_parameters = process_tuples
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if type(value) is tuple and any(isinstance(item, nn.Parameter) for item in value) else value
+
+
+def _as_given(found: Any, given: Any) -> Any:
+    return tuple(found) if type(given) is tuple and isinstance(found, list) else found
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence warnings and log lines below errors; filters and levels come back afterwards."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

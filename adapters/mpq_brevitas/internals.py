@@ -4,16 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mpq_brevitas.version import require_brevitas
-from mpq_plugins.adapter.remembered import Remembered
+from mpq_plugins.errors import AdapterError, MissingExtraError
+from mpq_plugins.model.discover import LAYER_TYPES
+
+LOWEST, BELOW = (0, 13), (0, 14)
+_INSTALL = "Install it: pip install 'mpq-plugins[brevitas]'."
+
+
+def require_brevitas() -> None:
+    """Raise `MissingExtraError` without Brevitas and `AdapterError` for a version outside the tested range."""
+    try:
+        installed = importlib.metadata.version("brevitas")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise MissingExtraError(f"the Brevitas adapter needs brevitas, which is not installed. {_INSTALL}") from error
+    if not LOWEST <= _major_minor(installed) < BELOW:
+        raise AdapterError(
+            f"brevitas {installed} is installed; this adapter knows brevitas >={_text(LOWEST)},<{_text(BELOW)}. "
+            f"Install it: pip install 'brevitas>={_text(LOWEST)},<{_text(BELOW)}'."
+        )
+
+
+def _major_minor(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def _text(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
 
 require_brevitas()
 # The version is checked before any name that another version may lack.
@@ -70,15 +96,7 @@ with warnings.catch_warnings():
         logging.disable(_level)
 
 # Brevitas looks layers up by their exact class.
-QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Conv1d: qnn.QuantConv1d,
-    nn.Conv2d: qnn.QuantConv2d,
-    nn.Conv3d: qnn.QuantConv3d,
-    nn.ConvTranspose1d: qnn.QuantConvTranspose1d,
-    nn.ConvTranspose2d: qnn.QuantConvTranspose2d,
-    nn.ConvTranspose3d: qnn.QuantConvTranspose3d,
-    nn.Linear: qnn.QuantLinear,
-}
+QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {kind: getattr(qnn, f"Quant{kind.__name__}") for kind in LAYER_TYPES}
 
 
 class _OwnForward:
@@ -97,44 +115,11 @@ class _OwnForward:
         return result
 
 
-class _OwnConv1d(_OwnForward, qnn.QuantConv1d):
-    pass
-
-
-class _OwnConv2d(_OwnForward, qnn.QuantConv2d):
-    pass
-
-
-class _OwnConv3d(_OwnForward, qnn.QuantConv3d):
-    pass
-
-
-class _OwnConvTranspose1d(_OwnForward, qnn.QuantConvTranspose1d):
-    pass
-
-
-class _OwnConvTranspose2d(_OwnForward, qnn.QuantConvTranspose2d):
-    pass
-
-
-class _OwnConvTranspose3d(_OwnForward, qnn.QuantConvTranspose3d):
-    pass
-
-
-class _OwnLinear(_OwnForward, qnn.QuantLinear):
-    pass
-
-
 # One class each, rather than one made for every layer: Brevitas and its users look layers up by class.
-_WITH_OWN_FORWARD: dict[type[nn.Module], type[nn.Module]] = {
-    qnn.QuantConv1d: _OwnConv1d,
-    qnn.QuantConv2d: _OwnConv2d,
-    qnn.QuantConv3d: _OwnConv3d,
-    qnn.QuantConvTranspose1d: _OwnConvTranspose1d,
-    qnn.QuantConvTranspose2d: _OwnConvTranspose2d,
-    qnn.QuantConvTranspose3d: _OwnConvTranspose3d,
-    qnn.QuantLinear: _OwnLinear,
+_WITH_OWN_FORWARD = {
+    kind: type(f"_Own{kind.__name__}", (_OwnForward, kind), {"__module__": __name__}) for kind in QUANTIZED.values()
 }
+globals().update({kind.__name__: kind for kind in _WITH_OWN_FORWARD.values()})  # where pickle looks for them
 _FLOAT_WEIGHTS = {"mse": Int8WeightPerChannelFloatMSE, "max": Int8WeightPerChannelFloat}
 _POWER_OF_TWO_WEIGHTS = {"mse": Int8WeightPerTensorFixedPointMSE, "max": Int8WeightPerTensorFixedPoint}
 
@@ -400,19 +385,6 @@ def set_weight_quantization(layer: Any, on: bool) -> None:
 
 
 @contextlib.contextmanager
-def remembered_weights(layers: Iterable[Any]) -> Iterator[None]:
-    """Without gradients: weights are quantized anew only when they or their quantizers changed since the last pass."""
-    proxies = list({id(layer.weight_quant): layer.weight_quant for layer in layers}.values())
-    try:
-        for proxy in proxies:
-            proxy.forward = Remembered(functools.partial(type(proxy).forward, proxy), proxy)
-        yield
-    finally:
-        for proxy in proxies:
-            vars(proxy).pop("forward", None)
-
-
-@contextlib.contextmanager
 def without_quantization(module: nn.Module) -> Iterator[None]:
     """Compute with the weights, biases and activations that are not quantized; modes and switches come back."""
     training = module.training
@@ -450,12 +422,6 @@ def learned_scale(proxy: Any) -> Tensor | None:
     scaling = getattr(proxy.tensor_quant, "scaling_impl", None)
     value = getattr(scaling, "value", None)
     return value if isinstance(value, nn.Parameter) else None
-
-
-def integer_codes(layer: Any) -> Tensor:
-    """Integer codes of a layer's weight, in the shape of the float weight."""
-    with torch.no_grad():
-        return layer.quant_weight().int()
 
 
 def plain(value: Any) -> Any:

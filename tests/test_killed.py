@@ -30,6 +30,8 @@ WRITERS = {
     "tensors": lambda path, value: write_tensors(path, {"value": np.full(500, value)}),
 }
 
+JOB = {"model": "a", "bits": {"fingerprint": "sha256:0", "layers": {"a": {"weight": 4, "activation": 8}}}}
+
 
 @pytest.mark.parametrize("kind", WRITERS)
 def test_a_killed_writer_leaves_the_old_file_or_the_new_one(tmp_path, kind):
@@ -101,14 +103,14 @@ def test_one_process_trains_in_a_folder_at_a_time(tmp_path):
     """Another one is refused until the first is done; a killed one keeps nobody out."""
 
     def claim(folder):
-        TrainingFolder(folder).claim({"model": "a"})
+        TrainingFolder(folder).claim(JOB)
 
     def refused():
         with pytest.raises(TrainingError, match="another process is training in"):
             claim(tmp_path)
 
     with TrainingFolder(tmp_path) as folder:
-        folder.claim({"model": "a"})
+        folder.claim(JOB)
         assert in_child(refused) == 0
     assert in_child(functools.partial(claim, tmp_path)) == 0
     for _ in killed_everywhere(functools.partial(claim, tmp_path / "new")):
@@ -154,15 +156,15 @@ def test_commands_that_were_killed_go_on(tmp_path):
 def test_the_lock_outlives_whoever_reads_the_folder(tmp_path):
     """Reading the job in the process that trains gives nothing away, and the same process cannot train there twice."""
     with TrainingFolder(tmp_path) as folder:
-        folder.claim({"model": "a"})
+        folder.claim(JOB)
         (tmp_path / "job.json").read_text()
         with pytest.raises(TrainingError, match="already"):
-            TrainingFolder(tmp_path).claim({"model": "a"})
+            TrainingFolder(tmp_path).claim(JOB)
         assert in_child(functools.partial(refused, tmp_path)) == 0
-    TrainingFolder(tmp_path).claim({"model": "a"})
+    TrainingFolder(tmp_path).claim(JOB)
 
 
 def refused(folder):
     """Whether another process is kept out of a folder."""
     with pytest.raises(TrainingError, match="another process"):
-        TrainingFolder(folder).claim({"model": "a"})
+        TrainingFolder(folder).claim(JOB)

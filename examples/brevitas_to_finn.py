@@ -11,25 +11,20 @@ from mpq_plugins.cli.digits import digits, trained_digits_net
 
 def main(folder: Path) -> None:
     model, calibration, test = trained_digits_net(), digits(train=True), digits(train=False)
-    example = test[0].inputs[:1]
-    adapter = BrevitasAdapter(profile="finn")
 
     # FINN takes every width. Layers that read one quantized activation are tied before the solve.
-    allocation = mpq.allocate(
+    q = mpq.quantize(
         model,
-        example,
         calibration,
-        proxy="csmpq",
         budgets={"size": "w4", "bops": "w4a5"},
+        adapter=BrevitasAdapter(profile="finn"),
+        proxy="csmpq",
         choices=mpq.menu(weight=range(2, 9), activation=range(3, 9)),
-        adapter=adapter,
     )
-    allocation.bits.save(folder / "bits.json")
-    print({name: str(precision) for name, precision in allocation.bits.layers.items()})
+    print(q.report)
+    q.bits.save(folder / "bits.json")
 
-    module = adapter.prepare(model, allocation.bits, example, calibration)
-    path = adapter.export(module, folder / "digits.onnx", example, format="qonnx")
-    report = mpq.verify(adapter, path, allocation.bits, module=module, inputs=test[0].inputs, model=model).check()
+    report = q.export(folder / "digits.onnx", format="qonnx").verify(test[0].inputs)
     for budget in report.budgets:
         print(f"{budget.name}: {budget.found:.0f} of {budget.limit:.0f}")
 

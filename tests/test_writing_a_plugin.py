@@ -102,7 +102,9 @@ class Draws(Counted):
 
 
 @pytest.mark.parametrize(
-    ("cost", "fact"), [(Counted(), "again, which is that of"), (Negative(), "at least 0"), (Draws(), "for a copy")], ids=repr
+    ("cost", "fact"),
+    [(Counted(), "again, which is that of"), (Negative(), "at least 0"), (Draws(), "for a copy")],
+    ids=["counted", "negative", "draws"],
 )
 def test_broken_costs_are_found(cost, fact):
     """Each is told by what it breaks."""

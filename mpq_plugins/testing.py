@@ -271,16 +271,11 @@ KINDS = ("plain", "tiny losses", "ties", "huge costs", "large losses", "whole co
 def random_problem(seed: int, n_limits: int, *, pairwise: bool = False) -> Problem:
     """A small problem: 1 to 7 units of 1 to 4 choices, half of the time linked in groups, limits from tight to loose.
 
-    Losses have both signs, costs need not grow with the choices, and limits may contradict each other. Choices are named like
-    precisions.
-
-    Args:
-        seed: of all random numbers; it also picks one of `KINDS`.
-        n_limits: how many budgets.
-        pairwise: with losses of pairs.
+    Losses have both signs and with `pairwise` those of pairs, costs need not grow with the choices, and the `n_limits` limits
+    may contradict each other. `seed` also picks one of `KINDS`. Choices are named like precisions.
 
     Example:
-        >>> len(random_problem(3, 1).limits)
+        >>> len(random_problem(3, n_limits=1).limits)
         1
     """
     rng = np.random.default_rng([seed, n_limits])
@@ -512,11 +507,7 @@ def _equal(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> b
 
 
 def example_network(*, shared: bool = False) -> nn.Module:
-    """A convolution, a depthwise and a point one with batch normalisation, and linear layers.
-
-    Args:
-        shared: let two linear layers hold one weight.
-    """
+    """A convolution, a depthwise and a point one with batch normalisation, and linear layers, two of one weight if `shared`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = nn.Sequential(

@@ -259,10 +259,7 @@ def attach_repairs(module: nn.Module, repairs: Sequence[Repair]) -> nn.Module:
 
 
 def repairs_of(module: nn.Module) -> tuple[Repair, ...]:
-    """Tell what the repairs of a prepared module were worth; nothing where none was judged, and for loaded modules.
-
-    Args:
-        module: what `prepare` or `quantize` made.
+    """What the repairs of a prepared `module` were worth; empty where none was judged, and for loaded modules.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(16, 4))

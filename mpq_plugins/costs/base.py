@@ -95,7 +95,7 @@ class Budget:
     Args:
         cost: a cost or its name; `bits` and `compression` are other ways to say `size`.
         limit: a number in the cost's unit, an amount such as `"6.7MiB"`, `"500kB"`, `"75G"` or `"300us"`, or relative:
-            `"w4"`, `"w4a4"`, `"w3.5"`: as much as every unit at that width, whatever its menu; pinned units at their pins;
+            `"w4"`, `"w4a4"`, `"w3.5"` (interpolated): every unit at that width, whatever its menu, pinned units at their pins;
             `"60%"`: a share of every unit at w8a8;
             `"3.5 bits"` on average over the searched weights, `"8x"` smaller than 32-bit floats: for sizes.
 

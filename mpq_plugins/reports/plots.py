@@ -18,13 +18,8 @@ from mpq_plugins.reports.comparison import Comparison
 def plot_allocation(allocation: Allocation, path: str | Path) -> Path:
     """Draw bits along the depth of the network above the size of each layer, and the loss of every choice as a heat map.
 
-    A third panel shows how units interact at their narrowest choices, where the score has pairwise losses.
-
-    Args:
-        allocation: what `allocate` returns.
-        path: the image file; its suffix says the format.
-
-    Raises `MissingExtraError` without matplotlib.
+    Where the score of `allocation` has pairwise losses, a third panel shows how units interact at their narrowest choices.
+    `path` ends in .png, .svg or .pdf. Raises `WriteError`, and `MissingExtraError` without matplotlib.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Linear(8, 4))
@@ -46,11 +41,8 @@ def plot_allocation(allocation: Allocation, path: str | Path) -> Path:
 def plot_comparison(comparison: Comparison, path: str | Path) -> Path:
     """Draw the accuracy of every proxy and control, one panel per budget; seeds of the random control as single dots.
 
-    Args:
-        comparison: what `compare` returns.
-        path: the image file; its suffix says the format.
-
-    Raises `MissingExtraError` without matplotlib.
+    `comparison` is what `compare` returns. `path` ends in .png, .svg or .pdf. Raises `WriteError`, and `MissingExtraError`
+    without matplotlib.
 
     Example:
         >>> from mpq_plugins.reports.comparison import Comparison, Row

@@ -16,11 +16,8 @@ if TYPE_CHECKING:
 def plot_training(history: Sequence[EpochRecord], path: str | Path) -> Path:
     """Draw loss and accuracy over the epochs, stages shaded in turn; below them AIWQ of every layer, the most unstable first.
 
-    Args:
-        history: `Trained.history`.
-        path: the image file; its suffix says the format.
-
-    Raises `MissingExtraError` without matplotlib.
+    `history` is that of `Trained`. `path` ends in .png, .svg or .pdf. Raises `WriteError`, and `MissingExtraError`
+    without matplotlib.
 
     Example:
         >>> from mpq_plugins.training import EpochRecord

@@ -13,14 +13,13 @@ class AbstractSolver(abc.ABC):
     """Finds the best choice of every unit. Implementations are frozen dataclasses of their options.
 
     Example:
-        >>> import numpy as np
-        >>> class Cheapest(mpq.AbstractSolver):
-        ...     name = "cheapest"
+        >>> class Narrowest(mpq.AbstractSolver):
+        ...     name = "narrowest"
         ...     def solve(self, problem):
-        ...         choice = [int(row.argmin()) for row in np.split(problem.limits[0].cost, problem.start[1:-1])]
-        ...         return mpq.Solution(mpq.Status.feasible, tuple(choice), problem.objective(choice), float("-inf"))
-        >>> mpq.solve(mpq.Problem.of([[0, 1], [0, 2]], [([[3, 1], [3, 1]], 2)]), Cheapest()).choice
-        (1, 1)
+        ...         choice = (0,) * problem.n_units
+        ...         return mpq.Solution(mpq.Status.feasible, choice, problem.objective(choice), float("-inf"))
+        >>> mpq.solve(mpq.Problem.of([[2, 1], [5, 2]], [([[1, 3], [1, 3]], 2)]), Narrowest()).objective
+        7.0
     """
 
     name: ClassVar[str]

@@ -107,12 +107,7 @@ def widths(given: Widths) -> tuple[int, ...]:
 
 
 def menu(weight: Widths = range(2, 9), activation: Widths = (8,)) -> tuple[Precision, ...]:
-    """Pair all weight bits with all activation bits, in ascending order, without repeats.
-
-    Args:
-        weight, activation: bits such as `(2, 4, 8)`, `4` or `"2,4,8"`.
-
-    Raises `PrecisionError` for widths that there are not.
+    """Every pair of the given `weight` and `activation` bits, in ascending order, without repeats; raises `PrecisionError`.
 
     Example:
         >>> [str(precision) for precision in mpq.menu((2, 4), "4,8")]

@@ -260,11 +260,7 @@ def _unit(document: Any) -> Unit:
 
 
 def first_and_last(inventory: Inventory, precision: Precision | str = "w8a8") -> dict[str, Precision | str]:
-    """Pin the first and the last layer: the usual protection of a classifier's stem and head.
-
-    Args:
-        inventory: the layers of a model.
-        precision: what both are held at.
+    """Pins at `precision` for the first and last layer of `inventory`: the usual protection of a classifier's stem and head.
 
     Example:
         >>> mpq.first_and_last(mpq.find_layers(torch.nn.Sequential(torch.nn.Linear(16, 8)), torch.zeros(1, 16)))
@@ -274,10 +270,9 @@ def first_and_last(inventory: Inventory, precision: Precision | str = "w8a8") ->
 
 
 def residual_ties(inventory: Inventory) -> tuple[tuple[str, str], ...]:
-    """Pair each down-sampling shortcut with the last main-branch layer of its block, as OMPQ and CSMPQ tie them.
+    """Each down-sampling shortcut with the last main-branch layer of its block, as OMPQ and CSMPQ tie them.
 
-    Args:
-        inventory: layers; those in modules named downsample, down, shortcut, skip or proj_shortcut are shortcuts.
+    Layers of `inventory` are shortcuts in modules named downsample, down, shortcut, skip or proj_shortcut.
 
     Example:
         >>> from torchvision.models import resnet18

@@ -1,6 +1,7 @@
 """Mixed-precision bit allocation for established quantization frameworks.
 
 Names are imported on first use, so that `import mpq_plugins` costs nothing and needs no framework.
+Examples in docstrings take `import torch` and `import mpq_plugins as mpq` for granted.
 """
 
 from __future__ import annotations

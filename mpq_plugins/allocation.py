@@ -106,17 +106,27 @@ def allocate(
     top_k: int = 1,
     cache: str | Path | None = None,
 ) -> Allocation:
-    """The best bit-width of every layer under `budgets`, by the losses of `proxy`.
+    """Choose the bit-width of every layer under `budgets` by the losses of `proxy`.
 
-    `example` is one input as the model takes it, `batches` what the proxy looks at (see `Batch.of`). `budgets` are
-    `Budget`s, texts such as `"size=w4"`, or cost name -> limit, such as `{"size": "w4", "bops": "75G"}`. Plugins may be given
-    by name, as a class or as an object; the proxy "auto" is explained at `proxy_of`. `choices` default to what the adapter's
-    target really stores and runs. `output` says which of the model's outputs counts. With `top_k` > 1 the best plans by the
-    score are measured with the true loss of the quantized network, and the best of those is kept. Measurements are kept under
-    `cache`, so that an interrupted run goes on where it stopped and another budget needs no new ones. See `build_space` for
-    the rest, and for the warning of what stays in float.
+    Args:
+        model: a float torch model; it stays as it is.
+        example: one input as the model takes it, the first axis the batch.
+        batches: what the proxy looks at (see `Batch.of`).
+        budgets: `"size=w4"`, `{"size": "w4", "bops": "75G"}`, or `Budget` objects.
+        proxy: a name, class or object; "auto" is `kl-divergence` for class logits, else `output-error`, on 32 images.
+        solver: a name, class or object; `Auto` by default.
+        output: the output that counts: a key, an index or a function; needed where the model returns several tensors.
+        top_k: measure the true loss of so many best plans, and keep the best of those.
+        cache: a folder for measurements: an interrupted run resumes there, and another budget needs no new ones.
+        choices, adapter, pin, pin_first_last, tie, include, exclude, strict: see `build_space`.
 
     Raises `InfeasibleBudgetError` before anything is scored, and what `build_space`, the proxy and `solve` raise.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Linear(8, 4))
+        >>> allocation = mpq.allocate(model, torch.zeros(1, 16), budgets="size=w4", proxy="weight-error", choices=(2, 4, 8))
+        >>> allocation.bits.summary(), allocation.bits.costs["size"]  # bytes
+        ('w4a8: 0, 1', 80.0)
     """
     from mpq_plugins.proxies.measuring import keeping_measurements
 
@@ -219,15 +229,26 @@ def build_space(
     exclude: str | Sequence[str] = (),
     strict: bool = False,
 ) -> Space:
-    """The decision space of a model for a target.
+    """List what a target leaves open: the layers to decide on and the precisions of each.
 
-    `pin_first_last` holds the first and last layer at w8a8, as papers do: at equal size a measured score does better without
-    (benchmarks/real). The adapter removes
-    what its framework would leave in float, refuses precisions it cannot have, and ties the layers whose activation
-    quantizer it shares, so that what is asked for is what will be exported.
+    Args:
+        model: a float torch model; it stays as it is.
+        example: one input as the model takes it, the first axis the batch.
+        choices: one menu, such as `(2, 4, 8)` or `("w4a4", "w8a8")`, or glob -> menu; by default what `adapter` runs.
+        adapter: the target; what its framework keeps in float, refuses or ties is so here too.
+        pin: layer or glob -> precision, such as `{"conv1": "w8a8"}`.
+        pin_first_last: pin both at w8a8, as papers do; at equal size a measured score does better without (benchmarks/real).
+        tie: groups of layers or globs that take one precision, such as `[("conv1", "conv2")]`.
+        include, exclude: globs of layers to search, and of layers to keep in float.
+        strict: raise where it would warn.
 
-    Warns with `FloatLayersWarning`, shares and reasons, where more than 1 % of the weights or of the multiply-accumulates
-    stays in float; `strict` raises `SpaceError` instead, unless the user excluded them.
+    Warns with `FloatLayersWarning` when over 1 % of weights or multiply-accumulates stay in float that were not excluded.
+    Raises `SpaceError` (for those too if `strict`), `ModelError`, `PrecisionError` and `UnknownLayerError`.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Linear(8, 4))
+        >>> [len(unit.choices) for unit in mpq.build_space(model, torch.zeros(1, 16), choices=(2, 4, 8), pin={"1": 8}).units]
+        [3, 1]
     """
     target: AbstractAdapter | None = None if adapter is None else resolve("adapters", adapter)
     inventory = find_layers(model, example, include=include, exclude=exclude)
@@ -286,10 +307,21 @@ def solve_scores(
     top_k: int = 1,
     measure: Measure | None = None,
 ) -> Allocation:
-    """The best allocation for scores that exist already: no model, no data.
+    """Choose the best allocation by scores that exist already, without model and data.
 
-    With `measure`, the true loss of plans over the space of the scores, the best `top_k` plans are measured, and the best of
-    those is kept.
+    Args:
+        scores: the losses of every choice.
+        budgets: `"size=w4"`, `{"size": "w4", "bops": "75G"}`, or `Budget` objects.
+        solver: a name, class or object; `Auto` by default.
+        top_k: how many of the best plans to `measure`.
+        measure: plans -> their true losses, over the space of the scores; the least wins.
+
+    Raises `InfeasibleBudgetError`, `BudgetError` and `SolverError`.
+
+    Example:
+        >>> space = mpq.build_space(torch.nn.Sequential(torch.nn.Linear(16, 8)), torch.zeros(1, 16), choices=(2, 4, 8))
+        >>> solve_scores(mpq.Scores(space, ((0.9, 0.2, 0.0),), {"name": "mine"}), "size=w5").bits["0"]
+        Precision(weight=4, activation=8)
     """
     if top_k < 1:
         raise BudgetError(f"top_k is {top_k}, but at least one plan has to be kept. Give 1 to switch the selection off.")

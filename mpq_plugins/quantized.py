@@ -37,10 +37,14 @@ _ROWS = 32  # images in a batch of one tensor
 class QuantizedModel:
     """A quantized module with what its next steps need: adapter, example, bits, and the float model it came from.
 
-    `module` is an ordinary `nn.Module` of the framework: train it, wrap it in DistributedDataParallel, compile it or average it
-    as any other. The handle itself is no module, since `train` is a verb of its own here and a wrapper would rename the
-    parameters in every checkpoint. It can be pickled and copied; Brevitas modules alone cannot be pickled.
-    `allocation` is None for a handle that was loaded.
+    `module` is an ordinary `nn.Module`: train it, wrap it in DistributedDataParallel, compile it or average it. The handle can
+    be pickled and copied; Brevitas modules alone cannot be pickled. `allocation` is None for a handle that was loaded.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 4))
+        >>> q = mpq.quantize(model, torch.randn(32, 16), budgets="size=w4", adapter="brevitas")
+        >>> mpq.QuantizedModel.load(q.save("q.pt"), model).bits == q.bits
+        True
     """
 
     module: nn.Module
@@ -204,8 +208,6 @@ def quantize(
     Raises what `allocate` and the adapter's `prepare` raise, before long work where it can be known.
 
     Example:
-        >>> import torch
-        >>> import mpq_plugins as mpq
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
         >>> q = mpq.quantize(model.eval(), torch.randn(32, 1, 4, 4), budgets="size=w4", adapter="brevitas")
         >>> sorted(q.bits.layers)

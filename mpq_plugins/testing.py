@@ -67,7 +67,8 @@ def check_proxy(
         AssertionError: with the promise that is broken.
 
     Example:
-        >>> check_proxy(mpq_plugins.proxies.WeightError())
+        >>> from mpq_plugins.proxies import WeightError
+        >>> check_proxy(WeightError())
     """
     told = f"the proxy {proxy.name}"
     data = list(map(Batch.of, batches)) or example_batches()
@@ -139,7 +140,8 @@ def check_cost(cost: AbstractCost, *, model: nn.Module | None = None, example: A
         AssertionError: with the promise that is broken.
 
     Example:
-        >>> check_cost(mpq_plugins.costs.WeightSize())
+        >>> from mpq_plugins.costs import WeightSize
+        >>> check_cost(WeightSize())
     """
     told = f"the cost {cost.name}"
     _require(bool(cost.name) and isinstance(cost.unit, str), f"{told} has no name or no unit")
@@ -197,7 +199,8 @@ def check_solver(solver: AbstractSolver, *, exact: bool = True, seeds: Iterable[
         AssertionError: with the promise that is broken and the problem.
 
     Example:
-        >>> check_solver(mpq_plugins.solvers.LocalSearch(), exact=False)
+        >>> from mpq_plugins.solvers import LocalSearch
+        >>> check_solver(LocalSearch(), exact=False, seeds=range(2))
     """
     judge, taken = _Refusing(solver), 0
     for seed in seeds:
@@ -268,8 +271,12 @@ KINDS = ("plain", "tiny losses", "ties", "huge costs", "large losses", "whole co
 def random_problem(seed: int, n_limits: int, *, pairwise: bool = False) -> Problem:
     """A small problem: 1 to 7 units of 1 to 4 choices, half of the time linked in groups, limits from tight to loose.
 
-    Losses have both signs, costs need not grow with the choices, and limits may contradict each other. `seed` also picks one
-    of `KINDS`. Choices are named like precisions.
+    Losses have both signs and with `pairwise` those of pairs, costs need not grow with the choices, and the `n_limits` limits
+    may contradict each other. `seed` also picks one of `KINDS`. Choices are named like precisions.
+
+    Example:
+        >>> len(random_problem(3, n_limits=1).limits)
+        1
     """
     rng = np.random.default_rng([seed, n_limits])
     kind = KINDS[seed % len(KINDS)]
@@ -335,7 +342,7 @@ def check_adapter(
         AssertionError: with the promise that is broken.
 
     Example:
-        >>> check_adapter(mpq_brevitas.BrevitasAdapter(), tmp_path)
+        >>> check_adapter(MyAdapter(), "folder")  # doctest: +SKIP
     """
     told, folder = f"the adapter {adapter.name}", Path(folder)
     model = (example_network() if model is None else model).eval()

@@ -21,20 +21,27 @@ BatchNorm = Literal["corrected", "re-estimated", "kept"]
 class PTQ:
     """How a float model becomes a quantized one without training; an adapter refuses what its framework lacks.
 
-    `weight_range`: of least squared error, or the largest magnitude. `activation_range`: of least squared error at the
-    quantizer's own width (the default wherever the adapter's scales allow it), a high percentile, or the largest magnitude.
+    Args:
+        weight_range: of least squared error ("mse"), or the largest magnitude ("max").
+        activation_range: of least squared error at the quantizer's width ("mse"; "default" is this wherever the adapter's
+            scales allow it), a high percentile, or the largest magnitude.
+        batch_norm: running statistics: "corrected" moves the trained ones by what quantization did to the calibration images;
+            "re-estimated" takes those of the images, which must then look like the training data; "kept" leaves them.
+        bias_correction: biases before no batch normalisation take back what quantization adds to their layer's mean.
+        equalization: move ranges between layers ("cross-layer", Nagel et al. 2019) or from activations into weights
+            ("smooth-quant", Xiao et al. 2023).
+        rounding: to the "nearest" code, by "gptq" (Frantar et al. 2023), "gpfq" (Lybrand and Saab 2021) or "qronos" (Zhang et
+            al. 2025), or "learned" layer by layer (AdaRound, Nagel et al. 2020).
+        rounding_steps: of learned rounding, per layer.
+        held_out: images, at most an eighth of the calibration images, that judge `batch_norm`, `bias_correction`,
+            `equalization` and `rounding` by the float network's outputs; what does not help there is not kept. With 0, or
+            fewer than 16 calibration images, everything is kept.
 
-    `batch_norm`: what happens to running statistics. "corrected" moves the trained ones by what quantization did to the
-    calibration images; "re-estimated" takes those of the images, which must then look like the training data; "kept" leaves
-    them. `bias_correction`: biases that no batch normalisation reads take back what quantization adds to their layer's mean.
+    Raises `AdapterError` for values that there are not.
 
-    `equalization`: move ranges between layers ("cross-layer", Nagel et al. 2019) or from activations into weights
-    ("smooth-quant", Xiao et al. 2023). `rounding`: to the nearest code; by GPTQ (Frantar et al. 2023), GPFQ (Lybrand and Saab
-    2021) or Qronos (Zhang et al. 2025); or learned layer by layer in `rounding_steps` steps (AdaRound, Nagel et al. 2020).
-
-    `held_out`: the most calibration images that are held back, never more than an eighth of them. They judge `batch_norm`,
-    `bias_correction`, `equalization` and `rounding` by the outputs of the float network; what does not help there is not
-    kept. With 0, or fewer than 16 calibration images, everything is kept.
+    Example:
+        >>> mpq.PTQ.of({"weight_range": "max"}).weight_range
+        'max'
     """
 
     weight_range: WeightRange = "mse"

@@ -268,5 +268,12 @@ def keep_what_helps(
 
 
 def repairs_of(module: nn.Module) -> tuple[Repair, ...]:
-    """What the repairs of a prepared module were worth; empty where none was judged, and for loaded modules."""
+    """What the repairs of a prepared `module` were worth; empty where none was judged, and for loaded modules.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 4))
+        >>> q = mpq.quantize(model, torch.randn(32, 16), budgets="size=w4", adapter="brevitas")
+        >>> [repair.option for repair in mpq.repairs_of(q.module)]
+        ['bias_correction=true']
+    """
     return recorded_fact(module, "repairs") or ()

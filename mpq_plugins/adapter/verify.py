@@ -244,11 +244,24 @@ def verify(
 ) -> Verification:
     """Read an exported file back and compare it with the bit configuration.
 
-    With `module` every weight code is compared too, with `inputs` also the outputs: the mean difference may be
-    `tolerance` times the standard deviation of the module's outputs (single elements differ by a quantization step where
-    two implementations round a tie differently). With the float `model` and `inputs` the budgets that the configuration
-    records are checked against the bits found, by the registered costs and by `costs`. Raises `FormatError` when the file
-    cannot be read; the comparison itself never raises: see `Verification.check`.
+    Args:
+        adapter: that of the export: a name, class or object.
+        path: the exported file.
+        bits: what was asked for.
+        module: the quantized module, to compare every weight code.
+        inputs: what `module` takes, to compare outputs.
+        model: the float model, to check the budgets that `bits` records; needs `inputs`.
+        tolerance: of the mean output difference, in standard deviations of the module's outputs. Single outputs differ by a
+            quantization step where two implementations round a tie differently.
+        costs: those of budgets that no registered plug-in names.
+
+    Raises `FormatError` for a file that cannot be read; `Verification.check` raises what differs.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 4))
+        >>> q = mpq.quantize(model, torch.randn(32, 16), budgets="size=w4", adapter="brevitas")
+        >>> mpq.verify("brevitas", q.export("q.onnx").path, q.bits, module=q.module).ok
+        True
     """
     target: AbstractAdapter = resolve("adapters", adapter)
     found = target.read_bits(path)

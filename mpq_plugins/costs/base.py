@@ -20,7 +20,16 @@ from mpq_plugins.space.space import Space
 
 
 class AbstractCost(abc.ABC):
-    """A cost that every layer pays at its precision. Implementations are frozen dataclasses of their options."""
+    """A cost that every layer pays at its precision. Implementations are frozen dataclasses of their options.
+
+    Example:
+        >>> class Reads(mpq.AbstractCost):
+        ...     name, unit = "reads", "bit"
+        ...     def of(self, layer, precision):
+        ...         return layer.n_input_elements * precision.activation
+        >>> mpq.Budget(Reads(), "60%").cost.name
+        'reads'
+    """
 
     name: ClassVar[str]
     unit: ClassVar[str]
@@ -83,15 +92,19 @@ _FLOAT_BITS = 32
 class Budget:
     """A cost and the most of it that is allowed.
 
-    `limit` is a number in the cost's unit, an amount such as `"6.7MiB"`, `"500kB"`, `"75G"` or `"300us"`, or relative:
+    Args:
+        cost: a cost or its name; `bits` and `compression` are other ways to say `size`.
+        limit: a number in the cost's unit, an amount such as `"6.7MiB"`, `"500kB"`, `"75G"` or `"300us"`, or relative:
+            `"w4"`, `"w4a4"`, `"w3.5"` (interpolated): every unit at that width, whatever its menu, pinned units at their pins;
+            `"60%"`: a share of every unit at w8a8;
+            `"3.5 bits"` on average over the searched weights, `"8x"` smaller than 32-bit floats: for sizes.
 
-    - `"w4"`, `"w4a4"`, `"w3.5"` is the cost of the space with every unit at that width, whatever its menu, and pinned units
-      at their pins; widths between whole ones are interpolated;
-    - `"60%"` is a share of the cost with every unit at w8a8;
-    - `"3.5 bits"` (weight bits on average over all searched layers) and `"8x"` (smaller than in 32-bit floats) are sizes.
+    Raises `BudgetError` for a limit that is neither a number nor text.
 
-    The cost may be given by name; `bits` and `compression` are other ways to say `size`. Raises `BudgetError` for a
-    limit that is neither a number nor text.
+    Example:
+        >>> space = mpq.build_space(torch.nn.Sequential(torch.nn.Linear(16, 8)), torch.zeros(1, 16))
+        >>> mpq.Budget("size", "w4").resolve(space), mpq.Budget("size", "16x").resolve(space)  # bytes
+        (64.0, 32.0)
     """
 
     cost: AbstractCost

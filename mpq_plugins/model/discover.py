@@ -149,12 +149,19 @@ def _groups(kind: str, weight: Tensor, activation: Tensor) -> int:
 def find_layers(
     model: nn.Module, example: Any, *, include: str | Sequence[str] = ("*",), exclude: str | Sequence[str] = ()
 ) -> Inventory:
-    """The convolution, transposed convolution and linear layers that a forward pass of `example` calls.
+    """List the convolution, transposed convolution and linear layers that a forward pass of `example` calls.
 
-    `example` is a tensor, a tuple of positional arguments or a dict of keyword arguments, its first axis the batch.
-    `include` and `exclude` are glob patterns over layer names, one or several. The model is left as it was found.
-    Raises `ModelError` when the forward pass fails or calls no such layer, `UnknownLayerError` for a pattern
-    that matches nothing.
+    Args:
+        model: a torch model; it stays as it is.
+        example: a tensor, a tuple of positional or a dict of keyword arguments, the first axis the batch.
+        include, exclude: glob patterns over layer names, one or several.
+
+    Raises `ModelError` when the forward pass fails or calls no such layer, `UnknownLayerError` for a pattern without a match.
+
+    Example:
+        >>> inventory = mpq.find_layers(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), torch.zeros(1, 3, 8, 8))
+        >>> [(layer.name, layer.weight_shape, layer.macs) for layer in inventory]
+        [('0', (8, 3, 3, 3), 7776)]
     """
     layers, skipped = discover(model, example)
     names = [layer.name for layer in layers]

@@ -22,9 +22,14 @@ Output = str | int | Callable[[Any], Tensor] | None
 class Batch:
     """What one forward pass is given, and the labels when there are any.
 
-    `inputs` is a tensor, a tuple of positional arguments, or a dict of keyword arguments;
-    `labels` is a tensor [N] of class indices, or None. Numbers in lists, tuples and numpy arrays become tensors, and one
-    number for one image; what else labels may be is refused where they are read (`labels_of`), or left to a loss of one's own.
+    Args:
+        inputs: a tensor [N, ...], a tuple of positional arguments, or a dict of keyword arguments.
+        labels: class indices [N] as a tensor, list or array, or what a loss of your own reads.
+
+    Example:
+        >>> batch = mpq.Batch.of((torch.zeros(2, 3, 8, 8), [4, 1]))
+        >>> len(batch), batch.labels
+        (2, tensor([4, 1]))
     """
 
     inputs: Any

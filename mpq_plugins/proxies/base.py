@@ -18,7 +18,18 @@ if TYPE_CHECKING:
 
 
 class AbstractProxy(abc.ABC):
-    """Scores how much each unit suffers at each choice. Implementations are frozen dataclasses of their options."""
+    """Scores how much each unit suffers at each choice. Implementations are frozen dataclasses of their options.
+
+    Example:
+        >>> class FewBits(mpq.AbstractProxy):
+        ...     name, needs_data = "few-bits", False
+        ...     def score(self, model, space, batches=()):
+        ...         losses = tuple(tuple(1 / choice.weight for choice in unit.choices) for unit in space.units)
+        ...         return mpq.Scores(space, losses, self.recipe())
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 8))
+        >>> mpq.allocate(model, torch.zeros(1, 16), budgets="size=w3", proxy=FewBits()).bits["0"].weight
+        3
+    """
 
     name: ClassVar[str]
     needs_data: ClassVar[bool] = True

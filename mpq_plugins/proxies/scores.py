@@ -25,6 +25,11 @@ class Scores:
     `proxy` is the recipe (name and options); `facts` holds what the proxy measured on the way (named lists of numbers, such
     as theta per unit), for reports. `pairwise` [all choices, all choices] is the optional cross-layer term, x'Px / 2.
     Raises `FormatError` when shapes disagree or a loss is not finite. Two scores are equal when they are one object.
+
+    Example:
+        >>> space = mpq.build_space(torch.nn.Sequential(torch.nn.Linear(16, 8)), torch.zeros(1, 16), choices=(2, 8))
+        >>> mpq.Scores(space, ((0.5, 0.1),), {"name": "mine"}).loss
+        ((0.5, 0.1),)
     """
 
     space: Space

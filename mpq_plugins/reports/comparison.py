@@ -102,10 +102,28 @@ def compare(
 ) -> Comparison:
     """Score with every proxy and control, solve at every budget, apply through every adapter, measure the accuracy.
 
-    `calibration` serves the proxies and the adapters, `test` (labelled) only the accuracy. `budgets` maps a label to the
-    budgets that hold together, `adapters` a label to an adapter; adapters without labels go by their names. The random
-    control runs with `n_seeds` seeds. Equal configurations are applied once.
-    `on_applied(budget, proxy, allocation, adapter, module)` sees every module once, while it is alive.
+    Args:
+        model: the float model.
+        space: the decisions.
+        example: one input as the model takes it.
+        calibration: batches for proxies and adapters.
+        test: labelled batches for the accuracy.
+        budgets: label -> budgets that hold together.
+        adapters: adapters, or label -> adapter.
+        proxies: names of scores; controls come on their own.
+        n_seeds: runs of the random control.
+        output: the output that counts: a key, an index or a function.
+        on_applied: called with budget, proxy, allocation, adapter and module, once for each module; equal bits share one.
+
+    Raises `BudgetError` for budgets without labels, and what `solve_scores` and `prepare` raise.
+
+    Example:
+        >>> model, batches = torch.nn.Sequential(torch.nn.Linear(16, 4)), [(torch.randn(32, 16), torch.arange(32) % 4)]
+        >>> data = {"example": torch.zeros(1, 16), "calibration": batches, "test": batches}
+        >>> space = mpq.build_space(model, data["example"], choices=(2, 4))
+        >>> found = compare(model, space, **data, budgets={"w4": "size=w4"}, adapters="brevitas", proxies="ompq", n_seeds=1)
+        >>> found.rows[0].proxy, found.rows[0].bits["0"].weight
+        ('ompq', 4)
     """
     if not isinstance(budgets, Mapping):
         raise BudgetError(

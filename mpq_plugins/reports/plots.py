@@ -16,9 +16,16 @@ from mpq_plugins.reports.comparison import Comparison
 
 
 def plot_allocation(allocation: Allocation, path: str | Path) -> Path:
-    """Bits along the depth of the network above the size of each layer, and the loss of every choice as a heat map.
+    """Draw bits along the depth of the network above the size of each layer, and the loss of every choice as a heat map.
 
-    Where the score has pairwise losses, a third panel shows how units interact at their narrowest choices.
+    Where the score of `allocation` has pairwise losses, a third panel shows how units interact at their narrowest choices.
+    `path` ends in .png, .svg or .pdf. Raises `WriteError`, and `MissingExtraError` without matplotlib.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Linear(8, 4))
+        >>> allocation = mpq.allocate(model, torch.zeros(1, 16), budgets="size=w4", proxy="weight-error")
+        >>> plot_allocation(allocation, "bits.svg").name
+        'bits.svg'
     """
     width = max(7.0, 0.32 * len(allocation.space.layers))
     if allocation.scores.pairwise is None:
@@ -32,7 +39,17 @@ def plot_allocation(allocation: Allocation, path: str | Path) -> Path:
 
 
 def plot_comparison(comparison: Comparison, path: str | Path) -> Path:
-    """Accuracy of every proxy and control, one panel per budget; seeds of the random control as single dots."""
+    """Draw the accuracy of every proxy and control, one panel per budget; seeds of the random control as single dots.
+
+    `comparison` is what `compare` returns. `path` ends in .png, .svg or .pdf. Raises `WriteError`, and `MissingExtraError`
+    without matplotlib.
+
+    Example:
+        >>> from mpq_plugins.reports.comparison import Comparison, Row
+        >>> bits = mpq.BitConfig({"conv1": 4}, "sha256:0", costs={"size": 64, "bops": 1e6})
+        >>> plot_comparison(Comparison(0.9, (Row("w4", "ompq", "ompq", "nncf", 0.8, 0, 1, bits),)), "accuracy.svg").name
+        'accuracy.svg'
+    """
     budgets = list(dict.fromkeys(row.budget for row in comparison.rows))
     figure, axes = new_figure(len(budgets), height=1.0 + 2.6 * len(budgets), width=8)
     families = list(dict.fromkeys(row.family for row in comparison.rows))

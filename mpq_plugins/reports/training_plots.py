@@ -14,7 +14,17 @@ if TYPE_CHECKING:
 
 
 def plot_training(history: Sequence[EpochRecord], path: str | Path) -> Path:
-    """Loss and accuracy over the epochs, stages shaded in turn; below it AIWQ of every layer, the most unstable first."""
+    """Draw loss and accuracy over the epochs, stages shaded in turn; below them AIWQ of every layer, the most unstable first.
+
+    `history` is that of `Trained`. `path` ends in .png, .svg or .pdf. Raises `WriteError`, and `MissingExtraError`
+    without matplotlib.
+
+    Example:
+        >>> from mpq_plugins.training import EpochRecord
+        >>> record = EpochRecord(1, "qat", steps=4, loss=0.7, learning_rate=0.01, seconds=1, n_images=64)
+        >>> plot_training([record], "run.svg").name
+        'run.svg'
+    """
     measured = next((record.instability for record in reversed(history) if record.instability), {})
     n_panels = 2 if measured else 1
     width = max(8.0, 0.3 * len(measured))

@@ -10,7 +10,17 @@ from mpq_plugins.solvers.solution import Solution
 
 
 class AbstractSolver(abc.ABC):
-    """Finds the best choice of every unit. Implementations are frozen dataclasses of their options."""
+    """Finds the best choice of every unit. Implementations are frozen dataclasses of their options.
+
+    Example:
+        >>> class Narrowest(mpq.AbstractSolver):
+        ...     name = "narrowest"
+        ...     def solve(self, problem):
+        ...         choice = (0,) * problem.n_units
+        ...         return mpq.Solution(mpq.Status.feasible, choice, problem.objective(choice), float("-inf"))
+        >>> mpq.solve(mpq.Problem.of([[2, 1], [5, 2]], [([[1, 3], [1, 3]], 2)]), Narrowest()).objective
+        7.0
+    """
 
     name: ClassVar[str]
 

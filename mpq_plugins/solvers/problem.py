@@ -43,6 +43,11 @@ class Problem:
     The choices of all units stand in one row: those of unit u are `start[u]:start[u + 1]`. Units of one `cluster` must choose
     choices of the same `width` (units that read one quantized activation must agree on its bits). `pairwise`
     [choice, choice] adds x'Px / 2 to the loss; it is symmetric, and zero when None.
+
+    Example:
+        >>> problem = mpq.Problem.of([[0.0, 1.0], [0.0, 2.0]], [([[8, 4], [8, 4]], 12)])
+        >>> problem.objective((1, 0)), problem.usage((1, 0)), problem.is_feasible((0, 0))
+        (1.0, (12.0,), False)
     """
 
     units: tuple[str, ...]
@@ -132,10 +137,18 @@ class Problem:
 
 
 def build_problem(scores: Scores, budgets: Budgets = ()) -> Problem:
-    """Tables of the scores and of every budget.
+    """Put the losses and costs of every choice into tables for a solver.
 
-    A budget of a "max" cost drops the choices above it; a budget of a "sum" cost becomes a limit.
+    Args:
+        scores: the losses of every choice.
+        budgets: a "sum" cost becomes a limit; a "max" cost drops the choices above it.
+
     Raises `InfeasibleBudgetError` as `check_reachable` does.
+
+    Example:
+        >>> space = mpq.build_space(torch.nn.Sequential(torch.nn.Linear(16, 8)), torch.zeros(1, 16), choices=(2, 8))
+        >>> print(mpq.build_problem(mpq.Scores(space, ((0.5, 0.1),), {"name": "mine"}), "size=w4").limits[0])
+        size <= 64 B
     """
     budgets = as_budgets(budgets, at_least=0)
     whole = _without_losses(scores.space, budgets)

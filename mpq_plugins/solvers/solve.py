@@ -25,11 +25,20 @@ _CLOSED = 2e-6  # relative gap up to which an answer is called optimal
 
 
 def solve(problem: Problem, solver: AbstractSolver | str | None = None, *, throw: bool = True, n_next: int = 3) -> Solution:
-    """The best choice of every unit, as a certificate checked against the tables.
+    """Find the best choice of every unit, as a certificate that is checked against the tables.
 
-    `solver` is `Auto()` by default; `n_next` is how many next-best plans to list. Raises `InfeasibleBudgetError` when the
-    limits cannot be met and `SolverError` when the solver finds no plan or one that its tables contradict; with
-    `throw=False` an infeasible, missing or over-budget answer is returned with its status and advice instead.
+    Args:
+        problem: losses and limits.
+        solver: a name, class or object; `Auto` by default.
+        throw: False returns an infeasible, missing or over-budget answer with its status and advice, instead of raising.
+        n_next: how many next-best plans to list.
+
+    Raises `InfeasibleBudgetError` when the limits cannot be met, and `SolverError` without a plan or with a wrong one.
+
+    Example:
+        >>> solution = mpq.solve(mpq.Problem.of([[0.0, 1.0], [0.0, 2.0]], [([[8, 4], [8, 4]], 12)]))
+        >>> solution.choice, solution.objective, solution.status.name
+        ((1, 0), 1.0, 'optimal')
     """
     started = time.perf_counter()
     solver = Auto() if solver is None else resolve("solvers", solver)

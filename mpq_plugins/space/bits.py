@@ -45,11 +45,18 @@ class FrozenMapping(Mapping[str, Precision]):
 
 @dataclass(frozen=True)
 class BitConfig:
-    """Layer name -> precision, for one model.
+    """Layer name -> precision, for one model. Two configurations are equal when their layers are.
 
-    Precisions may be given as `"w4a8"` or as weight bits. Two configurations are equal when their layers are. `fingerprint`
-    is the model's (`Inventory.fingerprint`); `origin` records how the bits were chosen, `costs` what they cost (cost name ->
-    amount in its unit).
+    Args:
+        layers: layer name -> `Precision`, `"w4a8"`, or weight bits.
+        fingerprint: the model's (`Inventory.fingerprint`).
+        origin: how the bits were chosen.
+        costs: cost name -> amount in the cost's unit.
+
+    Example:
+        >>> bits = mpq.BitConfig({"conv1": "w8a8", "conv2": 4}, "sha256:0")
+        >>> bits["conv2"], bits.summary()
+        (Precision(weight=4, activation=8), 'w8a8: conv1; w4a8: conv2')
     """
 
     layers: Mapping[str, Precision]

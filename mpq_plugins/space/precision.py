@@ -20,10 +20,13 @@ _TEXT = re.compile(r"w([0-9]{1,3})(?:a([0-9]{1,3}))?")
 
 @dataclass(frozen=True, order=True)
 class Precision:
-    """Bit-widths of a layer's weight and of the activation it reads.
+    """Bit-widths of a layer's weight (1 to 8; 1 is binary, for some adapters) and of the activation it reads (2 to 8).
 
-    `weight` is 1..8 (1 means a binary weight, which only some adapters have),
-    `activation` is 2..8. Raises `PrecisionError` for anything else.
+    Raises `PrecisionError` for anything else.
+
+    Example:
+        >>> mpq.Precision.parse("w4a8"), str(mpq.Precision(2, 4))
+        (Precision(weight=4, activation=8), 'w2a4')
     """
 
     weight: int
@@ -104,7 +107,12 @@ def widths(given: Widths) -> tuple[int, ...]:
 
 
 def menu(weight: Widths = range(2, 9), activation: Widths = (8,)) -> tuple[Precision, ...]:
-    """Every pair of the given weight and activation bits, in ascending order, without repeats."""
+    """Every pair of the given `weight` and `activation` bits, in ascending order, without repeats; raises `PrecisionError`.
+
+    Example:
+        >>> [str(precision) for precision in mpq.menu((2, 4), "4,8")]
+        ['w2a4', 'w2a8', 'w4a4', 'w4a8']
+    """
     activations = widths(activation)
     return tuple(sorted({Precision(w, a) for w in widths(weight) for a in activations}))
 

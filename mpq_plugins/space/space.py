@@ -62,10 +62,15 @@ class AverageBits:
 
 @dataclass(frozen=True)
 class Space:
-    """The units in order of their first layer, with the facts of all their layers.
+    """The units in order of their first layer, with the facts of all their layers. `build_space` and `Space.build` make it.
 
-    Build it with `Space.build`. `pins` records which layers were fixed and to what; `skipped` what stays in float, each
-    with its reason; `fingerprint` is the model's.
+    `pins` records which layers were fixed and to what, `skipped` what stays in float and why; `fingerprint` is the model's.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.Linear(8, 4))
+        >>> space = mpq.Space.build(mpq.find_layers(model, torch.zeros(1, 16)), (2, 4, 8), tie=[("0", "1")])
+        >>> len(space.layers), len(space.units), space.n_stored_weights
+        (2, 1, 160)
     """
 
     layers: tuple[Layer, ...]
@@ -255,14 +260,24 @@ def _unit(document: Any) -> Unit:
 
 
 def first_and_last(inventory: Inventory, precision: Precision | str = "w8a8") -> dict[str, Precision | str]:
-    """Pins for the first and the last layer: the usual protection of a classifier's stem and head."""
+    """Pins at `precision` for the first and last layer of `inventory`: the usual protection of a classifier's stem and head.
+
+    Example:
+        >>> mpq.first_and_last(mpq.find_layers(torch.nn.Sequential(torch.nn.Linear(16, 8)), torch.zeros(1, 16)))
+        {'0': 'w8a8'}
+    """
     return {layer.name: precision for layer in (*inventory.layers[:1], *inventory.layers[-1:])}
 
 
 def residual_ties(inventory: Inventory) -> tuple[tuple[str, str], ...]:
     """Each down-sampling shortcut with the last main-branch layer of its block, as OMPQ and CSMPQ tie them.
 
-    A shortcut is recognised by the name of its module: downsample, shortcut, skip or proj_shortcut.
+    Layers of `inventory` are shortcuts in modules named downsample, down, shortcut, skip or proj_shortcut.
+
+    Example:
+        >>> from torchvision.models import resnet18
+        >>> mpq.residual_ties(mpq.find_layers(resnet18(), torch.zeros(1, 3, 32, 32)))[0]
+        ('layer2.0.conv2', 'layer2.0.downsample.0')
     """
     shortcut_names = {"downsample", "shortcut", "skip", "proj_shortcut", "down"}
     ties = []

@@ -81,19 +81,35 @@ def train(
 ) -> Trained:
     """Prepare the float `model` at `bits` through `adapter` and train it; the model itself stays as it is.
 
-    `data` are batches, read afresh in every epoch, or a function from an epoch's number (from 0) to its batches. They carry
-    labels, unless a teacher is what there is to learn from: batches without labels are distilled from it alone.
-    `calibration` are batches for ranges and statistics (default: the first 8 of the data), `evaluation` labelled batches
-    whose accuracy is reported after every epoch and selects nothing. `teacher` is a float network for distillation. `loss`
-    takes the module's result and the batch, in place of the recipe's cross-entropy. `options` are those of
-    `adapter.prepare`, `command` options of the command line that its checkpoints keep. Devices, mixed precision and
-    processes are those of Hugging Face accelerate (`accelerate launch`).
+    Parameters with `requires_grad` off stay as they are, and so do, in a model in training mode, the statistics of parts in
+    evaluation mode. Random numbers follow from the recipe and the epoch; the caller's come back afterwards. Devices, mixed
+    precision and processes are those of Hugging Face accelerate (`accelerate launch`).
 
-    With a `folder` each epoch leaves a checkpoint there, and the same call goes on where it was stopped, to the same weights
-    on a CPU as if it never had been. Random numbers are seeded from the recipe and the epoch (Python's, numpy's, torch's, a
-    loader's own generator), and those outside a loader come back afterwards. Parameters with `requires_grad` off stay as they
-    are, and so do, in a model in training mode, the statistics of parts that are in evaluation mode.
+    Args:
+        model: a float torch model.
+        bits: the precisions to train at.
+        data: batches, read afresh in every epoch, or a function epoch (from 0) -> batches; labels are needed unless `teacher`.
+        adapter: a name, class or object.
+        recipe: method, epochs, learning rate and the like.
+        example: one input as the model takes it; by default the first batch.
+        calibration: batches for ranges and statistics; by default the first 8 of the data.
+        evaluation: labelled batches; their accuracy is reported after every epoch and selects nothing.
+        teacher: a float network for distillation.
+        loss: (module's result, batch) -> loss, in place of cross-entropy.
+        output: the output that counts: a key, an index or a function.
+        options: those of `adapter.prepare`.
+        folder: each epoch leaves a checkpoint there, and the same call resumes; on a CPU the weights end up the same.
+        tensorboard: write TensorBoard's files to `folder` too.
+        on_epoch: called with the record of every epoch.
+        command: options of the command line, for checkpoints to keep.
+
     Raises `TrainingError` when the loss is not finite, `DataError`, `ModelError`, `AdapterError`, `MissingExtraError`.
+
+    Example:
+        >>> model, batches = torch.nn.Sequential(torch.nn.Linear(16, 4)), [(torch.randn(32, 16), torch.arange(32) % 4)]
+        >>> bits = mpq.allocate(model, torch.zeros(1, 16), budgets="size=w4", proxy="weight-error").bits
+        >>> len(train(model, bits, batches, adapter="brevitas", recipe=TrainingRecipe(epochs=2)).history)
+        2
     """
     recipe, target = recipe or TrainingRecipe(), resolve("adapters", adapter)
     if tensorboard and folder is None:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
-import numpy as np
-
 from mpq_plugins.solvers.base import AbstractSolver
-from mpq_plugins.solvers.branch_and_bound import BranchAndBound
 from mpq_plugins.solvers.deadline import check_time_limit
-from mpq_plugins.solvers.exhaustive import Exhaustive
+from mpq_plugins.solvers.exhaustive import Exhaustive, count_plans
 from mpq_plugins.solvers.knapsack import Knapsack
 from mpq_plugins.solvers.milp import MILP
+from mpq_plugins.solvers.pairwise import BranchAndBound
 from mpq_plugins.solvers.problem import Problem
 from mpq_plugins.solvers.quadratic import has_pairs, without_pairs
 from mpq_plugins.solvers.solution import Solution, Status
@@ -64,7 +61,7 @@ class Auto(AbstractSolver):
         return _because(replace(quick, bound=max(exact.bound, quick.bound)), f"knapsack (milp found nothing better{note})")
 
     def _quadratic(self, problem: Problem) -> Solution:
-        n_plans = math.prod(int(size) for size in np.diff(problem.start))
+        n_plans = count_plans(problem)
         if n_plans <= _FEW_PLANS:
             return _because(Exhaustive().solve(problem), f"exhaustive ({n_plans:,} plans)")
         tree = BranchAndBound(self.time_limit_s, self.pair_gap).solve(problem)

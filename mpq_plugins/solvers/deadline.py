@@ -22,16 +22,6 @@ def is_over(deadline: float) -> bool:
     return time.perf_counter() > deadline
 
 
-def half_way(deadline: float) -> float:
-    """The middle of the time that is left."""
-    return (time.perf_counter() + deadline) / 2
-
-
 def has_time_for_algebra(deadline: float, n_columns: int) -> bool:
     """Whether dense linear algebra on so many columns is likely to end about in time."""
-    return has_time_for(deadline, _SECONDS_PER_CUBE * float(n_columns) ** 3)
-
-
-def has_time_for(deadline: float, seconds: float) -> bool:
-    """Whether work of about so many seconds is likely to end about in time."""
-    return time.perf_counter() + seconds < deadline + _SLACK_S
+    return time.perf_counter() + _SECONDS_PER_CUBE * float(n_columns) ** 3 < deadline + _SLACK_S

@@ -12,13 +12,22 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mpq_plugins.solvers.blocks import Blocks
+from mpq_plugins.solvers.blocks import Blocks, Minimum
 from mpq_plugins.solvers.lagrangian import Relaxation
-from mpq_plugins.solvers.stages import Stage, stages_of
 
 _N_PRICES = 32
 _FIRST_STAGES = 24
 _FIRST_STATES = 4_000
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one unit may do instead of the base plan: how its cost changes, and by how much the bound rises."""
+
+    unit: int
+    used: np.ndarray  # [alternative], the first one stays at the base
+    rise: np.ndarray  # [alternative]
+    choice: np.ndarray  # [alternative]
 
 
 @dataclass(frozen=True)
@@ -61,13 +70,45 @@ def nearest_plans(
         tolerance = gap * abs(relaxation.value + reach) if n_plans == 1 else 0.0
         if n_plans == 1 and reach <= tolerance:
             return Found(best, min(0.0, reach), 0.0, n_states)
-        stages = stages_of(blocks, minimum, base, price, most_rise=reach, most_stages=most_stages)
+        stages = _stages(blocks, minimum, base, price, most_rise=reach, most_stages=most_stages)
         core = DynamicProgram(slack, price, reach, n_plans, room, tolerance)
         core.run(stages)
         n_states += core.n_states
         reach = min(reach, core.threshold)
         best = sorted([*best, *core.plans(base)], key=lambda plan: plan[0])[:1] if n_plans == 1 else core.plans(base)
     return Found(best, max(0.0, min([core.dropped, *(plan[0] for plan in best[:1])])), core.dropped, n_states)
+
+
+def _stages(
+    blocks: Blocks,
+    minimum: Minimum,
+    base: np.ndarray,  # [unit]
+    price: float,
+    *,
+    most_rise: float,
+    most_stages: int | None = None,
+) -> list[Stage]:
+    """The units with alternatives that raise the bound by `most_rise` or less, those that are cheapest to move first.
+
+    `minimum` is the minimum at `price`, of which `base` is one.
+    """
+    rise = blocks.reduced_costs(minimum, np.full(len(blocks.limits), price))
+    used = np.zeros_like(rise)
+    if len(blocks.limits):
+        used = blocks.cost[0] - blocks.problem.limits[0].cost[blocks.problem.columns(base)][:, None]
+    moves = (rise <= most_rise) & (blocks.index >= 0) & (blocks.index != base[:, None])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        slope = np.where(moves & (used != 0), rise / np.abs(used), np.inf).min(axis=1)
+    units = np.flatnonzero(moves.any(axis=1))
+    return [
+        Stage(
+            unit,
+            np.concatenate([[0.0], used[unit, moves[unit]]]),
+            np.concatenate([[0.0], rise[unit, moves[unit]]]),
+            np.concatenate([[base[unit]], blocks.index[unit, moves[unit]]]),
+        )
+        for unit in units[np.argsort(slope[units], kind="stable")][:most_stages].tolist()
+    ]
 
 
 @dataclass

@@ -52,23 +52,23 @@ class TrackedPlan:
         return self.field - self.field[now], quadratic.cost - quadratic.cost[:, now], option == option[now]
 
 
-def best_move(plan: TrackedPlan) -> tuple[np.ndarray, float] | None:
-    """The column whose taking lowers the loss most within the limits, and by how much; None when none does."""
+def best_move(plan: TrackedPlan) -> np.ndarray | None:
+    """The column whose taking lowers the loss most within the limits; None when none does."""
     added, cost, same_width = plan.gains()
     left = (plan.quadratic.limits - plan.used)[:, None]
     added = np.where(same_width & np.all(cost <= left, axis=0), added, np.inf)
     at = int(np.argmin(added))
-    return (np.array([at]), float(added[at])) if added[at] < -_rounding(plan) else None
+    return np.array([at]) if added[at] < -_rounding(plan) else None
 
 
-def best_two_moves(plan: TrackedPlan) -> tuple[np.ndarray, float] | None:
+def best_two_moves(plan: TrackedPlan) -> np.ndarray | None:
     """The two columns of different units whose taking lowers the loss most; None when no two do."""
     columns, added, within = two_moves(plan)
     if not len(columns):
         return None
     added = np.where(within, added, np.inf)
     at = np.unravel_index(int(np.argmin(added)), added.shape)
-    return (columns[list(at)], float(added[at])) if added[at] < -_rounding(plan) else None
+    return columns[list(at)] if added[at] < -_rounding(plan) else None
 
 
 def two_moves(plan: TrackedPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # [column], [column, column], [column, column]
@@ -90,13 +90,10 @@ def two_moves(plan: TrackedPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  
     return columns, both, within
 
 
-def best_cluster_move(plan: TrackedPlan) -> tuple[np.ndarray, float] | None:
+def best_cluster_move(plan: TrackedPlan) -> np.ndarray | None:
     """The other width of some cluster that lowers the loss most, every unit at its best choice; None when none does."""
-    best: tuple[np.ndarray, float] | None = None
-    for new, added in cluster_moves(plan):
-        if added < (best[1] if best else -_rounding(plan)):
-            best = (new, added)
-    return best
+    new, added = min(cluster_moves(plan), key=lambda move: move[1], default=(None, np.inf))
+    return new if added < -_rounding(plan) else None
 
 
 def cluster_moves(plan: TrackedPlan) -> Iterator[tuple[np.ndarray, float]]:

@@ -11,13 +11,11 @@ from mpq_plugins.solvers.blocks import Blocks
 from mpq_plugins.solvers.deadline import is_over
 from mpq_plugins.solvers.dynamic_program import nearest_plans
 from mpq_plugins.solvers.feasible_plans import reachable_losses
-from mpq_plugins.solvers.iterated_search import Pool
+from mpq_plugins.solvers.iterated_search import Pool, nearby_plans
 from mpq_plugins.solvers.lagrangian import Relaxation, relax
 from mpq_plugins.solvers.milp import best_within
-from mpq_plugins.solvers.nearby import nearby_plans
 from mpq_plugins.solvers.neighbourhood import TrackedPlan
 from mpq_plugins.solvers.problem import Problem
-from mpq_plugins.solvers.program import Backend
 from mpq_plugins.solvers.quadratic import Quadratic
 from mpq_plugins.solvers.solution import Status
 
@@ -27,9 +25,7 @@ _TIME_LIMIT_S = 2.0  # for all of them
 _PAIRED = 200  # choices that changes are built from
 
 
-def next_plans(
-    problem: Problem, choice: tuple[int, ...], count: int, *, deadline: float = np.inf, backend: Backend = "auto"
-) -> list[tuple[int, ...]]:
+def next_plans(problem: Problem, choice: tuple[int, ...], count: int, *, deadline: float = np.inf) -> list[tuple[int, ...]]:
     """The `count` plans of least loss other than the optimum `choice`; fewer where a proof is out of reach.
 
     With several limits or linked units, what is not proven within two seconds and by `deadline` is filled up with the best
@@ -38,22 +34,14 @@ def next_plans(
     if count <= 0 or len(problem.loss) > MOST_CHOICES:
         return []
     blocks = Blocks.of(problem)
-    relaxation = relax(blocks, backend=backend)
+    relaxation = relax(blocks)
     reachable = reachable_losses(blocks, np.asarray(choice))
     enough = float(reachable[count - 1]) if len(reachable) >= count else np.inf
     if len(problem.limits) > 1 or problem.is_linked:
-        proven = _by_cuts(
-            blocks, relaxation, choice, count, enough, backend, min(deadline, time.perf_counter() + _TIME_LIMIT_S)
-        )
+        until = min(deadline, time.perf_counter() + _TIME_LIMIT_S)
+        proven = _by_cuts(blocks, relaxation, choice, count, enough, until)
         return [*proven, *_around(problem, relaxation, choice, {choice, *proven}, count - len(proven))]
-    return _by_program(blocks, relaxation, choice, count, enough)
-
-
-def _by_program(
-    blocks: Blocks, relaxation: Relaxation, choice: tuple[int, ...], count: int, enough: float
-) -> list[tuple[int, ...]]:
-    """All at once, by the dynamic program."""
-    # A rounding more than enough: the plan that sets the mark must itself be found.
+    # All at once, by the dynamic program. A rounding more than enough: the plan that sets the mark must itself be found.
     reach = (enough - relaxation.value) * (1 + 1e-9) + 1e-9 * abs(enough)
     found = nearest_plans(blocks, relaxation, gap=0.0, max_states=_MAX_STATES, n_plans=count + 1, threshold=reach)
     proven = [tuple(plan.tolist()) for excess, plan in found.plans if excess <= found.cut_off]
@@ -66,13 +54,12 @@ def _by_cuts(
     choice: tuple[int, ...],
     count: int,
     enough: float,
-    backend: Backend,
     deadline: float,
 ) -> list[tuple[int, ...]]:
     """One after the other, each by a program that the plans before are cut from."""
     plans = [choice]
     while len(plans) <= count and not is_over(deadline):
-        outcome = best_within(blocks, relaxation, enough, without=tuple(plans), backend=backend, deadline=deadline, gap=1e-9)
+        outcome = best_within(blocks, relaxation, enough, without=tuple(plans), deadline=deadline, gap=1e-9)
         if outcome.choice is None or outcome.status is not Status.optimal:
             break
         plans.append(tuple(int(index) for index in outcome.choice))

@@ -136,7 +136,7 @@ class Relaxed:
         curved = form.hessian @ point
         prices = np.maximum(self.rho * _ROW_WEIGHT * nodes.price, 0.0) * self.scale[:, None]
         values = curved + form.linear[:, None] + quadratic.cost.T @ prices
-        offset = form.constant - np.sum(point * curved, axis=0) / 2 - quadratic.limits @ prices
+        offset = -np.sum(point * curved, axis=0) / 2 - quadratic.limits @ prices
         size = np.abs(offset) + np.abs(np.sum(point * np.abs(values), axis=0))
         values[~nodes.open] = np.inf
         least, more = quadratic.least(values)

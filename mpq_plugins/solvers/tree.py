@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from mpq_plugins.solvers.branching import children, within_limits
 from mpq_plugins.solvers.convex import Simplices, convex
 from mpq_plugins.solvers.curvature import best_blocks
-from mpq_plugins.solvers.deadline import half_way, has_time_for_algebra, is_over
+from mpq_plugins.solvers.deadline import has_time_for_algebra, is_over
 from mpq_plugins.solvers.iterated_search import Pool, descend, repair
 from mpq_plugins.solvers.quadratic import Quadratic
 from mpq_plugins.solvers.relaxation import Nodes, Relaxed
@@ -95,10 +96,6 @@ class Tree:
         lacks = form.was_lacking and not self.is_closed
         return self._tightened(relaxed) if lacks and self._has_time(relaxed.quadratic) else relaxed
 
-    def open_choices(self, relaxed: Relaxed) -> Quadratic:
-        """The choices that a better plan can have, after `root`."""
-        return relaxed.quadratic.restricted(self._heap[0][2].open[:, 0]) if self._heap else relaxed.quadratic
-
     def _closed_in(self, relaxed: Relaxed) -> Relaxed:
         """Bound all plans among the open choices; close choices, and set up again while many close."""
         while True:
@@ -124,8 +121,8 @@ class Tree:
         quadratic, before = relaxed.quadratic, (self._heap, self._floor, self.bound)
         simplices = Simplices.of(quadratic)
         linear = quadratic.problem.loss[quadratic.columns] + self.prices @ quadratic.cost
-        half = half_way(self.deadline)
-        blocks = best_blocks(quadratic, linear, iterations=_TIGHTENINGS, deadline=half)
+        half_way = (time.perf_counter() + self.deadline) / 2
+        blocks = best_blocks(quadratic, linear, iterations=_TIGHTENINGS, deadline=half_way)
         tighter = Relaxed.of(quadratic, convex(quadratic, simplices, blocks), simplices, _STEP)
         self._heap, self._floor = [], -np.inf
         self._explore(tighter, tighter.start(), np.array([-np.inf]), looks=_ROOT_LOOKS)

@@ -42,15 +42,11 @@ class _RangeWatch(AbstractWatch):
         values: Tensor = input_argument(args, kwargs)
         signed = bool(values.amin() < 0)
         for bits, scale in mse_range(values, self._bits[layer], signed=signed).items():
-            steps = _steps(float(scale), bits, signed=signed)
+            low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+            steps = Steps(float(scale), low, high)
             held = self.found.get((layer, bits))
             if held is None or held.scale * held.high < steps.scale * steps.high or held.low > steps.low:
                 self.found[layer, bits] = steps
 
     def on_weighted(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> None:
         """Nothing is read of outputs."""
-
-
-def _steps(scale: float, bits: int, *, signed: bool) -> Steps:
-    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-    return Steps(scale, low, high)

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from mpq_plugins.model.run import Output, batch_size, call, select, tensors
+from mpq_plugins.model.run import Output, batch_size, call, evaluating, select, tensors
 from mpq_plugins.model.watch import WEIGHTED, LayerOfCall, bias_argument, input_argument, weight_argument
-from mpq_plugins.proxies.measuring.correction import Corrector, Norm, Site
-from mpq_plugins.proxies.measuring.perturbation import Changes, Perturbation, run_changed
+from mpq_plugins.proxies.measuring.correction import Corrector, Norm, Site, output_axis
+from mpq_plugins.proxies.measuring.perturbation import AbstractCalls, Changes, Perturbation, run_changed
 from mpq_plugins.proxies.measuring.trace import CannotReplay, ForwardTrace, is_metadata
 
 
 @dataclass
 class Counter:
-    """How many layer evaluations have run, counted in images, and how many plain passes would have needed."""
+    """How many layer evaluations have run, counted in images."""
 
     run: int = 0
-    plain: int = 0
 
 
 @final
@@ -37,7 +35,7 @@ class Replayer:
         self.norm_of: Mapping[int, int] = tape.norm_of if folding else {}
         self.folded = frozenset(self.norm_of.values())
         self.counter = Counter()
-        self._plans: dict[int, Plan] = {}
+        self._plans: dict[int, Plan] = {}  # by the bits of the layers that change
         self._own_weights: dict[int, Tensor] = {}  # layer call -> its own weight with its batch normalisation
 
     @property
@@ -74,16 +72,10 @@ class Replayer:
                 continue
             norm = self._norm(index) if index in self.norm_of else step.norm
             if norm is not None:
-                found[index] = Site.of_norm(norm)
+                found[index] = Site(1, norm)
             elif step.has_bias and all(calls[reader].norm is None for reader in self.tape.readers[index]):
-                found[index] = Site.of_layer(step.function)
+                found[index] = Site(output_axis(step.function))
         return found
-
-    def plan(self, roots: int) -> Plan:
-        """What to run, and what to return for the rest, when the layers in `roots` change."""
-        if roots not in self._plans:
-            self._plans[roots] = Plan(self.tape, roots)
-        return self._plans[roots]
 
     def base(self, inputs: Any, changes: Changes, *, correction: bool = False) -> Values:
         """Run everything under `changes` and keep what later passes need.
@@ -107,8 +99,10 @@ class Replayer:
         """
         roots = tuple(roots)
         n_variants = max(len(changes[name]) for name in roots)
-        plan = self.plan(self.tape.bits(roots))
-        return self._play(plan, inputs, values, changes, n_variants, keep=keep)
+        bits = self.tape.bits(roots)
+        if bits not in self._plans:
+            self._plans[bits] = Plan(self.tape, bits)
+        return self._play(self._plans[bits], inputs, values, changes, n_variants, keep=keep)
 
     def _play(
         self,
@@ -122,7 +116,7 @@ class Replayer:
         measured: dict[int, Corrector] | None = None,
     ) -> Values:
         playing = _Pass(self, plan, inputs, values, changes, n_variants, keep, measured)
-        with playing:
+        with evaluating(self.model), self.owner, playing:
             result = select(call(self.model, inputs), self.output)
         if playing.cursor != len(self.tape.calls):
             raise CannotReplay("its forward pass ended early")
@@ -172,7 +166,7 @@ class Plan:
 
 
 @final
-class _Pass(TorchFunctionMode):
+class _Pass(AbstractCalls):
     """One pass over the model's own Python, in which calls that need not run return what is kept of them."""
 
     def __init__(
@@ -198,10 +192,7 @@ class _Pass(TorchFunctionMode):
         self._single: dict[int, Tensor] = {id(tensor): tensor for tensor in rows}  # with the images of one variant only
         self._object: dict[int, Any] = {}  # chain head -> the object that its calls return in this pass
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def run(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if is_metadata(func):
             return func(*args, **kwargs)
         index = self.cursor
@@ -239,7 +230,7 @@ class _Pass(TorchFunctionMode):
         value: Tensor = self._base[source]
         if self._n_variants == 1 or not self._tape.calls[source].grows:
             return value.clone()
-        return value.repeat(self._n_variants, *[1] * (value.dim() - 1))
+        return self._for_all(value)
 
     def _run(self, index: int, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if index in self._player.folded:
@@ -255,50 +246,42 @@ class _Pass(TorchFunctionMode):
 
     def _compute(self, index: int, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         layer = self._tape.calls[index].layer or ""
+        is_folded = index in self._player.norm_of
+        bias = self._player.bias(index, bias_argument(args, kwargs)) if is_folded else None
         if layer in self._changes:
-            return self._run_changed(index, func, args, kwargs, self._changes[layer])
+            is_stacked = self._n_variants > 1 and id(input_argument(args, kwargs)) not in self._single
+            return run_changed(func, args, kwargs, self._changes[layer], bias=bias, stacked=is_stacked)
         if self._n_variants > 1:
             args, kwargs = self._stacked(args), dict(zip(kwargs, self._stacked(tuple(kwargs.values())), strict=True))
-        if index in self._player.norm_of:
+        if is_folded:
             own = Perturbation(self._player.own_weight(index, weight_argument(args, kwargs)))
-            return run_changed(func, args, kwargs, [own], bias=self._bias(index, args, kwargs), stacked=False)
+            return run_changed(func, args, kwargs, [own], bias=bias)
         return func(*args, **kwargs)
-
-    def _run_changed(
-        self, index: int, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], changes: Sequence[Perturbation]
-    ) -> Tensor:
-        bias = self._bias(index, args, kwargs) if index in self._player.norm_of else None
-        values = input_argument(args, kwargs)
-        is_stacked = self._n_variants > 1 and id(values) not in self._single
-        return run_changed(func, args, kwargs, changes, bias=bias, stacked=is_stacked)
-
-    def _bias(self, index: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-        return self._player.bias(index, bias_argument(args, kwargs))
 
     def _stacked(self, values: Any) -> Any:
         """`values` with every tensor of one variant repeated for all of them."""
-        if isinstance(values, Tensor):
-            if id(values) not in self._single:
-                return values
-            return values.repeat(self._n_variants, *[1] * (values.dim() - 1))
-        if isinstance(values, (tuple, list)) and not hasattr(values, "_fields"):
-            return type(values)(self._stacked(value) for value in values)
-        return values
+        return _mapped(values, lambda tensor: self._for_all(tensor) if id(tensor) in self._single else tensor)
+
+    def _for_all(self, tensor: Tensor) -> Tensor:
+        return tensor.repeat(self._n_variants, *[1] * (tensor.dim() - 1))
 
     def _hold(self, index: int, value: Any) -> None:
         """Keep the value of a call, or only its form where no later pass reads it."""
         if index not in self._tape.kept:
-            self.kept[index] = _form(value)
+            # Something of the same shapes and types that takes no memory.
+            self.kept[index] = _mapped(
+                value, lambda tensor: torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+            )
             return
         chain = self._tape.chains.get(self._tape.head_of.get(index, -1), ())
         changes_later = any(self._tape.calls[other].mutates for other in chain if other > index)
         self.kept[index] = value.clone() if changes_later else value
 
 
-def _form(value: Any) -> Any:
-    """Something of the same shapes and types that takes no memory."""
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with every tensor changed, in lists and tuples too."""
     if isinstance(value, Tensor):
-        return torch.empty((), dtype=value.dtype, device=value.device).expand(value.shape)
+        return change(value)
     if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-        return type(value)(_form(item) for item in value)
+        return type(value)(_mapped(item, change) for item in value)
     return value

@@ -16,12 +16,12 @@ from typing import Any, final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from mpq_plugins.errors import MPQError
 from mpq_plugins.model.run import Output, batch_size, call, select, tensors
 from mpq_plugins.model.watch import METADATA_NAMES, WEIGHTED, LayerOfCall, bias_argument, function_name
 from mpq_plugins.proxies.measuring.correction import Norm
+from mpq_plugins.proxies.measuring.perturbation import AbstractCalls
 
 _TENSOR_PROPERTIES = frozenset(("T", "mT", "H", "mH", "data", "real", "imag", "grad"))
 # Functions that give numbers to Python, and functions that take only the form of a tensor, not its values.
@@ -174,7 +174,7 @@ def _grows(one: tuple[int, ...], two: tuple[int, ...], n_images: tuple[int, int]
     return True if all(a * n_images[1] == b * n_images[0] for a, b in pairs) else None
 
 
-class _Recorder(TorchFunctionMode):
+class _Recorder(AbstractCalls):
     """Runs a forward pass and writes its calls down."""
 
     def __init__(self, model: nn.Module, owner: LayerOfCall, layers: Sequence[str], inputs: Any, output: Output) -> None:
@@ -196,10 +196,7 @@ class _Recorder(TorchFunctionMode):
         self._check_unchanged(self._held.values())
         self._held.clear()
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def run(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if is_metadata(func):
             return func(*args, **kwargs)
         read = [*tensors(args), *tensors(kwargs)]

@@ -21,7 +21,7 @@ class Averaged:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay, self.n_steps = decay, 0
-        self._own = _tensors(module)
+        self._own: dict[str, Tensor] = dict((*module.named_parameters(), *module.named_buffers()))
         self._average = {name: tensor.detach().clone() for name, tensor in self._own.items()}
         self._floating = [name for name, tensor in self._own.items() if tensor.is_floating_point()]
 
@@ -69,7 +69,3 @@ class Averaged:
         average: Mapping[str, Tensor] = state["average"]  # type: ignore[assignment]  # it was one
         for name, tensor in self._average.items():
             tensor.copy_(average[name])
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return dict((*module.named_parameters(), *module.named_buffers()))

@@ -7,7 +7,6 @@ import json
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, final
 
@@ -17,7 +16,6 @@ from mpq_plugins.common.partial import partial_folder
 from mpq_plugins.common.tensor_files import read_torch, write_torch
 from mpq_plugins.errors import FormatError, MPQError, TrainingError, WriteError
 from mpq_plugins.space.bits import BitConfig
-from mpq_plugins.training.metrics import EpochRecord
 
 JOB, FORMAT = "mpq-training/1", "mpq-training-state/1"
 _KEPT = 2
@@ -149,16 +147,6 @@ def telling_damage(checkpoint: Path) -> Iterator[None]:
 
 # By process, since locks do not hold against the process that has them; a folder that nobody holds any more is free.
 _CLAIMED: weakref.WeakValueDictionary[tuple[int, Path], TrainingFolder] = weakref.WeakValueDictionary()
-
-
-def history_to_json(history: list[EpochRecord]) -> str:
-    """Records as text, exact."""
-    return json.dumps([asdict(record) for record in history])
-
-
-def history_from_json(text: str) -> list[EpochRecord]:
-    """Inverse of `history_to_json`."""
-    return [EpochRecord(**item) for item in json.loads(text)]
 
 
 def _differences(begun: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -41,7 +41,12 @@ def observe(model: nn.Module, space: Space, batches: Iterable[Any], statistic: A
         seen |= _observe_batch(model, space, batch, statistic)
         statistic.end_batch(batch)
         n_seen += len(batch)
-    _check_all_seen(space, seen)
+    unseen = [unit.layers[-1] for index, unit in enumerate(space.units) if index not in seen]
+    if unseen:
+        raise ModelError(
+            f"{', '.join(unseen)} did not run on these batches, though the example ran it. Give batches that take the same "
+            "path through the model, or exclude the layer from the search."
+        )
     return n_seen
 
 
@@ -90,15 +95,6 @@ def _per_image(feature: Tensor, n_images: int, layer: str) -> Tensor:
             "told apart. Exclude the layer from the search, or give the model its batch on the first axis."
         )
     return feature.reshape(n_images, feature.shape[0] // n_images, *feature.shape[1:])
-
-
-def _check_all_seen(space: Space, seen: set[int]) -> None:
-    unseen = [unit.layers[-1] for index, unit in enumerate(space.units) if index not in seen]
-    if unseen:
-        raise ModelError(
-            f"{', '.join(unseen)} did not run on these batches, though the example ran it. Give batches that take the same "
-            "path through the model, or exclude the layer from the search."
-        )
 
 
 def not_finite(layer: Layer, feature: Tensor) -> DataError:

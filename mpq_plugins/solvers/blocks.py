@@ -117,17 +117,12 @@ def almost(problem: Problem) -> np.ndarray:  # [limit]
 
 def _allowed(problem: Problem) -> np.ndarray:  # [choice of all units]
     """Which choices have a width that every unit of their cluster can take."""
-    clusters, cluster_of = np.unique(problem.cluster, return_inverse=True)
-    sizes = np.bincount(cluster_of)
+    clusters, cluster_of, sizes = np.unique(problem.cluster, return_inverse=True, return_counts=True)
     if len(clusters) == problem.n_units:
         return np.ones(len(problem.loss), dtype=bool)
-    triples = np.unique(np.stack([cluster_of[problem.unit_of], problem.width, problem.unit_of]), axis=1)
-    pairs, units_with = np.unique(triples[:2], axis=1, return_counts=True)
-    common = {(int(g), int(v)) for g, v, n in zip(*pairs, units_with, strict=True) if n == sizes[g]}
-    alone = sizes[cluster_of] == 1
-    keys = zip(cluster_of[problem.unit_of].tolist(), problem.width.tolist(), strict=True)
-    agreed = np.fromiter((key in common for key in keys), dtype=bool, count=len(problem.loss))
-    allowed: np.ndarray = alone[problem.unit_of] | agreed
+    pairs, pair_of = np.unique(np.stack([cluster_of[problem.unit_of], problem.width]), axis=1, return_inverse=True)
+    units_with = np.bincount(np.unique(np.stack([pair_of.ravel(), problem.unit_of]), axis=1)[0])
+    allowed: np.ndarray = (units_with == sizes[pairs[0]])[pair_of.ravel()]
     return allowed
 
 

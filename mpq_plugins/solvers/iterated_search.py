@@ -13,7 +13,6 @@ from mpq_plugins.solvers.neighbourhood import (
     TrackedPlan,
     best_cluster_move,
     best_move,
-    best_of_option,
     best_two_moves,
     cluster_moves,
     two_moves,
@@ -141,7 +140,8 @@ def _priced_descents(quadratic: Quadratic, deadline: float) -> list[TrackedPlan]
     """Plans of least loss plus price times cost, at the least prices, found by halving, where the limits are met."""
     span = np.ptp(quadratic.cost, axis=1)
     price = np.where(span > 0, np.ptp(quadratic.loss) / np.where(span > 0, span, 1.0), 0.0)
-    plan = _least_alone(quadratic)
+    alone = quadratic.best_of(quadratic.cluster_start, quadratic.loss)
+    plan = TrackedPlan.of(quadratic, quadratic.positions(quadratic.choice(alone)))
     low, high = 0.0, None
     found: list[TrackedPlan] = []
     factor = 0.0
@@ -161,15 +161,6 @@ def _priced_descents(quadratic: Quadratic, deadline: float) -> list[TrackedPlan]
             break
     repaired = repair(plan)
     return sorted([*found, *([repaired] if repaired else [])], key=lambda plan: plan.loss)[:2]
-
-
-def _least_alone(quadratic: Quadratic) -> TrackedPlan:
-    options = quadratic.cluster_start
-    taken = np.zeros(quadratic.problem.n_units, dtype=int)
-    for option in options.tolist():
-        new = best_of_option(quadratic, option, quadratic.loss)
-        taken[quadratic.unit_of[new]] = new
-    return TrackedPlan.of(quadratic, taken)
 
 
 def _coordinate_descent(plan: TrackedPlan, price: np.ndarray) -> TrackedPlan:
@@ -210,7 +201,7 @@ def _kicked(plan: TrackedPlan, rng: np.random.Generator) -> TrackedPlan:
     options = _ranges(quadratic.cluster_start, len(quadratic.option_start))
     new = []
     for cluster in rng.choice(n_clusters, min(n_clusters, int(rng.integers(3, most + 1))), replace=False).tolist():
-        new.append(best_of_option(quadratic, int(rng.integers(*options[cluster])), rng.random(len(quadratic.columns))))
+        new.append(quadratic.best_of([int(rng.integers(*options[cluster]))], rng.random(len(quadratic.columns))))
     return plan.moved(np.concatenate(new))
 
 

@@ -106,18 +106,11 @@ def cluster_moves(plan: TrackedPlan) -> Iterator[tuple[np.ndarray, float]]:
     cheap = (quadratic.cost / np.maximum(np.abs(quadratic.limits), 1e-300)[:, None]).sum(axis=0)
     for option in np.setdiff1d(np.arange(len(quadratic.option_start)), list(current)).tolist():
         for values in (plan.field, cheap) if len(left) else (plan.field,):
-            new = best_of_option(quadratic, option, values)
+            new = quadratic.best_of([option], values)
             old = plan.taken[quadratic.unit_of[new]]
             if np.all(quadratic.cost[:, new].sum(axis=1) - quadratic.cost[:, old].sum(axis=1) <= left):
                 yield new, _added(plan, old, new)
                 break
-
-
-def best_of_option(quadratic: Quadratic, option: int, values: np.ndarray) -> np.ndarray:  # [unit of the cluster]
-    """For every slot of an option, its column of least value."""
-    slots = np.flatnonzero(quadratic.option_of_slot == option)
-    ends = np.append(quadratic.slot_start, len(quadratic.columns))
-    return np.array([ends[slot] + int(np.argmin(values[ends[slot] : ends[slot + 1]])) for slot in slots])
 
 
 def _added(plan: TrackedPlan, old: np.ndarray, new: np.ndarray) -> float:

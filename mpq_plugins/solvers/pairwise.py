@@ -39,9 +39,7 @@ class BranchAndBound(AbstractSolver):
 
     def solve(self, problem: Problem) -> Solution:
         """The best plan, its bound, the prices of the limits at the root, and plans around the best one."""
-        return _search_and_bound(
-            problem, self.name, kicks=self.kicks, seed=self.seed, gap=self.gap, time_limit_s=self.time_limit_s, branches=True
-        )
+        return _search_and_bound(self, problem, self.gap, branches=True)
 
 
 @final
@@ -64,27 +62,23 @@ class LocalSearch(AbstractSolver):
 
     def solve(self, problem: Problem) -> Solution:
         """The best plan met, and plans around it."""
-        return _search_and_bound(
-            problem, self.name, kicks=self.kicks, seed=self.seed, gap=0.0, time_limit_s=self.time_limit_s, branches=False
-        )
+        return _search_and_bound(self, problem, 0.0, branches=False)
 
 
-def _search_and_bound(
-    problem: Problem, name: str, *, kicks: int, seed: int, gap: float, time_limit_s: float, branches: bool
-) -> Solution:
+def _search_and_bound(solver: BranchAndBound | LocalSearch, problem: Problem, gap: float, *, branches: bool) -> Solution:
     """The best plan of a local search, with the bound of one relaxation or, where it `branches`, of the whole tree."""
-    started = time.perf_counter()
-    deadline = started + time_limit_s
+    started, name = time.perf_counter(), solver.name
+    deadline = started + solver.time_limit_s
     n = len(problem.loss)
     quadratic = Quadratic.of(problem if problem.pairwise is not None else replace(problem, pairwise=np.zeros((n, n))))
-    until = started + time_limit_s / 3 if branches else deadline
-    pool, status = search(quadratic, kicks=kicks, seed=seed, deadline=until)
+    until = started + solver.time_limit_s / 3 if branches else deadline
+    pool, status = search(quadratic, kicks=solver.kicks, seed=solver.seed, deadline=until)
     if status is Status.infeasible:
         return Solution(status, (), np.inf, np.inf, solver=name)
     tree = Tree(quadratic, pool, gap, deadline)
     if branches:
         tree.run()
-    elif tree.may_begin:
+    elif tree.has_time(quadratic):
         tree.root()
     proven = branches and tree.is_closed
     if pool.best is None:

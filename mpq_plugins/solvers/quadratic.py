@@ -135,6 +135,10 @@ class Quadratic:
         in_option = np.add.reduceat(in_slot, self.option_start)
         ends = np.append(self.cluster_start, len(in_option))
         options = [a + int(np.argmin(in_option[a:b])) for a, b in itertools.pairwise(ends.tolist())]
+        return self.best_of(options, values)
+
+    def best_of(self, options: Sequence[int] | np.ndarray, values: np.ndarray) -> np.ndarray:  # [unit of their clusters]
+        """For every slot of some options, its column of least value."""
         slots = np.flatnonzero(np.isin(self.option_of_slot, options))
         stops = np.append(self.slot_start, len(values))
         return np.array([stops[slot] + int(np.argmin(values[stops[slot] : stops[slot + 1]])) for slot in slots])

@@ -33,14 +33,12 @@ class Nodes:
 
     def take(self, index: np.ndarray) -> Nodes:
         """Some of the nodes."""
-        tables = (self.open, self.point, self.pull, self.used, self.price)
-        return Nodes(*(table[:, index] for table in tables))
+        return Nodes(*(table[:, index] for table in vars(self).values()))
 
     @classmethod
     def joined(cls, nodes: Sequence[Nodes]) -> Nodes:
         """Several batches as one."""
-        names = ("open", "point", "pull", "used", "price")
-        return cls(*(np.concatenate([getattr(node, name) for node in nodes], axis=1) for name in names))
+        return cls(*(np.concatenate(tables, axis=1) for tables in zip(*(vars(node).values() for node in nodes), strict=True)))
 
     @property
     def count(self) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from mpq_plugins.solvers.branching import children, within_limits
 from mpq_plugins.solvers.convex import Simplices, convex
 from mpq_plugins.solvers.curvature import best_blocks
-from mpq_plugins.solvers.deadline import has_time_for_algebra, is_over
+from mpq_plugins.solvers.deadline import is_over
 from mpq_plugins.solvers.iterated_search import Pool, descend, repair
 from mpq_plugins.solvers.quadratic import Quadratic
 from mpq_plugins.solvers.relaxation import Nodes, Relaxed
@@ -28,6 +28,9 @@ _WITHIN = 0.99  # of the gap, so that it holds after rounding
 _PLAN_EVERY = 4  # batches between two local searches
 _MOST_BYTES = 5e8  # of open nodes; beyond, those nearest to their end go first
 _TIGHTENINGS = 400
+# Of dense linear algebra on n columns, as bounding a whole problem needs, per n^3: a guess for a slow core.
+_SECONDS_PER_CUBE = 1.5e-9
+_SLACK_S = 0.5  # what may be begun in spite of the limit
 _NODES_PER_CUBE = 40.0  # measured: a node takes some n^2, tightening some n^3
 
 
@@ -67,14 +70,14 @@ class Tree:
         """Whether no open node can hold a plan below the cut-off."""
         return self.bound >= self.cut_off
 
-    @property
-    def may_begin(self) -> bool:
-        """Whether there is time to bound the whole problem."""
-        return self._has_time(self.quadratic)
+    def has_time(self, quadratic: Quadratic) -> bool:
+        """Whether there is time for the dense linear algebra of bounding all of `quadratic`."""
+        seconds = _SECONDS_PER_CUBE * float(len(quadratic.columns)) ** 3
+        return time.perf_counter() + seconds < self.deadline + _SLACK_S
 
     def run(self) -> None:
         """Search until closed or out of time."""
-        if not self.may_begin:
+        if not self.has_time(self.quadratic):
             return
         relaxed = self.root()
         tightened = relaxed.form.was_lacking
@@ -94,7 +97,7 @@ class Tree:
         form = convex(self.quadratic, simplices)
         relaxed = self._closed_in(Relaxed.of(self.quadratic, form, simplices, _STEP))
         lacks = form.was_lacking and not self.is_closed
-        return self._tightened(relaxed) if lacks and self._has_time(relaxed.quadratic) else relaxed
+        return self._tightened(relaxed) if lacks and self.has_time(relaxed.quadratic) else relaxed
 
     def _closed_in(self, relaxed: Relaxed) -> Relaxed:
         """Bound all plans among the open choices; close choices, and set up again while many close."""
@@ -108,13 +111,10 @@ class Tree:
             self.prices = relaxed.bounds(nodes).prices[:, 0]
             self._round(relaxed, nodes)
             left = relaxed.quadratic.restricted(nodes.open[:, 0])
-            if len(left.columns) > _SHRUNK * len(relaxed.quadratic.columns) or not self._has_time(left):
+            if len(left.columns) > _SHRUNK * len(relaxed.quadratic.columns) or not self.has_time(left):
                 return relaxed
             form = relaxed.form.restricted(np.isin(relaxed.quadratic.columns, left.columns))
             relaxed = Relaxed.of(left, form, Simplices.of(left), _STEP)
-
-    def _has_time(self, quadratic: Quadratic) -> bool:
-        return has_time_for_algebra(self.deadline, len(quadratic.columns))
 
     def _tightened(self, relaxed: Relaxed) -> Relaxed:
         """Start again with the curvature spread so that the bound is higher, if it is."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -63,9 +63,8 @@ class Averaged:
         """The average, for a checkpoint."""
         return {"n_steps": self.n_steps, "average": dict(self._average)}
 
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back `state_dict()`."""
-        self.n_steps = int(state["n_steps"])  # type: ignore[call-overload]  # it was one
-        average: Mapping[str, Tensor] = state["average"]  # type: ignore[assignment]  # it was one
+        self.n_steps = state["n_steps"]
         for name, tensor in self._average.items():
-            tensor.copy_(average[name])
+            tensor.copy_(state["average"][name])

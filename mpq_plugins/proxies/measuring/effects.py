@@ -81,7 +81,6 @@ class Effects:
     slopes: np.ndarray | None  # [choice]
     curvature: np.ndarray | None  # [choice, choice]
     pairs: np.ndarray | None  # [choice, choice]
-    n_images: int
     facts: Mapping[str, Any]
     power: float | None = None
     noise: np.ndarray | None = None  # [choice, choice]
@@ -142,16 +141,10 @@ class SensitivityRun:
             mean["slopes"] if curvature else None,
             mean["curvature"] if curvature else None,
             mean.get("pairs"),
-            self.n_images,
             facts,
             float(mean["power"]),
             noise_of(mean, self.n_images),
         )
-
-    def measured(self, unit: int, *, losses_only: bool) -> Sequence[int]:
-        """The choices of a unit that are measured."""
-        members = self.space.units[unit]
-        return measured_choices(members) if losses_only and self.setup.interpolate else range(len(members.choices))
 
     def _filled(self, losses: np.ndarray) -> np.ndarray:
         """Losses [choice] with those put in that are not measured."""
@@ -318,8 +311,11 @@ class _PieceRun:
 
     def _singles(self, unit: int) -> dict[str, np.ndarray]:
         run, at_base = self._started
-        choices = self._lab.measured(unit, losses_only=not self._what.curvature and not self._what.pairs)
-        losses = np.full(len(self._lab.space.units[unit].choices), np.nan)
+        members = self._lab.space.units[unit]
+        losses_only = not self._what.curvature and not self._what.pairs
+        is_sparse = losses_only and self._lab.setup.interpolate
+        choices = measured_choices(members) if is_sparse else range(len(members.choices))
+        losses = np.full(len(members.choices), np.nan)
         found: dict[str, list[Any]] = {"slopes": [], "features": []}
         for choice, output in zip(choices, self._finite(unit, choices, run.single(unit, choices)), strict=True):
             losses[choice] = float(at_base.losses(output).sum())

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from mpq_plugins.errors import DataError, MPQError
 from mpq_plugins.model.run import Batch, Output, batch_size, call, device_of, evaluating, select, telling_failures, to_device
 from mpq_plugins.model.watch import WEIGHTED, LayerOfCall, input_argument
-from mpq_plugins.proxies.measuring.calibrate import activation_steps
 from mpq_plugins.proxies.measuring.correction import LEAST_IMAGES, Reference, correcting
 from mpq_plugins.proxies.measuring.perturbation import AbstractCalls, Changes, Perturbation, run_changed
 from mpq_plugins.proxies.measuring.replay import Counter, Replayer, Values
 from mpq_plugins.proxies.measuring.trace import CannotReplay, record
-from mpq_plugins.proxies.measuring.weights import QuantizedWeights
+from mpq_plugins.proxies.measuring.weights import QuantizedWeights, activation_steps
 from mpq_plugins.space.space import Space
 
 _MIB = 2**20

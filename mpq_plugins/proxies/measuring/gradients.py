@@ -36,7 +36,7 @@ def first_order_effects(lab: SensitivityRun) -> Effects:
     facts = {"n_images": lab.n_images, "passes": "one forward and one backward pass"}
     noise = noise_of(mean, lab.n_images)
     slopes, curvature = mean["slopes"], mean["curvature"]
-    return Effects(float(mean["base"]), slopes, slopes, curvature, None, lab.n_images, facts, noise=noise)
+    return Effects(float(mean["base"]), slopes, slopes, curvature, None, facts, noise=noise)
 
 
 def _measure_all(lab: SensitivityRun) -> dict[str, np.ndarray]:
@@ -63,17 +63,15 @@ class CallGradient:
 
     def changed(self, lab: SensitivityRun, unit: int, choice: int) -> Tensor:
         """What `unit` at `choice` adds to the output of this call of one of its layers, after the correction if any."""
-        change = self._change(lab, unit, choice)
-        return change if self.correction is None else self.correction(change)
-
-    def _change(self, lab: SensitivityRun, unit: int, choice: int) -> Tensor:
         [change] = lab.engine.variants.changes(unit, [choice], merged=False)[self.layer]
         if change.activation is None:  # The layer is linear, so the change of its weight alone gives the change of its output.
             delta = change.weight - weight_argument(self.args, self.kwargs)
             bias = bias_argument(self.args, self.kwargs)
             no_bias = None if bias is None else torch.zeros_like(bias)
-            return run_changed(self.function, self.args, self.kwargs, [Perturbation(delta)], bias=no_bias)
-        return run_changed(self.function, self.args, self.kwargs, [change]) - self._own
+            moved = run_changed(self.function, self.args, self.kwargs, [Perturbation(delta)], bias=no_bias)
+        else:
+            moved = run_changed(self.function, self.args, self.kwargs, [change]) - self._own
+        return moved if self.correction is None else self.correction(moved)
 
     @cached_property
     def _own(self) -> Tensor:
@@ -117,19 +115,14 @@ def backward(lab: SensitivityRun, batch: Batch, index: int) -> Backward:
 @torch.no_grad()
 def _of_piece(lab: SensitivityRun, batch: Batch, index: int) -> dict[str, np.ndarray]:
     done = backward(lab, batch, index)
-    v = np.zeros((len(batch), int(lab.start[-1])))
+    v = np.zeros((len(batch), int(lab.start[-1])))  # [image, choice]
     for made in done.calls:
-        _add_derivatives(lab, made, v)
+        for unit, choice in lab.choices_of(made.layer):
+            per_image = (made.changed(lab, unit, choice) * made.gradient).reshape(len(v), -1).sum(1, dtype=torch.float64)
+            v[:, lab.start[unit] + choice] += per_image.cpu().numpy()
     slopes = v.sum(0) if done.has_slope else np.zeros(v.shape[1])
     squared = np.square(v)
     return {"base": np.asarray(done.base), "slopes": slopes, "curvature": v.T @ v, "squares": squared.T @ squared}
-
-
-def _add_derivatives(lab: SensitivityRun, made: CallGradient, v: np.ndarray) -> None:
-    """Add to v [image, choice] what a layer's call contributes at every choice of its unit."""
-    for unit, choice in lab.choices_of(made.layer):
-        per_image = (made.changed(lab, unit, choice) * made.gradient).reshape(len(v), -1).sum(1, dtype=torch.float64)
-        v[:, lab.start[unit] + choice] += per_image.cpu().numpy()
 
 
 @final

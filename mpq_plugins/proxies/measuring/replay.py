@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mpq_plugins.model.run import Output, batch_size, call, evaluating, select, tensors
 from mpq_plugins.model.watch import WEIGHTED, LayerOfCall, bias_argument, input_argument, weight_argument
-from mpq_plugins.proxies.measuring.correction import Corrector, Norm, Site, output_axis
+from mpq_plugins.proxies.measuring.correction import Corrector, Site, output_axis
 from mpq_plugins.proxies.measuring.perturbation import AbstractCalls, Changes, Perturbation, run_changed
 from mpq_plugins.proxies.measuring.trace import CannotReplay, ForwardTrace, is_metadata
 
@@ -34,6 +34,8 @@ class Replayer:
         self.model, self.owner, self.tape, self.output = model, owner, tape, output
         self.norm_of: Mapping[int, int] = tape.norm_of if folding else {}
         self.folded = frozenset(self.norm_of.values())
+        norms = {index: tape.calls[norm].norm for index, norm in self.norm_of.items()}
+        self._norms = {index: norm for index, norm in norms.items() if norm is not None}  # norm_of lists calls that have one
         self.counter = Counter()
         self._plans: dict[int, Plan] = {}  # by the bits of the layers that change
         self._own_weights: dict[int, Tensor] = {}  # layer call -> its own weight with its batch normalisation
@@ -41,26 +43,19 @@ class Replayer:
     @property
     def factors(self) -> dict[str, Tensor]:
         """Layer -> the factor per output channel of the batch normalisation that is merged into it."""
-        calls = self.tape.calls
-        found = {calls[index].layer: calls[norm].norm for index, norm in self.norm_of.items()}
-        return {layer: norm.factor for layer, norm in found.items() if layer is not None and norm is not None}
+        return {str(self.tape.calls[index].layer): norm.factor for index, norm in self._norms.items()}
 
     def own_weight(self, index: int, weight: Tensor) -> Tensor:
         """The layer's own weight for this call, folded once."""
         if index not in self._own_weights:
-            norm = self._norm(index)
-            self._own_weights[index] = weight.detach() * norm.factor.reshape(-1, *[1] * (weight.dim() - 1))
+            factor = self._norms[index].factor
+            self._own_weights[index] = weight.detach() * factor.reshape(-1, *[1] * (weight.dim() - 1))
         return self._own_weights[index]
 
     def bias(self, index: int, bias: Tensor | None) -> Tensor:
         """The bias of a layer call with the batch normalisation that is merged into it."""
-        norm = self._norm(index)
+        norm = self._norms[index]
         return norm.shift if bias is None else bias.detach() * norm.factor + norm.shift
-
-    def _norm(self, index: int) -> Norm:
-        norm = self.tape.calls[self.norm_of[index]].norm
-        assert norm is not None  # norm_of lists calls that have one
-        return norm
 
     @cached_property
     def sites(self) -> Mapping[int, Site]:
@@ -70,7 +65,7 @@ class Replayer:
         for index, step in enumerate(calls):
             if index in self.folded:
                 continue
-            norm = self._norm(index) if index in self.norm_of else step.norm
+            norm = self._norms.get(index, step.norm)
             if norm is not None:
                 found[index] = Site(1, norm)
             elif step.has_bias and all(calls[reader].norm is None for reader in self.tape.readers[index]):

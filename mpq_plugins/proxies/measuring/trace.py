@@ -8,7 +8,7 @@ does not depend on the activations.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, final
@@ -209,54 +209,45 @@ class _Recorder(AbstractCalls):
         layer = self._owner.name(args, kwargs) if func in WEIGHTED else None
         versions = {id(tensor): tensor._version for tensor in read}
         value = func(*args, **kwargs)
-        self._add(func, args, kwargs, sources, layer, versions, value)
-        return value
-
-    def _add(
-        self,
-        function: Callable[..., Any],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        sources: tuple[int, ...],
-        layer: str | None,
-        versions: Mapping[int, int],
-        value: Any,
-    ) -> None:
-        index = len(self.calls)
         reach = self._bit.get(layer or "", 0)
         for source in sources:
             reach |= self.calls[source].reach
-        if reach and function_name(function) in _READING_NAMES:
+        if reach and function_name(func) in _READING_NAMES:
             raise CannotReplay("its forward pass takes numbers from activations, on which its course may depend")
-        returned = list(tensors(value))
-        follows, mutates = None, False
-        if isinstance(value, Tensor) and id(value) in versions:
-            follows, mutates = self._maker.get(id(value)), value._version != versions[id(value)]
-            if follows is None and mutates:
-                raise CannotReplay("it changes its input or its parameters in place")
-            if follows is not None and len(self.calls[follows].rows) != 1:
-                raise CannotReplay("it passes on one of several returned tensors as the very same object")
+        follows, mutates = self._passed_on(value, versions)
         if reach:
             self._used.update(versions)
         else:
             self._accept_changes()
-        for tensor in returned:
-            self._maker[id(tensor)], self._version[id(tensor)] = index, tensor._version
-            self._held[id(tensor)] = tensor
-        self.calls.append(
-            Call(
-                function,
-                sources,
-                reach,
-                layer,
-                follows,
-                mutates,
-                n_bytes=sum(tensor.numel() * tensor.element_size() for tensor in returned),
-                rows=tuple(tensor.shape[0] if tensor.dim() else 0 for tensor in returned),
-                norm=self._norm(function, args, kwargs),
-                has_bias=function in WEIGHTED and bias_argument(args, kwargs) is not None,
-            )
+        returned = list(tensors(value))
+        step = Call(
+            func,
+            sources,
+            reach,
+            layer,
+            follows,
+            mutates,
+            n_bytes=sum(tensor.numel() * tensor.element_size() for tensor in returned),
+            rows=tuple(tensor.shape[0] if tensor.dim() else 0 for tensor in returned),
+            norm=self._norm(func, args, kwargs),
+            has_bias=func in WEIGHTED and bias_argument(args, kwargs) is not None,
         )
+        for tensor in returned:
+            self._maker[id(tensor)], self._version[id(tensor)] = len(self.calls), tensor._version
+            self._held[id(tensor)] = tensor
+        self.calls.append(step)
+        return value
+
+    def _passed_on(self, value: Any, versions: Mapping[int, int]) -> tuple[int | None, bool]:
+        """The call whose very object a value is, and whether this call has changed it."""
+        if not isinstance(value, Tensor) or id(value) not in versions:
+            return None, False
+        follows, mutates = self._maker.get(id(value)), value._version != versions[id(value)]
+        if follows is None and mutates:
+            raise CannotReplay("it changes its input or its parameters in place")
+        if follows is not None and len(self.calls[follows].rows) != 1:
+            raise CannotReplay("it passes on one of several returned tensors as the very same object")
+        return follows, mutates
 
     def _accept_changes(self) -> None:
         """Let a call that depends on no layer change others like it, such as a mask filled by index, before their use."""

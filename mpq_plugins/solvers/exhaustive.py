@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import ClassVar, final
@@ -70,10 +71,7 @@ def _feasible(problem: Problem, columns: list[np.ndarray], n_plans: int) -> np.n
 
 
 def _loss(problem: Problem, columns: list[np.ndarray], n_plans: int) -> np.ndarray:  # [plan]
-    loss = np.zeros(n_plans)
-    for column in columns:
-        loss += problem.loss[column]
-        if problem.pairwise is not None:
-            for other in columns:
-                loss += 0.5 * problem.pairwise[column, other]
-    return loss
+    loss = sum((problem.loss[column] for column in columns), np.zeros(n_plans))
+    if problem.pairwise is not None:
+        loss = sum((0.5 * problem.pairwise[pair] for pair in itertools.product(columns, repeat=2)), loss)
+    return np.asarray(loss)

@@ -167,8 +167,8 @@ def _coordinate_descent(plan: TrackedPlan, price: np.ndarray) -> TrackedPlan:
     """Every cluster in turn takes its best width and choices, given the others, until none changes."""
     quadratic, taken, values = plan.quadratic, plan.taken.copy(), plan.field + price
     bounds = np.append(quadratic.slot_start, len(quadratic.columns)).tolist()
-    options = [list(range(a, b)) for a, b in _ranges(quadratic.option_start, len(quadratic.slot_start))]
-    clusters = [list(range(a, b)) for a, b in _ranges(quadratic.cluster_start, len(options))]
+    options = [part.tolist() for part in np.split(np.arange(len(quadratic.slot_start)), quadratic.option_start[1:])]
+    clusters = [part.tolist() for part in np.split(np.arange(len(options)), quadratic.cluster_start[1:])]
     units = quadratic.unit_of
     for _ in range(_SWEEPS):
         changed = False
@@ -188,20 +188,15 @@ def _coordinate_descent(plan: TrackedPlan, price: np.ndarray) -> TrackedPlan:
     return TrackedPlan.of(quadratic, taken)
 
 
-def _ranges(start: np.ndarray, end: int) -> list[tuple[int, int]]:
-    stops = np.append(start[1:], end)
-    return list(zip(start.tolist(), stops.tolist(), strict=True))
-
-
 def _kicked(plan: TrackedPlan, rng: np.random.Generator) -> TrackedPlan:
     """The plan with a few clusters at random widths and choices."""
     quadratic = plan.quadratic
     n_clusters = len(quadratic.cluster_start)
     most = max(4, n_clusters // 5)
-    options = _ranges(quadratic.cluster_start, len(quadratic.option_start))
+    ends = np.append(quadratic.cluster_start, len(quadratic.option_start))
     new = []
     for cluster in rng.choice(n_clusters, min(n_clusters, int(rng.integers(3, most + 1))), replace=False).tolist():
-        new.append(quadratic.best_of([int(rng.integers(*options[cluster]))], rng.random(len(quadratic.columns))))
+        new.append(quadratic.best_of([int(rng.integers(*ends[cluster : cluster + 2]))], rng.random(len(quadratic.columns))))
     return plan.moved(np.concatenate(new))
 
 

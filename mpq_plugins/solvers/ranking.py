@@ -38,9 +38,15 @@ def next_plans(problem: Problem, choice: tuple[int, ...], count: int, *, deadlin
     reachable = reachable_losses(blocks, np.asarray(choice))
     enough = float(reachable[count - 1]) if len(reachable) >= count else np.inf
     if len(problem.limits) > 1 or problem.is_linked:
+        # One after the other, each by a program that the plans before are cut from.
         until = min(deadline, time.perf_counter() + _TIME_LIMIT_S)
-        proven = _by_cuts(blocks, relaxation, choice, count, enough, until)
-        return [*proven, *_around(problem, relaxation, choice, {choice, *proven}, count - len(proven))]
+        plans = [choice]
+        while len(plans) <= count and not is_over(until):
+            outcome = best_within(blocks, relaxation, enough, without=tuple(plans), deadline=until, gap=1e-9)
+            if outcome.choice is None or outcome.status is not Status.optimal:
+                break
+            plans.append(tuple(outcome.choice.tolist()))
+        return [*plans[1:], *_around(problem, relaxation, plans)][:count]
     # All at once, by the dynamic program. A rounding more than enough: the plan that sets the mark must itself be found.
     reach = (enough - relaxation.value) * (1 + 1e-9) + 1e-9 * abs(enough)
     found = nearest_plans(blocks, relaxation, gap=0.0, max_states=_MAX_STATES, n_plans=count + 1, threshold=reach)
@@ -48,31 +54,9 @@ def next_plans(problem: Problem, choice: tuple[int, ...], count: int, *, deadlin
     return [plan for plan in proven if plan != choice][:count]
 
 
-def _by_cuts(
-    blocks: Blocks,
-    relaxation: Relaxation,
-    choice: tuple[int, ...],
-    count: int,
-    enough: float,
-    deadline: float,
-) -> list[tuple[int, ...]]:
-    """One after the other, each by a program that the plans before are cut from."""
-    plans = [choice]
-    while len(plans) <= count and not is_over(deadline):
-        outcome = best_within(blocks, relaxation, enough, without=tuple(plans), deadline=deadline, gap=1e-9)
-        if outcome.choice is None or outcome.status is not Status.optimal:
-            break
-        plans.append(tuple(int(index) for index in outcome.choice))
-    return plans[1:]
-
-
-def _around(
-    problem: Problem, relaxation: Relaxation, choice: tuple[int, ...], without: set[tuple[int, ...]], count: int
-) -> list[tuple[int, ...]]:
-    """The best plans one or two changes from `choice` and from the best of those."""
-    if count <= 0:
-        return []
-    n = len(problem.loss)
+def _around(problem: Problem, relaxation: Relaxation, known: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The best plans one or two changes from the first of the `known` ones and from the best of those; none of the known."""
+    choice, n = known[0], len(problem.loss)
     everything = Quadratic.of(replace(problem, pairwise=np.zeros((n, n))))
     now = problem.columns(choice)
     priced = problem.loss + sum(price * row.cost for price, row in zip(relaxation.prices, problem.limits, strict=True))
@@ -81,4 +65,4 @@ def _around(
     pool = Pool(few)
     pool.add(TrackedPlan.of(few, few.positions(choice)))
     plans = [few.choice(plan.taken) for plan in nearby_plans(pool)]
-    return [plan for plan in plans if plan not in without][:count]
+    return [plan for plan in plans if plan not in known]

@@ -158,7 +158,9 @@ class Tree:
             alive, n_open = known < self.cut_off, nodes.open.sum(axis=0)
             single = n_open <= relaxed.quadratic.problem.n_units
             for at in np.flatnonzero(alive & single).tolist():
-                self._meet(relaxed.quadratic, nodes.open[:, at])
+                taken = np.flatnonzero(nodes.open[:, at])
+                if len(taken) == relaxed.quadratic.problem.n_units:  # the only plan of the node, where there is one
+                    self.pool.add(self.pool.moved_to(relaxed.quadratic, taken))
             gained = known - before >= _STALLED * (self.cut_off - known)
             self._keep(nodes, known, np.flatnonzero(alive & ~single & ~gained))
             index = np.flatnonzero(alive & ~single & gained)
@@ -170,11 +172,6 @@ class Tree:
     def _keep(self, nodes: Nodes, known: np.ndarray, index: np.ndarray) -> None:
         for at in index.tolist():
             heapq.heappush(self._heap, (float(known[at]), next(self._count), nodes.take(np.array([at]))))
-
-    def _meet(self, quadratic: Quadratic, taken: np.ndarray) -> None:
-        """Remember the only plan of a node, where there is one."""
-        if taken.sum() == quadratic.problem.n_units:
-            self.pool.add(self.pool.moved_to(quadratic, np.flatnonzero(taken)))
 
     def _round(self, relaxed: Relaxed, node: Nodes) -> None:
         """Remember the plan that a local search finds from the one that attains the bound of a node."""

@@ -252,7 +252,7 @@ class _Run:
         for step, batch in enumerate(track(batches, f"{name}: {stage.name}", len(batches))):
             if step == 0 and process > 0:  # the order of the data is common, noise is not
                 seed_all(self.recipe.seed, f"epoch {number}, process {process}")
-            self._set_rates(self._share_of_peak(epoch, step, len(batches)))
+            self._set_rates(epoch, step, len(batches))
             where = f"step {n_before + step + 1}: {batches.name_of(step)}, {name} ({stage.name})"
             losses.append(self._step(batch, where))
             n_images += len(batch)
@@ -297,14 +297,12 @@ class _Run:
     def _latest(self) -> Path | None:
         return None if self.folder is None else self.folder.latest
 
-    def _share_of_peak(self, epoch: int, step: int, n_steps: int) -> float:
-        """Where a step of an epoch of `n_steps` stands on the curve of its stage, or of all stages together."""
+    def _set_rates(self, epoch: int, step: int, n_steps: int) -> None:
+        """Those of a step of an epoch of `n_steps`, by the curve of its stage, or of all stages together."""
         n_epochs = self.profit.stage.epochs
         if not self.recipe.restarts:
             epoch, n_epochs = len(self.history), self.recipe.epochs
-        return rate_factor(epoch * n_steps + step, n_epochs * n_steps, self.recipe.warm_up)
-
-    def _set_rates(self, factor: float) -> None:
+        factor = rate_factor(epoch * n_steps + step, n_epochs * n_steps, self.recipe.warm_up)
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
         self._rate = self.recipe.learning_rate * factor

@@ -112,7 +112,10 @@ class Profit:
         held = weights_of(module, self._most_unstable(stage)) if stage.n_frozen else {}
         self._frozen = tuple(held)
         parameters = [parameter for weight in held.values() for parameter in weight]
-        self._freezing.hold(parameters if stage.trains_weights else _all_weights(module))
+        if not stage.trains_weights:
+            weights, *_ = parameter_groups(module, learning_rate=0.0, weight_decay=0.0)
+            parameters = weights["params"]
+        self._freezing.hold(parameters)
         return stage
 
     def _prepare_measuring(self, module: nn.Module, stage: Stage) -> None:
@@ -174,8 +177,3 @@ class Profit:
                 f"{FORMAT}, {len(self.stages)} stages). Resume with the bits and the number of epochs of the first run."
             )
         self._index, self._saved, self._instability = state["stage"], state["instability"], None
-
-
-def _all_weights(module: nn.Module) -> list[nn.Parameter]:
-    groups = parameter_groups(module, learning_rate=0.0, weight_decay=0.0)
-    return [parameter for group in groups if group["name"] == "weights" for parameter in group["params"]]

@@ -94,7 +94,10 @@ class _Classes(AbstractMeasure):
         counted = counted if self._labels is None else self._labels != _IGNORED
         self._share = counted.double() / counted.sum(1, keepdim=True).clamp_min(1)  # [N, position]
         self.has_slope = self._labels is not None
-        self._drawn = self._draw(n_samples, generator)
+        _, n_positions, n_classes = logits.shape
+        if n_samples == 0 and n_positions * n_classes > _MOST_FEATURES:
+            n_samples = max(1, 1024 // n_positions)
+        self._drawn = self._drawn_from(n_samples, generator) if n_samples else None
 
     def probe(self, output: Tensor, generator: torch.Generator) -> Tensor:
         if self._labels is not None:
@@ -111,12 +114,6 @@ class _Classes(AbstractMeasure):
         p = self._log_p.exp().float().flatten(0, 1).cpu()
         drawn = torch.multinomial(p, n_samples, replacement=True, generator=generator)
         return drawn.reshape(*self._base.shape[:2], n_samples).to(self._base.device)
-
-    def _draw(self, n_samples: int, generator: torch.Generator | None) -> Tensor | None:  # [N, position, sample]
-        _, n_positions, n_classes = self._base.shape
-        if n_samples == 0 and n_positions * n_classes > _MOST_FEATURES:
-            n_samples = max(1, 1024 // n_positions)
-        return self._drawn_from(n_samples, generator) if n_samples else None
 
     def losses(self, output: Tensor) -> Tensor:
         log_q = self._flat(output).double().log_softmax(-1)

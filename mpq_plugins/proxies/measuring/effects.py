@@ -148,8 +148,6 @@ class SensitivityRun:
 
     def _filled(self, losses: np.ndarray) -> np.ndarray:
         """Losses [choice] with those put in that are not measured."""
-        if not np.isnan(losses).any():
-            return losses
         found: np.ndarray = losses.copy()
         for unit in self.free:
             row = slice(self.start[unit], self.start[unit + 1])

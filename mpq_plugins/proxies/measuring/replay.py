@@ -79,12 +79,12 @@ class Replayer:
         """
         everything = Plan(self.tape, None)
         if not correction:
-            return self._play(everything, inputs, _NOTHING, changes, 1)
+            return _Pass(self, everything, inputs, _NOTHING, changes).play()
         measured: dict[int, Corrector] = {}
-        of_float = self._play(everything, inputs, _NOTHING, {}, 1, keep=not changes, measured=measured)
+        of_float = _Pass(self, everything, inputs, _NOTHING, {}, keep=not changes, measured=measured).play()
         if not changes:
             return replace(of_float, correctors=measured)
-        return self._play(everything, inputs, replace(_NOTHING, correctors=measured), changes, 1)
+        return _Pass(self, everything, inputs, replace(_NOTHING, correctors=measured), changes).play()
 
     def replay(self, values: Values, inputs: Any, roots: Iterable[str], changes: Changes, *, keep: bool = False) -> Values:
         """Run what depends on the layers `roots`, everything else being as in `values`.
@@ -97,25 +97,7 @@ class Replayer:
         bits = self.tape.bits(roots)
         if bits not in self._plans:
             self._plans[bits] = Plan(self.tape, bits)
-        return self._play(self._plans[bits], inputs, values, changes, n_variants, keep=keep)
-
-    def _play(
-        self,
-        plan: Plan,
-        inputs: Any,
-        values: Values,
-        changes: Changes,
-        n_variants: int,
-        *,
-        keep: bool = True,
-        measured: dict[int, Corrector] | None = None,
-    ) -> Values:
-        playing = _Pass(self, plan, inputs, values, changes, n_variants, keep, measured)
-        with evaluating(self.model), self.owner, playing:
-            result = select(call(self.model, inputs), self.output)
-        if playing.cursor != len(self.tape.calls):
-            raise CannotReplay("its forward pass ended early")
-        return Values(result, {**values.kept, **playing.kept} if keep else values.kept, values.correctors)
+        return _Pass(self, self._plans[bits], inputs, values, changes, n_variants, keep=keep).play()
 
 
 @dataclass(frozen=True)
@@ -171,14 +153,15 @@ class _Pass(AbstractCalls):
         inputs: Any,
         values: Values,
         changes: Changes,
-        n_variants: int,
-        keep: bool,
-        measured: dict[int, Corrector] | None,
+        n_variants: int = 1,
+        *,
+        keep: bool = True,
+        measured: dict[int, Corrector] | None = None,
     ) -> None:
         super().__init__()
-        self.kept: dict[int, Any] = {}
-        self.cursor = 0
-        self._player, self._tape, self._plan = player, player.tape, plan
+        self._kept: dict[int, Any] = {}
+        self._cursor = 0
+        self._player, self._tape, self._plan, self._inputs = player, player.tape, plan, inputs
         self._base, self._changes, self._n_variants, self._keep = values.kept, changes, n_variants, keep
         self._correctors, self._measured = values.correctors, measured
         self._changed = self._tape.bits(tuple(changes)) if values.correctors else 0
@@ -187,11 +170,20 @@ class _Pass(AbstractCalls):
         self._single: dict[int, Tensor] = {id(tensor): tensor for tensor in rows}  # with the images of one variant only
         self._object: dict[int, Any] = {}  # chain head -> the object that its calls return in this pass
 
+    def play(self) -> Values:
+        """Run the model."""
+        player = self._player
+        with evaluating(player.model), player.owner, self:
+            result = select(call(player.model, self._inputs), player.output)
+        if self._cursor != len(self._tape.calls):
+            raise CannotReplay("its forward pass ended early")
+        return Values(result, {**self._base, **self._kept} if self._keep else self._base, self._correctors)
+
     def run(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if is_metadata(func):
             return func(*args, **kwargs)
-        index = self.cursor
-        self.cursor += 1
+        index = self._cursor
+        self._cursor += 1
         if index >= len(self._tape.calls) or self._tape.calls[index].function != func:
             raise CannotReplay("its calls depend on the values of activations")
         if not self._plan.runs[index]:
@@ -264,13 +256,13 @@ class _Pass(AbstractCalls):
         """Keep the value of a call, or only its form where no later pass reads it."""
         if index not in self._tape.kept:
             # Something of the same shapes and types that takes no memory.
-            self.kept[index] = _mapped(
+            self._kept[index] = _mapped(
                 value, lambda tensor: torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
             )
             return
         chain = self._tape.chains.get(self._tape.head_of.get(index, -1), ())
         changes_later = any(self._tape.calls[other].mutates for other in chain if other > index)
-        self.kept[index] = value.clone() if changes_later else value
+        self._kept[index] = value.clone() if changes_later else value
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -219,7 +219,7 @@ class _Recorder(AbstractCalls):
             self._used.update(versions)
         else:
             self._accept_changes()
-        returned = list(tensors(value))
+        returned, norm = list(tensors(value)), Norm.of(func, args, kwargs)
         step = Call(
             func,
             sources,
@@ -229,7 +229,7 @@ class _Recorder(AbstractCalls):
             mutates,
             n_bytes=sum(tensor.numel() * tensor.element_size() for tensor in returned),
             rows=tuple(tensor.shape[0] if tensor.dim() else 0 for tensor in returned),
-            norm=self._norm(func, args, kwargs),
+            norm=None if norm is None or any(id(tensor) not in self._leaves for tensor in norm[1]) else norm[0],
             has_bias=func in WEIGHTED and bias_argument(args, kwargs) is not None,
         )
         for tensor in returned:
@@ -259,7 +259,3 @@ class _Recorder(AbstractCalls):
         for tensor in found:
             if self._version.get(id(tensor), tensor._version) != tensor._version:
                 raise CannotReplay("it changes a tensor in place through a view or an index")
-
-    def _norm(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Norm | None:
-        found = Norm.of(function, args, kwargs)
-        return None if found is None or any(id(tensor) not in self._leaves for tensor in found[1]) else found[0]

@@ -40,8 +40,7 @@ def hessian_traces(lab: SensitivityRun, *, n_probes: int, tolerance: float, toge
     """
     samples: dict[str, list[float]] = {weight: [] for weight in _free_weights(lab)}
     for first in track(range(0, n_probes, _ROUND), "rounds of Hessian probes"):
-        errors = {weight: tolerance * abs(float(np.mean(found))) for weight, found in samples.items() if len(found) > 1}
-        open_ = [weight for weight in samples if not _standard_error(samples[weight]) <= errors.get(weight, -1.0)]
+        open_ = [weight for weight, found in samples.items() if not _settled(found, tolerance)]
         if not open_:
             break
         for weight, found in _round(lab, open_, range(first, min(first + _ROUND, n_probes)), together).items():
@@ -56,6 +55,10 @@ def hessian_traces(lab: SensitivityRun, *, n_probes: int, tolerance: float, toge
 def _free_weights(lab: SensitivityRun) -> dict[str, str]:
     """The weights of free units, each with one layer that holds it."""
     return {weight: name for unit in lab.free for weight, name in lab.space.weights(lab.space.units[unit]).items()}
+
+
+def _settled(samples: Sequence[float], tolerance: float) -> bool:
+    return len(samples) > 1 and _standard_error(samples) <= tolerance * abs(float(np.mean(samples)))
 
 
 def _standard_error(samples: Sequence[float]) -> float:

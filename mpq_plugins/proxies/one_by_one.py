@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
@@ -22,17 +21,16 @@ if TYPE_CHECKING:
 _LEAST_NOISE = 2.0**-46  # of the signal: the square of a float32 rounding error, 138 dB
 
 
-class _OneByOne(AbstractSensitivity, abc.ABC):
-    def sweep(self, model: nn.Module, space: Space, batches: Iterable[Any]) -> Effects:
-        """The loss of every choice of every unit, the others as they are."""
-        from mpq_plugins.proxies.measuring import SensitivityRun
+def _sweep(proxy: AbstractSensitivity, model: nn.Module, space: Space, batches: Iterable[Any]) -> Effects:
+    """The loss of every choice of every unit, the others as they are."""
+    from mpq_plugins.proxies.measuring import SensitivityRun
 
-        return SensitivityRun(model, space, batches, self.setup()).effects(curvature=False)
+    return SensitivityRun(model, space, batches, proxy.setup()).effects(curvature=False)
 
 
 @final
 @dataclass(frozen=True)
-class LossIncrease(_OneByOne):
+class LossIncrease(AbstractSensitivity):
     """The measured loss with one unit quantized less the float model's, one unit and choice at a time.
 
     The diagonal of CLADO (arXiv 2307.05657) and the `naive` metric of MQBench. It can be negative, and more bits can lose
@@ -48,14 +46,14 @@ class LossIncrease(_OneByOne):
 
     def score(self, model: nn.Module, space: Space, batches: Iterable[Any] = ()) -> Scores:
         """Loss increases from one sweep; `facts` holds the float model's loss."""
-        effects = self.sweep(model, space, batches)
+        effects = _sweep(self, model, space, batches)
         facts = {"base_loss": effects.base_loss, **effects.facts}
         return Scores(space, by_unit(space, effects.losses), self.recipe(), facts)
 
 
 @final
 @dataclass(frozen=True)
-class KLDivergence(_OneByOne):
+class KLDivergence(AbstractSensitivity):
     """KL(softmax of the float output || softmax of the quantized one), one unit and choice at a time; no labels.
 
     The `kl_div` score of NVIDIA ModelOpt's AutoQuantize. It is the cross-entropy increase to be expected if labels were drawn
@@ -71,14 +69,14 @@ class KLDivergence(_OneByOne):
 
     def score(self, model: nn.Module, space: Space, batches: Iterable[Any] = ()) -> Scores:
         """Mean divergences in nats from one sweep."""
-        effects = self.sweep(model, space, batches)
+        effects = _sweep(self, model, space, batches)
         # Rounding alone makes a divergence negative.
         return Scores(space, by_unit(space, np.maximum(effects.losses, 0.0)), self.recipe(), effects.facts)
 
 
 @final
 @dataclass(frozen=True)
-class OutputError(_OneByOne):
+class OutputError(AbstractSensitivity):
     """Error of the network's output, one unit and choice at a time; no labels, any output.
 
     `measure="mse"`: E[(y_q - y)^2], the mean square of the change. `measure="sqnr"`: minus the signal-to-quantization-noise
@@ -98,7 +96,7 @@ class OutputError(_OneByOne):
 
     def score(self, model: nn.Module, space: Space, batches: Iterable[Any] = ()) -> Scores:
         """Errors from one sweep; `facts` holds the mean square of the float output."""
-        effects = self.sweep(model, space, batches)
+        effects = _sweep(self, model, space, batches)
         row = effects.losses if self.measure == "mse" else _decibels(space, effects)
         return Scores(space, by_unit(space, row), self.recipe(), {"power": effects.power, **effects.facts})
 

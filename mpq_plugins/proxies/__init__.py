@@ -9,9 +9,9 @@ from mpq_plugins.proxies.controls import Uniform as Uniform
 from mpq_plugins.proxies.csmpq import CSMPQ as CSMPQ
 from mpq_plugins.proxies.fisher import Fisher as Fisher
 from mpq_plugins.proxies.hessian_trace import HessianTrace as HessianTrace
-from mpq_plugins.proxies.kl_divergence import KLDivergence as KLDivergence
-from mpq_plugins.proxies.loss_increase import LossIncrease as LossIncrease
 from mpq_plugins.proxies.ompq import OMPQ as OMPQ
-from mpq_plugins.proxies.output_error import OutputError as OutputError
+from mpq_plugins.proxies.one_by_one import KLDivergence as KLDivergence
+from mpq_plugins.proxies.one_by_one import LossIncrease as LossIncrease
+from mpq_plugins.proxies.one_by_one import OutputError as OutputError
 from mpq_plugins.proxies.rank_ensemble import RankEnsemble as RankEnsemble
 from mpq_plugins.proxies.weight_error import WeightError as WeightError

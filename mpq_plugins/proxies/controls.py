@@ -10,7 +10,7 @@ import numpy as np
 
 from mpq_plugins.proxies.base import AbstractProxy
 from mpq_plugins.proxies.scores import Scores
-from mpq_plugins.proxies.utility import Utility, losses, searched_bits, searches_activations
+from mpq_plugins.proxies.utility import Utility, losses, searched_bits
 from mpq_plugins.space.precision import Precision
 from mpq_plugins.space.space import Space, Unit
 
@@ -82,7 +82,7 @@ class Projection(AbstractProxy):
 
     def score(self, model: nn.Module, space: Space, batches: Iterable[Any] = ()) -> Scores:
         """Squared distances from the widest choice."""
-        both = searches_activations(space)
+        both = space.searches_activations
         table = tuple(tuple(_distance(unit, choice, both) for choice in unit.choices) for unit in space.units)
         return Scores(space, table, self.recipe())
 

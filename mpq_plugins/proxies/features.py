@@ -35,22 +35,28 @@ def observe(model: nn.Module, space: Space, batches: Iterable[Any], statistic: A
     feature map counts once. The model is left as it was found.
     Raises `DataError` without batches or when the model fails on one, `ModelError` for a layer that never ran.
     """
-    if n_images < 1:
-        raise DataError(f"n_images is {n_images}, but a score needs at least one image. Leave it at its default.")
     seen: set[int] = set()
     n_seen = 0
-    for batch in track(_first(batches, n_images), "images through the model"):
+    for batch in track(first_images(batches, n_images), "images through the model"):
         seen |= _observe_batch(model, space, batch, statistic)
         statistic.end_batch(batch)
         n_seen += len(batch)
-    if n_seen == 0:
-        raise DataError("no batches were given, but this score needs images. Pass data (--data on the command line).")
-    _check_all_seen(space, seen)
+    unseen = [unit.layers[-1] for index, unit in enumerate(space.units) if index not in seen]
+    if unseen:
+        raise ModelError(
+            f"{', '.join(unseen)} did not run on these batches, though the example ran it. Give batches that take the same "
+            "path through the model, or exclude the layer from the search."
+        )
     return n_seen
 
 
-def _first(batches: Iterable[Any], n_images: int) -> Iterator[Batch]:
-    """Batches up to `n_images` images in all, the last one cut to fit; no batch is drawn beyond that."""
+def first_images(batches: Iterable[Any], n_images: int) -> Iterator[Batch]:
+    """Batches up to `n_images` images in all, the last one cut to fit; no batch is drawn beyond that.
+
+    Raises `DataError` when there is none.
+    """
+    if n_images < 1:
+        raise DataError(f"n_images is {n_images}, but a score needs at least one image. Leave it at its default.")
     left = n_images
     for batch in batches_of(batches):
         n_taken = min(left, len(batch))
@@ -59,6 +65,8 @@ def _first(batches: Iterable[Any], n_images: int) -> Iterator[Batch]:
         left -= n_taken
         if left == 0:
             return
+    if left == n_images:
+        raise DataError("no batches were given, but this score needs images. Pass data (--data on the command line).")
 
 
 def _observe_batch(model: nn.Module, space: Space, batch: Batch, statistic: AbstractStatistic) -> set[int]:
@@ -87,15 +95,6 @@ def _per_image(feature: Tensor, n_images: int, layer: str) -> Tensor:
             "told apart. Exclude the layer from the search, or give the model its batch on the first axis."
         )
     return feature.reshape(n_images, feature.shape[0] // n_images, *feature.shape[1:])
-
-
-def _check_all_seen(space: Space, seen: set[int]) -> None:
-    unseen = [unit.layers[-1] for index, unit in enumerate(space.units) if index not in seen]
-    if unseen:
-        raise ModelError(
-            f"{', '.join(unseen)} did not run on these batches, though the example ran it. Give batches that take the same "
-            "path through the model, or exclude the layer from the search."
-        )
 
 
 def not_finite(layer: Layer, feature: Tensor) -> DataError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, final
 
 import numpy as np
@@ -51,7 +52,8 @@ class Fisher(AbstractSensitivity):
         lab = SensitivityRun(model, space, batches, replace(self.setup(), replay=False))
         base, total = 0.0, np.zeros(int(lab.start[-1]))
         for index, batch in enumerate(track(lab.pieces(), "images forward and back")):
-            arrays = self._of_piece(lab, batch, index)
+            key = f"piece{index:05d}-fisher-{self.of}"
+            arrays = lab.journal.kept(key, partial(self._of_piece, lab, batch, index))
             base, total = base + float(arrays["base"]), total + arrays["row"]
         facts = {"base_loss": base / lab.n_images, "n_images": lab.n_images}
         return Scores(space, by_unit(space, 0.5 * total / lab.n_images), self.recipe(), facts)
@@ -60,14 +62,9 @@ class Fisher(AbstractSensitivity):
         """Sums over the images of one piece: their losses, and the weighted squared error of every choice."""
         from mpq_plugins.proxies.measuring import backward
 
-        key = f"piece{index:05d}-fisher-{self.of}"
-        arrays = lab.journal.get(key)
-        if arrays is None:
-            done = backward(lab, batch, index)
-            row = _of_outputs(lab, done.calls) if self.of == "outputs" else _of_weights(lab, done.calls, len(batch))
-            arrays = {"base": np.asarray(done.base), "row": row}
-            lab.journal.put(key, arrays)
-        return arrays
+        done = backward(lab, batch, index)
+        row = _of_outputs(lab, done.calls) if self.of == "outputs" else _of_weights(lab, done.calls, len(batch))
+        return {"base": np.asarray(done.base), "row": row}
 
 
 def _of_outputs(lab: SensitivityRun, calls: Sequence[CallGradient]) -> np.ndarray:  # [choice]

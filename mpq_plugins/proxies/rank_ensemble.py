@@ -66,15 +66,10 @@ class RankEnsemble(AbstractSensitivity):
         return list(dict.fromkeys(name.strip() for name in str(self.members).split(",") if name.strip()))
 
     def _members(self) -> list[AbstractProxy]:
-        return [self._member(name) for name in self._names()]
-
-    def _member(self, name: str) -> AbstractProxy:
         from mpq_plugins.common.plugins import make
 
-        known = {field.name for field in fields(make("proxies", name))}
-        shared = {field.name: getattr(self, field.name) for field in fields(self) if field.name in known}
-        member: AbstractProxy = make("proxies", name, shared)
-        return member
+        known = {name: {field.name for field in fields(make("proxies", name))} for name in self._names()}
+        return [make("proxies", name, {own: getattr(self, own) for own in vars(self) if own in known[name]}) for name in known]
 
 
 def _row(space: Space, scores: Scores) -> np.ndarray:  # [choice]

@@ -47,7 +47,12 @@ class Scores:
             if not np.all(np.isfinite(losses)):
                 raise FormatError(f"the loss of {unit.name} is not finite: {list(losses)}. Score again on finite data.")
         if self.pairwise is not None:
-            _check_pairwise(self.pairwise, sum(map(len, self.loss)))
+            n_choices = sum(map(len, self.loss))
+            if self.pairwise.shape != (n_choices, n_choices):
+                found, expected = self.pairwise.shape, (n_choices, n_choices)
+                raise FormatError(f"pairwise has shape {found}, expected {expected}: a row for each choice.")
+            if not np.all(np.isfinite(self.pairwise)):
+                raise FormatError("pairwise holds values that are not finite. Score again on finite data.")
 
     def __repr__(self) -> str:
         options = [f"{name}={value!r}" for name, value in self.proxy.items() if name != "name"]
@@ -101,10 +106,3 @@ class Scores:
             raise FormatError(f"{path}: {error}") from error
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise FormatError(f"{path} holds scores that cannot be read: {error!r}. Score again.") from error
-
-
-def _check_pairwise(pairwise: np.ndarray, n_choices: int) -> None:
-    if pairwise.shape != (n_choices, n_choices):
-        raise FormatError(f"pairwise has shape {pairwise.shape}, expected {(n_choices, n_choices)}: a row for each choice.")
-    if not np.all(np.isfinite(pairwise)):
-        raise FormatError("pairwise holds values that are not finite. Score again on finite data.")

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from mpq_plugins.proxies.base import AbstractProxy
-from mpq_plugins.space.precision import Precision
 from mpq_plugins.space.space import Space, Unit
 
 if TYPE_CHECKING:
@@ -85,8 +84,4 @@ def _row(space: Space, unit: Unit, variants: QuantizedWeights, loss: Callable[[s
         for bits in {choice.weight for choice in unit.choices}
     }
     widest = max(choice.activation for choice in unit.choices)
-    return tuple(of_bits[choice.weight] * _narrowness(choice, widest) for choice in unit.choices)
-
-
-def _narrowness(choice: Precision, widest: int) -> float:
-    return 1.0 + _TIE_BREAK * (widest - choice.activation)
+    return tuple(of_bits[choice.weight] * (1.0 + _TIE_BREAK * (widest - choice.activation)) for choice in unit.choices)

@@ -6,9 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from mpq_plugins.errors import ModelError
 from mpq_plugins.space.precision import Precision
-from mpq_plugins.space.space import Space, Unit
+from mpq_plugins.space.space import Space
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,28 +31,21 @@ def losses(model: nn.Module, space: Space, importance: Sequence[float], utility:
     shares = _scaled(space, importance)
     if utility == "linear":
         return _table(space, lambda index, choice: -shares[index] * searched_bits(space, choice))
-    noise = noise_shares(model, space)
-    return _table(space, lambda index, choice: shares[index] * noise[index] * relative_noise(choice))
+    noise = _noise_shares(model, space)
+    return _table(space, lambda index, choice: shares[index] * noise[index] * (4.0**-choice.weight + 4.0**-choice.activation))
 
 
 def searched_bits(space: Space, choice: Precision) -> int:
     """Weight bits, plus activation bits where some unit may choose them."""
-    return choice.weight + (choice.activation if searches_activations(space) else 0)
+    return choice.weight + (choice.activation if space.searches_activations else 0)
 
 
-def searches_activations(space: Space) -> bool:
-    """Whether some unit has choices of different activation bits."""
-    return space.searches_activations
-
-
-def relative_noise(choice: Precision) -> float:
-    """Quantization noise per unit of signal variance, up to a constant factor."""
-    return 4.0**-choice.weight + 4.0**-choice.activation
-
-
-def noise_shares(model: nn.Module, space: Space) -> list[float]:  # [unit]
+def _noise_shares(model: nn.Module, space: Space) -> list[float]:  # [unit]
     """Squared deviation of each unit's weights from their mean, 1 for the largest free unit; shared weights count once."""
-    return _scaled(space, [_energy(model, space, unit) for unit in space.units])
+    from mpq_plugins.proxies.measuring import QuantizedWeights
+
+    weights = QuantizedWeights(model, space)
+    return _scaled(space, [math.fsum(map(_deviation, map(weights.own, space.weights(unit).values()))) for unit in space.units])
 
 
 def _scaled(space: Space, values: Sequence[float]) -> list[float]:  # [unit]
@@ -62,27 +54,9 @@ def _scaled(space: Space, values: Sequence[float]) -> list[float]:  # [unit]
     return [value / (largest or 1.0) for value in values]
 
 
-def _energy(model: nn.Module, space: Space, unit: Unit) -> float:
-    return math.fsum(_deviation(_weight(model, path), name) for path, name in space.weights(unit).items())
-
-
-def _weight(model: nn.Module, path: str) -> Tensor:
-    # Not every weight is in named_parameters(): parametrised ones are computed when they are read.
-    value = model
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value  # type: ignore[return-value]  # the path of a weight ends in a tensor
-
-
-def _deviation(weight: Tensor, layer: str) -> float:
-    values = weight.detach().double()
-    deviation = float((values - values.mean()).square().sum())
-    if not math.isfinite(deviation):
-        n_bad = int((~values.isfinite()).sum())
-        raise ModelError(
-            f"the weight of {layer} holds {n_bad} values that are not finite, of {values.numel()}. Load another checkpoint."
-        )
-    return deviation
+def _deviation(weight: Tensor) -> float:
+    values = weight.double()
+    return float((values - values.mean()).square().sum())
 
 
 def _table(space: Space, loss: Callable[[int, Precision], float]) -> Table:

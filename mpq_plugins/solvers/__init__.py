@@ -1,8 +1,8 @@
 """Solvers: one file, one method. None of them imports torch."""
 
 from mpq_plugins.solvers.auto import Auto as Auto
-from mpq_plugins.solvers.branch_and_bound import BranchAndBound as BranchAndBound
 from mpq_plugins.solvers.exhaustive import Exhaustive as Exhaustive
 from mpq_plugins.solvers.knapsack import Knapsack as Knapsack
-from mpq_plugins.solvers.local_search import LocalSearch as LocalSearch
 from mpq_plugins.solvers.milp import MILP as MILP
+from mpq_plugins.solvers.pairwise import BranchAndBound as BranchAndBound
+from mpq_plugins.solvers.pairwise import LocalSearch as LocalSearch

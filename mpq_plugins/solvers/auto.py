@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
-import numpy as np
-
 from mpq_plugins.solvers.base import AbstractSolver
-from mpq_plugins.solvers.branch_and_bound import BranchAndBound
 from mpq_plugins.solvers.deadline import check_time_limit
-from mpq_plugins.solvers.exhaustive import Exhaustive
+from mpq_plugins.solvers.exhaustive import Exhaustive, count_plans
 from mpq_plugins.solvers.knapsack import Knapsack
 from mpq_plugins.solvers.milp import MILP
+from mpq_plugins.solvers.pairwise import BranchAndBound
 from mpq_plugins.solvers.problem import Problem
 from mpq_plugins.solvers.quadratic import has_pairs, without_pairs
 from mpq_plugins.solvers.solution import Solution, Status
@@ -53,23 +50,19 @@ class Auto(AbstractSolver):
         program = MILP(time_limit_s=self.time_limit_s, gap=self.gap)
         if len(problem.limits) > 1 or problem.is_linked:
             linked = ", units that agree" if problem.is_linked else ""
-            return _because(program.solve(problem), f"milp ({len(problem.limits)} limits{linked}{note})")
+            return replace(program.solve(problem), solver=f"milp ({len(problem.limits)} limits{linked}{note})")
         quick = Knapsack(gap=self.gap).solve(problem)
         if quick.status is not Status.feasible:
-            return _because(quick, f"knapsack ({'one limit' if problem.limits else 'no limit'}{note})")
+            return replace(quick, solver=f"knapsack ({'one limit' if problem.limits else 'no limit'}{note})")
         left = max(0.01, self.time_limit_s - (time.perf_counter() - started))
         exact = replace(program, time_limit_s=left).solve(problem)
         if exact.choice and exact.objective <= quick.objective:
-            return _because(replace(exact, bound=max(exact.bound, quick.bound)), f"milp (knapsack left a gap{note})")
-        return _because(replace(quick, bound=max(exact.bound, quick.bound)), f"knapsack (milp found nothing better{note})")
+            return replace(exact, bound=max(exact.bound, quick.bound), solver=f"milp (knapsack left a gap{note})")
+        return replace(quick, bound=max(exact.bound, quick.bound), solver=f"knapsack (milp found nothing better{note})")
 
     def _quadratic(self, problem: Problem) -> Solution:
-        n_plans = math.prod(int(size) for size in np.diff(problem.start))
+        n_plans = count_plans(problem)
         if n_plans <= _FEW_PLANS:
-            return _because(Exhaustive().solve(problem), f"exhaustive ({n_plans:,} plans)")
+            return replace(Exhaustive().solve(problem), solver=f"exhaustive ({n_plans:,} plans)")
         tree = BranchAndBound(self.time_limit_s, self.pair_gap).solve(problem)
-        return _because(tree, "branch-and-bound (pairwise losses)")
-
-
-def _because(solution: Solution, reason: str) -> Solution:
-    return replace(solution, solver=reason)
+        return replace(tree, solver="branch-and-bound (pairwise losses)")

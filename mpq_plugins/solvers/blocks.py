@@ -43,22 +43,14 @@ class Blocks:
     @classmethod
     def of(cls, problem: Problem) -> Blocks:
         """Lay out the tables of `problem`."""
-        if not problem.is_linked:
-            return cls._unlinked(problem)
-        return cls._linked(problem)
-
-    @classmethod
-    def _unlinked(cls, problem: Problem) -> Blocks:
         columns = np.flatnonzero(_allowed(problem))
-        units = np.arange(problem.n_units)
-        return cls(problem, *_dense(problem, columns, problem.unit_of[columns]), units, units, units, units[:, None], False)
-
-    @classmethod
-    def _linked(cls, problem: Problem) -> Blocks:
+        if not problem.is_linked:
+            units = np.arange(problem.n_units)
+            tables = _dense(problem, columns, problem.unit_of[columns])
+            return cls(problem, *tables, units, units, units, units[:, None], False)
         _, cluster_of, sizes = np.unique(problem.cluster, return_inverse=True, return_counts=True)
         free = sizes[cluster_of] == 1
         cluster = np.where(free, -1 - np.arange(problem.n_units), problem.cluster)
-        columns = np.flatnonzero(_allowed(problem))
         width = np.where(free[problem.unit_of], 0, problem.width)[columns]
         unit = problem.unit_of[columns]
         order = np.lexsort((width, unit))
@@ -66,15 +58,8 @@ class Blocks:
         slots, slot_of = np.unique(np.stack([unit, width]), axis=1, return_inverse=True)
         options, option_of_slot = np.unique(np.stack([cluster[slots[0]], slots[1]]), axis=1, return_inverse=True)
         cluster_of_option = np.unique(options[0], return_inverse=True)[1]
-        return cls(
-            problem,
-            *_dense(problem, columns, slot_of.ravel()),
-            slots[0],
-            option_of_slot.ravel(),
-            cluster_of_option,
-            _padded_rows(cluster_of_option),
-            True,
-        )
+        tables, option = _dense(problem, columns, slot_of.ravel()), option_of_slot.ravel()
+        return cls(problem, *tables, slots[0], option, cluster_of_option, _padded_rows(cluster_of_option), True)
 
     @property
     def n_clusters(self) -> int:
@@ -83,9 +68,8 @@ class Blocks:
 
     @cached_property
     def limits(self) -> np.ndarray:  # [limit]
-        """The most that may be used of every cost, with the rounding that `Problem.is_feasible` forgives."""
-        # A tenth less than there, for sums that are taken in another order.
-        return np.array([row.limit * (1 + 0.9e-12) for row in self.problem.limits])
+        """The most that may be used of every cost; see `almost`."""
+        return almost(self.problem)
 
     def minimum(self, prices: np.ndarray, *, with_loss: bool = True) -> Minimum:
         """Least of loss + prices . cost (or of the costs alone) over plans that agree within clusters, limits left aside."""
@@ -126,28 +110,25 @@ class Blocks:
         return costs
 
 
+def almost(problem: Problem) -> np.ndarray:  # [limit]
+    """The limits with the rounding that `Problem.is_feasible` forgives, less a tenth for sums taken in another order."""
+    return np.array([row.limit * (1 + 0.9e-12) for row in problem.limits])
+
+
 def _allowed(problem: Problem) -> np.ndarray:  # [choice of all units]
     """Which choices have a width that every unit of their cluster can take."""
-    clusters, cluster_of = np.unique(problem.cluster, return_inverse=True)
-    sizes = np.bincount(cluster_of)
+    clusters, cluster_of, sizes = np.unique(problem.cluster, return_inverse=True, return_counts=True)
     if len(clusters) == problem.n_units:
         return np.ones(len(problem.loss), dtype=bool)
-    triples = np.unique(np.stack([cluster_of[problem.unit_of], problem.width, problem.unit_of]), axis=1)
-    pairs, units_with = np.unique(triples[:2], axis=1, return_counts=True)
-    common = {(int(g), int(v)) for g, v, n in zip(*pairs, units_with, strict=True) if n == sizes[g]}
-    alone = sizes[cluster_of] == 1
-    keys = zip(cluster_of[problem.unit_of].tolist(), problem.width.tolist(), strict=True)
-    agreed = np.fromiter((key in common for key in keys), dtype=bool, count=len(problem.loss))
-    allowed: np.ndarray = alone[problem.unit_of] | agreed
+    pairs, pair_of = np.unique(np.stack([cluster_of[problem.unit_of], problem.width]), axis=1, return_inverse=True)
+    units_with = np.bincount(np.unique(np.stack([pair_of.ravel(), problem.unit_of]), axis=1)[0])
+    allowed: np.ndarray = (units_with == sizes[pairs[0]])[pair_of.ravel()]
     return allowed
 
 
 def _dense(problem: Problem, columns: np.ndarray, slot_of: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Loss, cost and choice index of `columns` (sorted by slot) as tables [slot, position]."""
-    counts = np.bincount(slot_of)
-    first = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(int)
-    position = np.arange(len(columns)) - first[slot_of]
-    shape = (len(counts), int(counts.max(initial=0)))
+    position, shape = _within(slot_of)
     loss, index = np.full(shape, np.inf), np.full(shape, -1)
     loss[slot_of, position] = problem.loss[columns]
     index[slot_of, position] = columns - problem.start[problem.unit_of[columns]]
@@ -159,9 +140,15 @@ def _dense(problem: Problem, columns: np.ndarray, slot_of: np.ndarray) -> tuple[
 
 def _padded_rows(cluster_of_option: np.ndarray) -> np.ndarray:  # [cluster, position]
     """The options of every cluster, -1 where a cluster has fewer than the largest."""
-    counts = np.bincount(cluster_of_option)
     order = np.argsort(cluster_of_option, kind="stable")
-    first = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(int)
-    rows = np.full((len(counts), int(counts.max(initial=0))), -1)
-    rows[cluster_of_option[order], np.arange(len(order)) - first[cluster_of_option[order]]] = order
+    position, shape = _within(cluster_of_option[order])
+    rows = np.full(shape, -1)
+    rows[cluster_of_option[order], position] = order
     return rows
+
+
+def _within(group_of: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
+    """Positions within their groups of members sorted by group, and the shape of a table [group, position]."""
+    counts = np.bincount(group_of)
+    first = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(int)
+    return np.arange(len(group_of)) - first[group_of], (len(counts), int(counts.max(initial=0)))

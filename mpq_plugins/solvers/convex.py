@@ -14,11 +14,10 @@ _NEARLY = 1e-3
 
 @dataclass(frozen=True)
 class Convex:
-    """x'Hx / 2 + linear'x + constant, convex wherever every unit takes one choice in all, and equal to the loss on plans."""
+    """x'Hx / 2 + linear'x, convex wherever every unit takes one choice in all, and equal to the loss on plans."""
 
     hessian: np.ndarray  # [open, open]
     linear: np.ndarray  # [open]
-    constant: float
     shift: float  # what had to be added to the diagonal
 
     @property
@@ -29,11 +28,6 @@ class Convex:
     def restricted(self, kept: np.ndarray) -> Convex:
         """The same over some of the columns: what is left out is not taken."""
         return replace(self, hessian=self.hessian[np.ix_(kept, kept)], linear=self.linear[kept])
-
-    def at(self, point: np.ndarray) -> np.ndarray:  # [node]
-        """The loss of points [open, node]."""
-        value: np.ndarray = np.sum(point * (self.linear[:, None] + self.hessian @ point / 2), axis=0) + self.constant
-        return value
 
 
 @dataclass(frozen=True)
@@ -73,16 +67,9 @@ def convex(quadratic: Quadratic, simplices: Simplices, blocks: np.ndarray | None
     What then is left of negative curvature is met by the same amount on all of the diagonal, where x'x = number of units.
     """
     hessian = quadratic.own_blocks if blocks is None else quadratic.own_blocks + blocks
-    least = least_curvature(hessian, simplices.basis)
+    along = simplices.basis.T @ hessian @ simplices.basis
+    least = float(np.linalg.eigvalsh(along)[0]) if len(along) else np.inf  # inf where there is nothing to decide
     largest = float(np.abs(hessian).max(initial=0.0))
     shift = max(0.0, _ROUNDING * len(hessian) * largest - least)
     hessian = hessian + shift * np.eye(len(hessian))
-    linear = quadratic.loss - np.diag(hessian) / 2
-    return Convex(hessian, linear, 0.0, shift)
-
-
-def least_curvature(hessian: np.ndarray, basis: np.ndarray) -> float:
-    """Least eigenvalue along `basis`; inf where there is nothing to decide."""
-    if not basis.shape[1]:
-        return np.inf
-    return float(np.linalg.eigvalsh(basis.T @ hessian @ basis)[0])
+    return Convex(hessian, quadratic.loss - np.diag(hessian) / 2, shift)

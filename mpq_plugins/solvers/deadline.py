@@ -6,10 +6,6 @@ import time
 
 from mpq_plugins.errors import SolverError
 
-# Of dense linear algebra on n columns, as bounding a whole problem needs, per n^3: a guess for a slow core.
-_SECONDS_PER_CUBE = 1.5e-9
-_SLACK_S = 0.5  # what may be begun in spite of the limit
-
 
 def check_time_limit(seconds: float) -> None:
     """Raise `SolverError` for a time limit that is 0, negative or not a number."""
@@ -20,18 +16,3 @@ def check_time_limit(seconds: float) -> None:
 def is_over(deadline: float) -> bool:
     """Whether `deadline`, a value of `time.perf_counter`, has passed."""
     return time.perf_counter() > deadline
-
-
-def half_way(deadline: float) -> float:
-    """The middle of the time that is left."""
-    return (time.perf_counter() + deadline) / 2
-
-
-def has_time_for_algebra(deadline: float, n_columns: int) -> bool:
-    """Whether dense linear algebra on so many columns is likely to end about in time."""
-    return has_time_for(deadline, _SECONDS_PER_CUBE * float(n_columns) ** 3)
-
-
-def has_time_for(deadline: float, seconds: float) -> bool:
-    """Whether work of about so many seconds is likely to end about in time."""
-    return time.perf_counter() + seconds < deadline + _SLACK_S

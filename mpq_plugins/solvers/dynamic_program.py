@@ -12,13 +12,22 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mpq_plugins.solvers.blocks import Blocks
+from mpq_plugins.solvers.blocks import Blocks, Minimum
 from mpq_plugins.solvers.lagrangian import Relaxation
-from mpq_plugins.solvers.stages import Stage, stages_of
 
 _N_PRICES = 32
 _FIRST_STAGES = 24
 _FIRST_STATES = 4_000
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one unit may do instead of the base plan: how its cost changes, and by how much the bound rises."""
+
+    unit: int
+    used: np.ndarray  # [alternative], the first one stays at the base
+    rise: np.ndarray  # [alternative]
+    choice: np.ndarray  # [alternative]
 
 
 @dataclass(frozen=True)
@@ -61,13 +70,45 @@ def nearest_plans(
         tolerance = gap * abs(relaxation.value + reach) if n_plans == 1 else 0.0
         if n_plans == 1 and reach <= tolerance:
             return Found(best, min(0.0, reach), 0.0, n_states)
-        stages = stages_of(blocks, minimum, base, price, most_rise=reach, most_stages=most_stages)
+        stages = _stages(blocks, minimum, base, price, most_rise=reach, most_stages=most_stages)
         core = DynamicProgram(slack, price, reach, n_plans, room, tolerance)
         core.run(stages)
         n_states += core.n_states
         reach = min(reach, core.threshold)
         best = sorted([*best, *core.plans(base)], key=lambda plan: plan[0])[:1] if n_plans == 1 else core.plans(base)
     return Found(best, max(0.0, min([core.dropped, *(plan[0] for plan in best[:1])])), core.dropped, n_states)
+
+
+def _stages(
+    blocks: Blocks,
+    minimum: Minimum,
+    base: np.ndarray,  # [unit]
+    price: float,
+    *,
+    most_rise: float,
+    most_stages: int | None = None,
+) -> list[Stage]:
+    """The units with alternatives that raise the bound by `most_rise` or less, those that are cheapest to move first.
+
+    `minimum` is the minimum at `price`, of which `base` is one.
+    """
+    rise = blocks.reduced_costs(minimum, np.full(len(blocks.limits), price))
+    used = np.zeros_like(rise)
+    if len(blocks.limits):
+        used = blocks.cost[0] - blocks.problem.limits[0].cost[blocks.problem.columns(base)][:, None]
+    moves = (rise <= most_rise) & (blocks.index >= 0) & (blocks.index != base[:, None])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        slope = np.where(moves & (used != 0), rise / np.abs(used), np.inf).min(axis=1)
+    units = np.flatnonzero(moves.any(axis=1))
+    return [
+        Stage(
+            unit,
+            np.concatenate([[0.0], used[unit, moves[unit]]]),
+            np.concatenate([[0.0], rise[unit, moves[unit]]]),
+            np.concatenate([[base[unit]], blocks.index[unit, moves[unit]]]),
+        )
+        for unit in units[np.argsort(slope[units], kind="stable")][:most_stages].tolist()
+    ]
 
 
 @dataclass
@@ -107,13 +148,17 @@ class DynamicProgram:
             if np.count_nonzero(useful) == 1:
                 continue
             alternatives = np.flatnonzero(useful)
-            parent, taken = _pairs(len(used), len(alternatives))
+            # Every state with every alternative.
+            parent, taken = (index.ravel() for index in np.indices((len(used), len(alternatives))))
             used = used[parent] + stage.used[alternatives][taken]
             rise = rise[parent] + stage.rise[alternatives][taken]
             bound = rise + rest.after(at, self.slack - used)
             alive = np.flatnonzero(self._worthwhile(bound))
             alive = alive[_undominated(used[alive], (rise - self.price * used)[alive], self.n_plans)]
-            alive = self._within_room(alive, bound)
+            if len(alive) > self.max_states:
+                order = np.argsort(bound[alive], kind="stable")
+                self.dropped = min(self.dropped, float(bound[alive[order[self.max_states]]]))
+                alive = np.sort(alive[order[: self.max_states]])
             used, rise = used[alive], rise[alive]
             self._steps.append(_Step(stage, parent[alive].astype(np.int32), alternatives[taken[alive]].astype(np.int32)))
             self.n_states += len(alive)
@@ -123,7 +168,14 @@ class DynamicProgram:
 
     def plans(self, base: np.ndarray) -> list[tuple[float, np.ndarray]]:
         """Excess and choice of the best plans found, best first."""
-        return [(excess, self._choice(base, step, state)) for excess, step, state in self.best]
+        found = []
+        for excess, step, state in self.best:
+            choice = base.copy()
+            for record in reversed(self._steps[:step]):
+                choice[record.stage.unit] = record.stage.choice[record.taken[state]]
+                state = int(record.parent[state])
+            found.append((excess, choice))
+        return found
 
     def _worthwhile(self, bound: np.ndarray) -> np.ndarray:
         """Which bounds promise more than what is known; notes the least one that the tolerance gives up."""
@@ -143,26 +195,10 @@ class DynamicProgram:
         excess = rise[plans] + self.price * (self.slack - used[plans])
         order = np.argsort(excess, kind="stable")[: self.n_plans]
         found = [(float(excess[i]), len(self._steps), int(plans[i])) for i in order]
-        if len(found) > len(self.best) or (
-            len(found) == len(self.best) and sum(f[0] for f in found) < sum(b[0] for b in self.best)
-        ):
-            self.best = found
+        # More plans are better than fewer, then the least sum of their excesses.
+        self.best = min(self.best, found, key=lambda plans: (-len(plans), sum(plan[0] for plan in plans)))
         if len(self.best) == self.n_plans:
             self.threshold = min(self.threshold, self.best[-1][0])
-
-    def _within_room(self, alive: np.ndarray, bound: np.ndarray) -> np.ndarray:
-        if len(alive) <= self.max_states:
-            return alive
-        order = np.argsort(bound[alive], kind="stable")
-        self.dropped = min(self.dropped, float(bound[alive[order[self.max_states]]]))
-        return np.sort(alive[order[: self.max_states]])
-
-    def _choice(self, base: np.ndarray, step: int, state: int) -> np.ndarray:
-        choice: np.ndarray = base.copy()
-        for record in reversed(self._steps[:step]):
-            choice[record.stage.unit] = record.stage.choice[record.taken[state]]
-            state = int(record.parent[state])
-        return choice
 
 
 @dataclass(frozen=True)
@@ -201,11 +237,6 @@ def _price_grid(stages: Sequence[Stage], price: float) -> np.ndarray:  # [price]
         if len(side):
             parts.append(np.quantile(side, quantiles, method="nearest"))
     return np.unique(np.concatenate(parts))
-
-
-def _pairs(n_states: int, n_alternatives: int) -> tuple[np.ndarray, np.ndarray]:
-    """Every state with every alternative."""
-    return np.repeat(np.arange(n_states), n_alternatives), np.tile(np.arange(n_alternatives), n_states)
 
 
 def _undominated(used: np.ndarray, loss: np.ndarray, n_plans: int) -> np.ndarray:

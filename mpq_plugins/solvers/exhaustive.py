@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import ClassVar, final
@@ -29,7 +30,7 @@ class Exhaustive(AbstractSolver):
 
     def solve(self, problem: Problem) -> Solution:
         """The best plan of all. Raises `SolverError` when there are more than `most_plans`."""
-        n_plans = math.prod(int(size) for size in np.diff(problem.start))
+        n_plans = count_plans(problem)
         if n_plans > self.most_plans:
             raise SolverError(
                 f"exhaustive search would try {n_plans:.3g} plans, more than most_plans={self.most_plans:.3g}. "
@@ -41,17 +42,15 @@ class Exhaustive(AbstractSolver):
             return Solution(Status.infeasible, (), np.inf, np.inf, solver=self.name, nodes=n_plans)
         loss = _loss(problem, columns, n_plans)[plans]
         best = plans[np.argsort(loss, kind="stable")[: self.n_next + 1]]
-        listed = [Plan(_choice(problem, columns, plan), float(_loss_of(problem, columns, plan))) for plan in best]
-        first = listed[0]
-        return Solution(
-            Status.optimal,
-            first.choice,
-            first.objective,
-            first.objective,
-            next_best=tuple(listed[1:]),
-            solver=self.name,
-            nodes=n_plans,
-        )
+        choices = [tuple((np.array([column[plan] for column in columns]) - problem.start[:-1]).tolist()) for plan in best]
+        first, *others = [Plan(choice, problem.objective(choice)) for choice in choices]
+        found = (first.choice, first.objective, first.objective)
+        return Solution(Status.optimal, *found, next_best=tuple(others), solver=self.name, nodes=n_plans)
+
+
+def count_plans(problem: Problem) -> int:
+    """How many ways there are to choose one choice per unit."""
+    return math.prod(np.diff(problem.start).tolist())
 
 
 def _digits(sizes: np.ndarray, n_plans: int) -> list[np.ndarray]:
@@ -63,9 +62,7 @@ def _digits(sizes: np.ndarray, n_plans: int) -> list[np.ndarray]:
 def _feasible(problem: Problem, columns: list[np.ndarray], n_plans: int) -> np.ndarray:  # [plan]
     feasible = np.ones(n_plans, dtype=bool)
     for limit in problem.limits:
-        usage = np.zeros(n_plans)
-        for column in columns:
-            usage += limit.cost[column]
+        usage = sum((limit.cost[column] for column in columns), np.zeros(n_plans))
         feasible &= usage <= limit.limit * (1 + 1e-12)
     first_of_cluster: dict[int, np.ndarray] = {}
     for cluster, column in zip(problem.cluster.tolist(), columns, strict=True):
@@ -74,18 +71,7 @@ def _feasible(problem: Problem, columns: list[np.ndarray], n_plans: int) -> np.n
 
 
 def _loss(problem: Problem, columns: list[np.ndarray], n_plans: int) -> np.ndarray:  # [plan]
-    loss = np.zeros(n_plans)
-    for column in columns:
-        loss += problem.loss[column]
-        if problem.pairwise is not None:
-            for other in columns:
-                loss += 0.5 * problem.pairwise[column, other]
-    return loss
-
-
-def _choice(problem: Problem, columns: list[np.ndarray], plan: int) -> tuple[int, ...]:
-    return tuple(int(column[plan] - start) for column, start in zip(columns, problem.start, strict=False))
-
-
-def _loss_of(problem: Problem, columns: list[np.ndarray], plan: int) -> float:
-    return problem.objective(_choice(problem, columns, plan))
+    loss = sum((problem.loss[column] for column in columns), np.zeros(n_plans))
+    if problem.pairwise is not None:
+        loss = sum((0.5 * problem.pairwise[pair] for pair in itertools.product(columns, repeat=2)), loss)
+    return np.asarray(loss)

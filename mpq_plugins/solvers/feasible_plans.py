@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 
-from mpq_plugins.solvers.blocks import Blocks
+from mpq_plugins.solvers.blocks import Blocks, Minimum
 from mpq_plugins.solvers.deadline import is_over
 from mpq_plugins.solvers.lagrangian import Relaxation
 
@@ -18,10 +16,8 @@ def good_plan(blocks: Blocks, relaxation: Relaxation, deadline: float) -> np.nda
 
     After `deadline`, a value of `time.perf_counter`, no more than the first plan is looked for.
     """
-    met = [minimum.choice for minimum in (*relaxation.seen, relaxation.cheap) if np.all(minimum.usage <= blocks.limits)]
-    dearer = _dearer(blocks, relaxation)
-    if dearer is not None:
-        met.append(dearer)
+    near = (*relaxation.seen, relaxation.cheap, _dearer(blocks, relaxation))
+    met = [minimum.choice for minimum in near if minimum is not None and np.all(minimum.usage <= blocks.limits)]
     distinct = {choice.tobytes(): choice for choice in met}.values()
     plans: list[np.ndarray] = []
     for choice in filter(blocks.problem.is_feasible, distinct):
@@ -52,9 +48,9 @@ def _moves(blocks: Blocks, choice: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
     """Slot, position and saved loss of every feasible change of one unit that keeps its cluster in agreement."""
     problem = blocks.problem
     columns = problem.columns(choice)
-    width = problem.width[columns] if blocks.is_linked else None
     candidates = (blocks.index >= 0) & (blocks.index != choice[blocks.unit][:, None])
-    if width is not None:
+    if blocks.is_linked:
+        width = problem.width[columns]
         free = np.bincount(blocks.cluster[blocks.option], minlength=blocks.n_clusters)[blocks.cluster[blocks.option]] == 1
         at = problem.start[blocks.unit][:, None] + np.maximum(blocks.index, 0)
         candidates &= free[:, None] | (problem.width[at] == width[blocks.unit][:, None])
@@ -65,16 +61,10 @@ def _moves(blocks: Blocks, choice: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
     return slots, positions, problem.loss[columns][blocks.unit[slots]] - blocks.loss[slots, positions]
 
 
-def _dearer(blocks: Blocks, relaxation: Relaxation) -> np.ndarray | None:
+def _dearer(blocks: Blocks, relaxation: Relaxation) -> Minimum | None:
     """The minimum at the least multiple of the prices where all limits are met."""
-    found = None
-    for factor in _growing(blocks):
-        minimum = blocks.minimum(relaxation.prices * factor)
+    for exponent in range(-20, 12):
+        minimum = blocks.minimum(relaxation.prices * (1.0 + 2.0**exponent))
         if np.all(minimum.usage <= blocks.limits):
-            found = minimum.choice
-            break
-    return found
-
-
-def _growing(blocks: Blocks) -> Iterable[float]:
-    return (1.0 + 2.0**exponent for exponent in range(-20, 12))
+            return minimum
+    return None

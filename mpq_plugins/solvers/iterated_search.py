@@ -1,4 +1,4 @@
-"""Iterated local search for quadratic problems: descend, kick, descend again."""
+"""Iterated local search for quadratic problems: descend, kick, descend again; and the best plans around the best one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ import numpy as np
 
 from mpq_plugins.solvers.deadline import is_over
 from mpq_plugins.solvers.milp import MILP
-from mpq_plugins.solvers.neighbourhood import TrackedPlan, best_cluster_move, best_move, best_of_option, best_two_moves
+from mpq_plugins.solvers.neighbourhood import (
+    TrackedPlan,
+    best_cluster_move,
+    best_move,
+    best_two_moves,
+    cluster_moves,
+    two_moves,
+)
 from mpq_plugins.solvers.quadratic import Quadratic, without_pairs
 from mpq_plugins.solvers.solution import Status
 
@@ -17,6 +24,8 @@ _MOST_MOVES = 10_000
 _SWEEPS = 30
 _HALVINGS = 24
 _MOST_KEPT = 256
+_LISTED = 64  # plans listed
+_CENTRES = 4  # best plans whose neighbours are listed
 
 
 @dataclass
@@ -88,10 +97,11 @@ def descend(plan: TrackedPlan, deadline: float = np.inf) -> TrackedPlan:
     for _ in range(_MOST_MOVES):
         if is_over(deadline):
             break
-        move = best_move(plan) or best_cluster_move(plan) or best_two_moves(plan)
-        if move is None:
+        moves = (find(plan) for find in (best_move, best_cluster_move, best_two_moves))
+        new = next((move for move in moves if move is not None), None)
+        if new is None:
             break
-        plan = plan.moved(move[0])
+        plan = plan.moved(new)
     return plan
 
 
@@ -130,7 +140,8 @@ def _priced_descents(quadratic: Quadratic, deadline: float) -> list[TrackedPlan]
     """Plans of least loss plus price times cost, at the least prices, found by halving, where the limits are met."""
     span = np.ptp(quadratic.cost, axis=1)
     price = np.where(span > 0, np.ptp(quadratic.loss) / np.where(span > 0, span, 1.0), 0.0)
-    plan = _least_alone(quadratic)
+    alone = quadratic.best_of(quadratic.cluster_start, quadratic.loss)
+    plan = TrackedPlan.of(quadratic, quadratic.positions(quadratic.choice(alone)))
     low, high = 0.0, None
     found: list[TrackedPlan] = []
     factor = 0.0
@@ -152,21 +163,12 @@ def _priced_descents(quadratic: Quadratic, deadline: float) -> list[TrackedPlan]
     return sorted([*found, *([repaired] if repaired else [])], key=lambda plan: plan.loss)[:2]
 
 
-def _least_alone(quadratic: Quadratic) -> TrackedPlan:
-    options = quadratic.cluster_start
-    taken = np.zeros(quadratic.problem.n_units, dtype=int)
-    for option in options.tolist():
-        new = best_of_option(quadratic, option, quadratic.loss)
-        taken[quadratic.unit_of[new]] = new
-    return TrackedPlan.of(quadratic, taken)
-
-
 def _coordinate_descent(plan: TrackedPlan, price: np.ndarray) -> TrackedPlan:
     """Every cluster in turn takes its best width and choices, given the others, until none changes."""
     quadratic, taken, values = plan.quadratic, plan.taken.copy(), plan.field + price
     bounds = np.append(quadratic.slot_start, len(quadratic.columns)).tolist()
-    options = [list(range(a, b)) for a, b in _ranges(quadratic.option_start, len(quadratic.slot_start))]
-    clusters = [list(range(a, b)) for a, b in _ranges(quadratic.cluster_start, len(options))]
+    options = [part.tolist() for part in np.split(np.arange(len(quadratic.slot_start)), quadratic.option_start[1:])]
+    clusters = [part.tolist() for part in np.split(np.arange(len(options)), quadratic.cluster_start[1:])]
     units = quadratic.unit_of
     for _ in range(_SWEEPS):
         changed = False
@@ -186,18 +188,49 @@ def _coordinate_descent(plan: TrackedPlan, price: np.ndarray) -> TrackedPlan:
     return TrackedPlan.of(quadratic, taken)
 
 
-def _ranges(start: np.ndarray, end: int) -> list[tuple[int, int]]:
-    stops = np.append(start[1:], end)
-    return list(zip(start.tolist(), stops.tolist(), strict=True))
-
-
 def _kicked(plan: TrackedPlan, rng: np.random.Generator) -> TrackedPlan:
     """The plan with a few clusters at random widths and choices."""
     quadratic = plan.quadratic
     n_clusters = len(quadratic.cluster_start)
     most = max(4, n_clusters // 5)
-    options = _ranges(quadratic.cluster_start, len(quadratic.option_start))
+    ends = np.append(quadratic.cluster_start, len(quadratic.option_start))
     new = []
     for cluster in rng.choice(n_clusters, min(n_clusters, int(rng.integers(3, most + 1))), replace=False).tolist():
-        new.append(best_of_option(quadratic, int(rng.integers(*options[cluster])), rng.random(len(quadratic.columns))))
+        new.append(quadratic.best_of([int(rng.integers(*ends[cluster : cluster + 2]))], rng.random(len(quadratic.columns))))
     return plan.moved(np.concatenate(new))
+
+
+def nearby_plans(pool: Pool, deadline: float = np.inf) -> list[TrackedPlan]:
+    """The best of the plans that the search met and of those one or two moves from the best of them; best first.
+
+    After `deadline` only the best one, which there must be.
+    """
+    if is_over(deadline) and pool.best is not None:
+        return [pool.best]
+    wide = Pool(pool.quadratic)
+    met = pool.plans()
+    for plan in met:
+        wide.add(plan)
+    for centre in met[:_CENTRES]:
+        for new in [] if is_over(deadline) else _neighbours(centre):
+            if is_over(deadline):
+                break
+            wide.add(centre.moved(new))
+    return wide.plans()[:_LISTED]
+
+
+def _neighbours(plan: TrackedPlan) -> list[np.ndarray]:
+    """Columns to take for the best feasible changes: the best single and double moves, and other widths of a cluster."""
+    added, cost, same_width = plan.gains()
+    within = same_width & np.all(cost <= (plan.quadratic.limits - plan.used)[:, None], axis=0)
+    within[plan.taken] = False
+    singles = np.flatnonzero(within)[np.argsort(added[within], kind="stable")[:_LISTED]]
+    columns, both, allowed = two_moves(plan)
+    first, second = np.nonzero(allowed)
+    order = np.argsort(both[first, second], kind="stable")[:_LISTED]
+    doubles = zip(columns[first[order]].tolist(), columns[second[order]].tolist(), strict=True)
+    return [
+        *(np.array([at]) for at in singles.tolist()),
+        *(np.array(pair) for pair in doubles),
+        *(new for new, _ in cluster_moves(plan)),
+    ]

@@ -83,7 +83,7 @@ def best_within(
     loss: float,
     *,
     without: tuple[tuple[int, ...], ...] = (),
-    backend: Backend,
+    backend: Backend = "auto",
     deadline: float,
     gap: float,
 ) -> Outcome:
@@ -100,7 +100,7 @@ def best_within(
             return outcome
         # A solver's row tolerance is wider than ours: cut this plan off and ask again.
         cut_off.append(_as_tuple(outcome.choice))
-    return Outcome(Status.no_answer, None, outcome.bound, outcome.nodes)
+    return Outcome(Status.no_answer, outcome.bound, outcome.nodes)
 
 
 def _as_tuple(choice: np.ndarray) -> tuple[int, ...]:

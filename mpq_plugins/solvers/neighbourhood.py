@@ -52,23 +52,23 @@ class TrackedPlan:
         return self.field - self.field[now], quadratic.cost - quadratic.cost[:, now], option == option[now]
 
 
-def best_move(plan: TrackedPlan) -> tuple[np.ndarray, float] | None:
-    """The column whose taking lowers the loss most within the limits, and by how much; None when none does."""
+def best_move(plan: TrackedPlan) -> np.ndarray | None:
+    """The column whose taking lowers the loss most within the limits; None when none does."""
     added, cost, same_width = plan.gains()
     left = (plan.quadratic.limits - plan.used)[:, None]
     added = np.where(same_width & np.all(cost <= left, axis=0), added, np.inf)
     at = int(np.argmin(added))
-    return (np.array([at]), float(added[at])) if added[at] < -_rounding(plan) else None
+    return np.array([at]) if added[at] < -_rounding(plan) else None
 
 
-def best_two_moves(plan: TrackedPlan) -> tuple[np.ndarray, float] | None:
+def best_two_moves(plan: TrackedPlan) -> np.ndarray | None:
     """The two columns of different units whose taking lowers the loss most; None when no two do."""
     columns, added, within = two_moves(plan)
     if not len(columns):
         return None
     added = np.where(within, added, np.inf)
     at = np.unravel_index(int(np.argmin(added)), added.shape)
-    return (columns[list(at)], float(added[at])) if added[at] < -_rounding(plan) else None
+    return columns[list(at)] if added[at] < -_rounding(plan) else None
 
 
 def two_moves(plan: TrackedPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # [column], [column, column], [column, column]
@@ -90,13 +90,10 @@ def two_moves(plan: TrackedPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  
     return columns, both, within
 
 
-def best_cluster_move(plan: TrackedPlan) -> tuple[np.ndarray, float] | None:
+def best_cluster_move(plan: TrackedPlan) -> np.ndarray | None:
     """The other width of some cluster that lowers the loss most, every unit at its best choice; None when none does."""
-    best: tuple[np.ndarray, float] | None = None
-    for new, added in cluster_moves(plan):
-        if added < (best[1] if best else -_rounding(plan)):
-            best = (new, added)
-    return best
+    new, added = min(cluster_moves(plan), key=lambda move: move[1], default=(None, np.inf))
+    return new if added < -_rounding(plan) else None
 
 
 def cluster_moves(plan: TrackedPlan) -> Iterator[tuple[np.ndarray, float]]:
@@ -109,18 +106,11 @@ def cluster_moves(plan: TrackedPlan) -> Iterator[tuple[np.ndarray, float]]:
     cheap = (quadratic.cost / np.maximum(np.abs(quadratic.limits), 1e-300)[:, None]).sum(axis=0)
     for option in np.setdiff1d(np.arange(len(quadratic.option_start)), list(current)).tolist():
         for values in (plan.field, cheap) if len(left) else (plan.field,):
-            new = best_of_option(quadratic, option, values)
+            new = quadratic.best_of([option], values)
             old = plan.taken[quadratic.unit_of[new]]
             if np.all(quadratic.cost[:, new].sum(axis=1) - quadratic.cost[:, old].sum(axis=1) <= left):
                 yield new, _added(plan, old, new)
                 break
-
-
-def best_of_option(quadratic: Quadratic, option: int, values: np.ndarray) -> np.ndarray:  # [unit of the cluster]
-    """For every slot of an option, its column of least value."""
-    slots = np.flatnonzero(quadratic.option_of_slot == option)
-    ends = np.append(quadratic.slot_start, len(quadratic.columns))
-    return np.array([ends[slot] + int(np.argmin(values[ends[slot] : ends[slot + 1]])) for slot in slots])
 
 
 def _added(plan: TrackedPlan, old: np.ndarray, new: np.ndarray) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -23,12 +23,12 @@ _CBC_INCREMENT = 2e-5  # CBC only accepts improvements above 1e-5.
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a 0/1 program ended with; `bound` is proven for all plans it may choose from, inf when there is none."""
+    """How a program ended; `bound` is proven for its objective, or for all plans it may choose from, inf when there is none."""
 
     status: Status
-    choice: np.ndarray | None  # [unit]
     bound: float
     nodes: int = 0
+    choice: np.ndarray | None = None  # [unit]
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,13 @@ class Program:
             self._forbid(program, picks, units, index, np.asarray(plan))
         left = max(0.01, deadline - time.perf_counter())
         ended = run_program(program, backend, time_limit_s=left, gap=gap)
-        choice = None
-        if ended.has_values:
-            choice = self.reference.copy()
-            taken = np.array([pick.value() or 0.0 for pick in picks]) > 0.5
-            choice[units[taken]] = index[taken]
-        return Outcome(
-            ended.status, choice, ended.bound / factor + float(self._of_reference(self.blocks.problem.loss).sum()), ended.nodes
-        )
+        bound = ended.bound / factor + float(self._of_reference(self.blocks.problem.loss).sum())
+        if ended.status not in (Status.optimal, Status.feasible):
+            return replace(ended, bound=bound)
+        choice = self.reference.copy()
+        taken = np.array([pick.value() or 0.0 for pick in picks]) > 0.5
+        choice[units[taken]] = index[taken]
+        return replace(ended, bound=bound, choice=choice)
 
     def _free_columns(self) -> tuple[np.ndarray, np.ndarray]:
         """Slots and positions of the kept choices of every cluster that has something to decide."""
@@ -86,8 +85,8 @@ class Program:
         """The outcome when every unit keeps one choice."""
         allowed = self.blocks.problem.is_feasible(self.reference) and tuple(self.reference.tolist()) not in without
         if not allowed:
-            return Outcome(Status.infeasible, None, np.inf)
-        return Outcome(Status.optimal, self.reference, float(self._of_reference(self.blocks.problem.loss).sum()))
+            return Outcome(Status.infeasible, np.inf)
+        return Outcome(Status.optimal, float(self._of_reference(self.blocks.problem.loss).sum()), choice=self.reference)
 
     def _of_reference(self, table: np.ndarray) -> np.ndarray:  # [unit]
         values: np.ndarray = table[self.blocks.problem.columns(self.reference)]
@@ -161,17 +160,7 @@ def highest_point(
     return point, float(height.value()) * scale
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a program ended; `bound` is proven for its objective."""
-
-    status: Status
-    has_values: bool
-    bound: float
-    nodes: int = 0
-
-
-def run_program(program: Any, backend: Backend, *, time_limit_s: float, gap: float) -> Ended:
+def run_program(program: Any, backend: Backend, *, time_limit_s: float, gap: float) -> Outcome:
     """Solve in silence. PuLP calls an answer that the clock cut off "Optimal"; only its solution status tells."""
     import pulp
 
@@ -185,19 +174,18 @@ def run_program(program: Any, backend: Backend, *, time_limit_s: float, gap: flo
         program.solve(solver)
     except pulp.PulpSolverError as error:
         raise SolverError(f"{solver.name} failed: {error}. Try backend='highs' (pip install highspy) or 'cbc'.") from error
-    found = program.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible)
     # For CBC's "Integer infeasible" PuLP sets this status and leaves the solution status at "none found".
     if pulp.LpStatusInfeasible in (program.status, program.sol_status):
-        return Ended(Status.infeasible, False, np.inf)
+        return Outcome(Status.infeasible, np.inf)
     status = {pulp.LpSolutionOptimal: Status.optimal, pulp.LpSolutionIntegerFeasible: Status.feasible}.get(
         program.sol_status, Status.no_answer
     )
     if uses_highs:
         info = program.solverModel.getInfo()
-        return Ended(status, found, float(info.mip_dual_bound), max(0, int(info.mip_node_count)))
+        return Outcome(status, float(info.mip_dual_bound), max(0, int(info.mip_node_count)))
     if status is Status.optimal:
-        return Ended(status, found, float(pulp.value(program.objective) or 0.0) - _CBC_INCREMENT)
-    return Ended(status, found, -np.inf)
+        return Outcome(status, float(pulp.value(program.objective) or 0.0) - _CBC_INCREMENT)
+    return Outcome(status, -np.inf)
 
 
 def terms(variables: Sequence[Any], coefficients: np.ndarray) -> list[tuple[Any, float]]:

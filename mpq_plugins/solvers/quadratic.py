@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from mpq_plugins.solvers.blocks import Blocks
+from mpq_plugins.solvers.blocks import Blocks, almost
 from mpq_plugins.solvers.problem import Problem
 
 
@@ -36,11 +36,16 @@ class Quadratic:
         columns = problem.start[blocks.unit[slots]] + blocks.index[slots, positions]
         option = blocks.option[slots]
         order = np.lexsort((columns, blocks.unit[slots], option, blocks.cluster[option]))
-        slots, option = slots[order], option[order]
-        slot_start = _first(slots)
-        option_start = _first(option[slot_start])
-        cluster_start = _first(blocks.cluster[option[slot_start[option_start]]])
-        return cls(problem, columns[order], slot_start, option_start, cluster_start)
+        return cls._sorted(problem, columns[order], slots[order], option[order], blocks.cluster[option[order]])
+
+    @classmethod
+    def _sorted(
+        cls, problem: Problem, columns: np.ndarray, slot: np.ndarray, option: np.ndarray, cluster: np.ndarray
+    ) -> Quadratic:
+        """Of sorted columns, with the slot, the option and the cluster of each."""
+        starts = _first(slot)
+        option_start = _first(option[starts])
+        return cls(problem, columns, starts, option_start, _first(cluster[starts[option_start]]))
 
     def restricted(self, kept: np.ndarray) -> Quadratic:
         """The same with only the columns in `kept` [open]; an option that lost all choices of one unit goes as a whole."""
@@ -51,13 +56,8 @@ class Quadratic:
                 break
             kept = kept & ~torn
         slots = self.slot_of[kept]
-        slot_start = _first(slots)
-        options = self.option_of_slot[slots[slot_start]]
-        option_start = _first(options)
-        cluster_start = _first(self.cluster_of_option[options[option_start]])
-        return replace(
-            self, columns=self.columns[kept], slot_start=slot_start, option_start=option_start, cluster_start=cluster_start
-        )
+        options = self.option_of_slot[slots]
+        return self._sorted(self.problem, self.columns[kept], slots, options, self.cluster_of_option[options])
 
     @cached_property
     def slot_of(self) -> np.ndarray:  # [open]
@@ -112,7 +112,7 @@ class Quadratic:
     @cached_property
     def limits(self) -> np.ndarray:  # [limit]
         """The most of every cost, with a tenth less of the rounding that `Problem.is_feasible` forgives."""
-        return np.array([limit.limit * (1 + 0.9e-12) for limit in self.problem.limits])
+        return almost(self.problem)
 
     def least(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [node], [open, node]
         """Least sum of `values` [open, node] over plans that agree, and how much more a plan with each column has at least.
@@ -135,6 +135,10 @@ class Quadratic:
         in_option = np.add.reduceat(in_slot, self.option_start)
         ends = np.append(self.cluster_start, len(in_option))
         options = [a + int(np.argmin(in_option[a:b])) for a, b in itertools.pairwise(ends.tolist())]
+        return self.best_of(options, values)
+
+    def best_of(self, options: Sequence[int] | np.ndarray, values: np.ndarray) -> np.ndarray:  # [unit of their clusters]
+        """For every slot of some options, its column of least value."""
         slots = np.flatnonzero(np.isin(self.option_of_slot, options))
         stops = np.append(self.slot_start, len(values))
         return np.array([stops[slot] + int(np.argmin(values[stops[slot] : stops[slot + 1]])) for slot in slots])

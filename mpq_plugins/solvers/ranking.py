@@ -11,13 +11,11 @@ from mpq_plugins.solvers.blocks import Blocks
 from mpq_plugins.solvers.deadline import is_over
 from mpq_plugins.solvers.dynamic_program import nearest_plans
 from mpq_plugins.solvers.feasible_plans import reachable_losses
-from mpq_plugins.solvers.iterated_search import Pool
+from mpq_plugins.solvers.iterated_search import Pool, nearby_plans
 from mpq_plugins.solvers.lagrangian import Relaxation, relax
 from mpq_plugins.solvers.milp import best_within
-from mpq_plugins.solvers.nearby import nearby_plans
 from mpq_plugins.solvers.neighbourhood import TrackedPlan
 from mpq_plugins.solvers.problem import Problem
-from mpq_plugins.solvers.program import Backend
 from mpq_plugins.solvers.quadratic import Quadratic
 from mpq_plugins.solvers.solution import Status
 
@@ -27,9 +25,7 @@ _TIME_LIMIT_S = 2.0  # for all of them
 _PAIRED = 200  # choices that changes are built from
 
 
-def next_plans(
-    problem: Problem, choice: tuple[int, ...], count: int, *, deadline: float = np.inf, backend: Backend = "auto"
-) -> list[tuple[int, ...]]:
+def next_plans(problem: Problem, choice: tuple[int, ...], count: int, *, deadline: float = np.inf) -> list[tuple[int, ...]]:
     """The `count` plans of least loss other than the optimum `choice`; fewer where a proof is out of reach.
 
     With several limits or linked units, what is not proven within two seconds and by `deadline` is filled up with the best
@@ -38,54 +34,29 @@ def next_plans(
     if count <= 0 or len(problem.loss) > MOST_CHOICES:
         return []
     blocks = Blocks.of(problem)
-    relaxation = relax(blocks, backend=backend)
+    relaxation = relax(blocks)
     reachable = reachable_losses(blocks, np.asarray(choice))
     enough = float(reachable[count - 1]) if len(reachable) >= count else np.inf
     if len(problem.limits) > 1 or problem.is_linked:
-        proven = _by_cuts(
-            blocks, relaxation, choice, count, enough, backend, min(deadline, time.perf_counter() + _TIME_LIMIT_S)
-        )
-        return [*proven, *_around(problem, relaxation, choice, {choice, *proven}, count - len(proven))]
-    return _by_program(blocks, relaxation, choice, count, enough)
-
-
-def _by_program(
-    blocks: Blocks, relaxation: Relaxation, choice: tuple[int, ...], count: int, enough: float
-) -> list[tuple[int, ...]]:
-    """All at once, by the dynamic program."""
-    # A rounding more than enough: the plan that sets the mark must itself be found.
+        # One after the other, each by a program that the plans before are cut from.
+        until = min(deadline, time.perf_counter() + _TIME_LIMIT_S)
+        plans = [choice]
+        while len(plans) <= count and not is_over(until):
+            outcome = best_within(blocks, relaxation, enough, without=tuple(plans), deadline=until, gap=1e-9)
+            if outcome.choice is None or outcome.status is not Status.optimal:
+                break
+            plans.append(tuple(outcome.choice.tolist()))
+        return [*plans[1:], *_around(problem, relaxation, plans)][:count]
+    # All at once, by the dynamic program. A rounding more than enough: the plan that sets the mark must itself be found.
     reach = (enough - relaxation.value) * (1 + 1e-9) + 1e-9 * abs(enough)
     found = nearest_plans(blocks, relaxation, gap=0.0, max_states=_MAX_STATES, n_plans=count + 1, threshold=reach)
     proven = [tuple(plan.tolist()) for excess, plan in found.plans if excess <= found.cut_off]
     return [plan for plan in proven if plan != choice][:count]
 
 
-def _by_cuts(
-    blocks: Blocks,
-    relaxation: Relaxation,
-    choice: tuple[int, ...],
-    count: int,
-    enough: float,
-    backend: Backend,
-    deadline: float,
-) -> list[tuple[int, ...]]:
-    """One after the other, each by a program that the plans before are cut from."""
-    plans = [choice]
-    while len(plans) <= count and not is_over(deadline):
-        outcome = best_within(blocks, relaxation, enough, without=tuple(plans), backend=backend, deadline=deadline, gap=1e-9)
-        if outcome.choice is None or outcome.status is not Status.optimal:
-            break
-        plans.append(tuple(int(index) for index in outcome.choice))
-    return plans[1:]
-
-
-def _around(
-    problem: Problem, relaxation: Relaxation, choice: tuple[int, ...], without: set[tuple[int, ...]], count: int
-) -> list[tuple[int, ...]]:
-    """The best plans one or two changes from `choice` and from the best of those."""
-    if count <= 0:
-        return []
-    n = len(problem.loss)
+def _around(problem: Problem, relaxation: Relaxation, known: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The best plans one or two changes from the first of the `known` ones and from the best of those; none of the known."""
+    choice, n = known[0], len(problem.loss)
     everything = Quadratic.of(replace(problem, pairwise=np.zeros((n, n))))
     now = problem.columns(choice)
     priced = problem.loss + sum(price * row.cost for price, row in zip(relaxation.prices, problem.limits, strict=True))
@@ -94,4 +65,4 @@ def _around(
     pool = Pool(few)
     pool.add(TrackedPlan.of(few, few.positions(choice)))
     plans = [few.choice(plan.taken) for plan in nearby_plans(pool)]
-    return [plan for plan in plans if plan not in without][:count]
+    return [plan for plan in plans if plan not in known]

@@ -33,14 +33,12 @@ class Nodes:
 
     def take(self, index: np.ndarray) -> Nodes:
         """Some of the nodes."""
-        tables = (self.open, self.point, self.pull, self.used, self.price)
-        return Nodes(*(table[:, index] for table in tables))
+        return Nodes(*(table[:, index] for table in vars(self).values()))
 
     @classmethod
     def joined(cls, nodes: Sequence[Nodes]) -> Nodes:
         """Several batches as one."""
-        names = ("open", "point", "pull", "used", "price")
-        return cls(*(np.concatenate([getattr(node, name) for node in nodes], axis=1) for name in names))
+        return cls(*(np.concatenate(tables, axis=1) for tables in zip(*(vars(node).values() for node in nodes), strict=True)))
 
     @property
     def count(self) -> int:
@@ -136,7 +134,7 @@ class Relaxed:
         curved = form.hessian @ point
         prices = np.maximum(self.rho * _ROW_WEIGHT * nodes.price, 0.0) * self.scale[:, None]
         values = curved + form.linear[:, None] + quadratic.cost.T @ prices
-        offset = form.constant - np.sum(point * curved, axis=0) / 2 - quadratic.limits @ prices
+        offset = -np.sum(point * curved, axis=0) / 2 - quadratic.limits @ prices
         size = np.abs(offset) + np.abs(np.sum(point * np.abs(values), axis=0))
         values[~nodes.open] = np.inf
         least, more = quadratic.least(values)

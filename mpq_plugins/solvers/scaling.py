@@ -23,6 +23,7 @@ class Scaling:
     problem: Problem
     factor: float
     shift: float
+    rows: tuple[float, ...]  # [limit], what costs and limits are multiplied by
 
     @classmethod
     def of(cls, problem: Problem) -> Scaling:
@@ -34,36 +35,26 @@ class Scaling:
             least = np.zeros_like(least)
             spread += float(np.abs(problem.pairwise).max())
         factor = _power_of_two(_SPREAD / spread) if spread > 0 else 1.0
-        limits = []
-        for limit in problem.limits:
-            size = abs(limit.limit) or float(np.abs(limit.cost).max())
-            row = _power_of_two(_LIMIT / size) if size > 0 else 1.0
-            limits.append(replace(limit, cost=limit.cost * row, limit=limit.limit * row))
+        sizes = [abs(limit.limit) or float(np.abs(limit.cost).max()) for limit in problem.limits]
+        rows = tuple(_power_of_two(_LIMIT / size) if size > 0 else 1.0 for size in sizes)
         scaled = replace(
             problem,
             loss=(problem.loss - least[problem.unit_of]) * factor,
-            limits=tuple(limits),
+            limits=tuple(
+                replace(limit, cost=limit.cost * row, limit=limit.limit * row)
+                for limit, row in zip(problem.limits, rows, strict=True)
+            ),
             pairwise=None if problem.pairwise is None else problem.pairwise * factor,
         )
-        return cls(scaled, factor, float(least.sum()))
+        return cls(scaled, factor, float(least.sum()), rows)
 
     def loss(self, scaled: float) -> float:
         """A loss of the problem, from a loss of the scaled problem."""
         return scaled / self.factor + self.shift
 
-    def prices(self, scaled: tuple[float, ...], problem: Problem) -> tuple[float, ...]:
+    def prices(self, scaled: tuple[float, ...]) -> tuple[float, ...]:
         """Loss per unit of each limit."""
-        if not scaled:
-            return ()
-        rows = zip(scaled, self.problem.limits, problem.limits, strict=True)
-        return tuple(
-            price * _ratio(small.limit, limit.limit, small.cost, limit.cost) / self.factor for price, small, limit in rows
-        )
-
-
-def _ratio(small: float, limit: float, small_cost: np.ndarray, cost: np.ndarray) -> float:
-    at = int(np.argmax(np.abs(cost)))
-    return small / limit if limit else float(small_cost[at] / cost[at]) if cost[at] else 1.0
+        return tuple(price * row / self.factor for price, row in zip(scaled, self.rows, strict=False))
 
 
 def _power_of_two(value: float) -> float:

@@ -44,7 +44,9 @@ def solve(problem: Problem, solver: AbstractSolver | str | None = None, *, throw
     solver = Auto() if solver is None else resolve("solvers", solver)
     _check_tables(problem)
     if problem.n_units == 0:
-        return _no_units(problem, solver)
+        limits = tuple(limit.limit for limit in problem.limits)
+        nothing = (0.0,) * len(limits)
+        return Solution(Status.optimal, (), 0.0, 0.0, nothing, limits, nothing, solver=solver.name)
     advice = _excluded(problem)
     if advice is None:
         scaling = Scaling.of(problem)
@@ -80,7 +82,8 @@ def _certified(problem: Problem, scaling: Scaling, answer: Solution, solver: Abs
     if not answer.choice:
         if answer.has_plan:
             raise SolverError(f"{named} says {answer.status.name} and gives no plan. Report it to the solver's authors.")
-        advice = _not_together(problem) if answer.status is Status.infeasible else _no_answer(named)
+        late = f"{named} found no plan in its time limit. Raise its time_limit_s, relax a budget, or use another solver."
+        advice = _not_together(problem) if answer.status is Status.infeasible else late
         return Solution(
             answer.status, (), math.inf, scaling.loss(answer.bound), solver=named, nodes=answer.nodes, advice=advice
         )
@@ -94,7 +97,7 @@ def _certified(problem: Problem, scaling: Scaling, answer: Solution, solver: Abs
         min(objective, scaling.loss(max(answer.bound, relaxed))),
         usage,
         tuple(limit.limit - used for limit, used in zip(problem.limits, usage, strict=True)),
-        scaling.prices(prices, problem),
+        scaling.prices(prices),
         solver=named,
         nodes=answer.nodes,
         advice="" if answer.status is Status.optimal else answer.advice or answer.status.value,
@@ -171,11 +174,6 @@ def _check_tables(problem: Problem) -> None:
             raise SolverError(
                 f"the costs or the limit of {limit.name} are not finite. Check the cost's formula and the budget."
             )
-
-    _check_pairs(problem)
-
-
-def _check_pairs(problem: Problem) -> None:
     table = problem.pairwise
     if table is None:
         return
@@ -189,15 +187,6 @@ def _check_pairs(problem: Problem) -> None:
             f"the pairwise losses are not symmetric: entries differ by {apart:.3g}, the largest is {largest:.3g}. "
             "Use (table + table.T) / 2."
         )
-
-
-def _no_units(problem: Problem, solver: AbstractSolver) -> Solution:
-    limits = tuple(limit.limit for limit in problem.limits)
-    return Solution(Status.optimal, (), 0.0, 0.0, (0.0,) * len(limits), limits, (0.0,) * len(limits), solver=solver.name)
-
-
-def _no_answer(named: str) -> str:
-    return f"{named} found no plan in its time limit. Raise its time_limit_s, relax a budget, or use another solver."
 
 
 def _not_together(problem: Problem) -> str:

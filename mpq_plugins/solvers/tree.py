@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from mpq_plugins.solvers.branching import children, within_limits
 from mpq_plugins.solvers.convex import Simplices, convex
 from mpq_plugins.solvers.curvature import best_blocks
-from mpq_plugins.solvers.deadline import half_way, has_time_for_algebra, is_over
+from mpq_plugins.solvers.deadline import is_over
 from mpq_plugins.solvers.iterated_search import Pool, descend, repair
 from mpq_plugins.solvers.quadratic import Quadratic
 from mpq_plugins.solvers.relaxation import Nodes, Relaxed
@@ -27,6 +28,9 @@ _WITHIN = 0.99  # of the gap, so that it holds after rounding
 _PLAN_EVERY = 4  # batches between two local searches
 _MOST_BYTES = 5e8  # of open nodes; beyond, those nearest to their end go first
 _TIGHTENINGS = 400
+# Of dense linear algebra on n columns, as bounding a whole problem needs, per n^3: a guess for a slow core.
+_SECONDS_PER_CUBE = 1.5e-9
+_SLACK_S = 0.5  # what may be begun in spite of the limit
 _NODES_PER_CUBE = 40.0  # measured: a node takes some n^2, tightening some n^3
 
 
@@ -66,14 +70,14 @@ class Tree:
         """Whether no open node can hold a plan below the cut-off."""
         return self.bound >= self.cut_off
 
-    @property
-    def may_begin(self) -> bool:
-        """Whether there is time to bound the whole problem."""
-        return self._has_time(self.quadratic)
+    def has_time(self, quadratic: Quadratic) -> bool:
+        """Whether there is time for the dense linear algebra of bounding all of `quadratic`."""
+        seconds = _SECONDS_PER_CUBE * float(len(quadratic.columns)) ** 3
+        return time.perf_counter() + seconds < self.deadline + _SLACK_S
 
     def run(self) -> None:
         """Search until closed or out of time."""
-        if not self.may_begin:
+        if not self.has_time(self.quadratic):
             return
         relaxed = self.root()
         tightened = relaxed.form.was_lacking
@@ -93,11 +97,7 @@ class Tree:
         form = convex(self.quadratic, simplices)
         relaxed = self._closed_in(Relaxed.of(self.quadratic, form, simplices, _STEP))
         lacks = form.was_lacking and not self.is_closed
-        return self._tightened(relaxed) if lacks and self._has_time(relaxed.quadratic) else relaxed
-
-    def open_choices(self, relaxed: Relaxed) -> Quadratic:
-        """The choices that a better plan can have, after `root`."""
-        return relaxed.quadratic.restricted(self._heap[0][2].open[:, 0]) if self._heap else relaxed.quadratic
+        return self._tightened(relaxed) if lacks and self.has_time(relaxed.quadratic) else relaxed
 
     def _closed_in(self, relaxed: Relaxed) -> Relaxed:
         """Bound all plans among the open choices; close choices, and set up again while many close."""
@@ -111,21 +111,18 @@ class Tree:
             self.prices = relaxed.bounds(nodes).prices[:, 0]
             self._round(relaxed, nodes)
             left = relaxed.quadratic.restricted(nodes.open[:, 0])
-            if len(left.columns) > _SHRUNK * len(relaxed.quadratic.columns) or not self._has_time(left):
+            if len(left.columns) > _SHRUNK * len(relaxed.quadratic.columns) or not self.has_time(left):
                 return relaxed
             form = relaxed.form.restricted(np.isin(relaxed.quadratic.columns, left.columns))
             relaxed = Relaxed.of(left, form, Simplices.of(left), _STEP)
-
-    def _has_time(self, quadratic: Quadratic) -> bool:
-        return has_time_for_algebra(self.deadline, len(quadratic.columns))
 
     def _tightened(self, relaxed: Relaxed) -> Relaxed:
         """Start again with the curvature spread so that the bound is higher, if it is."""
         quadratic, before = relaxed.quadratic, (self._heap, self._floor, self.bound)
         simplices = Simplices.of(quadratic)
         linear = quadratic.problem.loss[quadratic.columns] + self.prices @ quadratic.cost
-        half = half_way(self.deadline)
-        blocks = best_blocks(quadratic, linear, iterations=_TIGHTENINGS, deadline=half)
+        half_way = (time.perf_counter() + self.deadline) / 2
+        blocks = best_blocks(quadratic, linear, iterations=_TIGHTENINGS, deadline=half_way)
         tighter = Relaxed.of(quadratic, convex(quadratic, simplices, blocks), simplices, _STEP)
         self._heap, self._floor = [], -np.inf
         self._explore(tighter, tighter.start(), np.array([-np.inf]), looks=_ROOT_LOOKS)
@@ -161,7 +158,9 @@ class Tree:
             alive, n_open = known < self.cut_off, nodes.open.sum(axis=0)
             single = n_open <= relaxed.quadratic.problem.n_units
             for at in np.flatnonzero(alive & single).tolist():
-                self._meet(relaxed.quadratic, nodes.open[:, at])
+                taken = np.flatnonzero(nodes.open[:, at])
+                if len(taken) == relaxed.quadratic.problem.n_units:  # the only plan of the node, where there is one
+                    self.pool.add(self.pool.moved_to(relaxed.quadratic, taken))
             gained = known - before >= _STALLED * (self.cut_off - known)
             self._keep(nodes, known, np.flatnonzero(alive & ~single & ~gained))
             index = np.flatnonzero(alive & ~single & gained)
@@ -173,11 +172,6 @@ class Tree:
     def _keep(self, nodes: Nodes, known: np.ndarray, index: np.ndarray) -> None:
         for at in index.tolist():
             heapq.heappush(self._heap, (float(known[at]), next(self._count), nodes.take(np.array([at]))))
-
-    def _meet(self, quadratic: Quadratic, taken: np.ndarray) -> None:
-        """Remember the only plan of a node, where there is one."""
-        if taken.sum() == quadratic.problem.n_units:
-            self.pool.add(self.pool.moved_to(quadratic, np.flatnonzero(taken)))
 
     def _round(self, relaxed: Relaxed, node: Nodes) -> None:
         """Remember the plan that a local search finds from the one that attains the bound of a node."""

@@ -4,7 +4,6 @@ from mpq_plugins.quantizers.batch_norm import reestimate_batch_norm as reestimat
 from mpq_plugins.quantizers.duq import DuQ as DuQ
 from mpq_plugins.quantizers.duq import duq as duq
 from mpq_plugins.training.epochs import TrainingData as TrainingData
-from mpq_plugins.training.freezing import Freezing as Freezing
 from mpq_plugins.training.instability import Instability as Instability
 from mpq_plugins.training.instability import output_shift as output_shift
 from mpq_plugins.training.loop import Trained as Trained
@@ -19,6 +18,7 @@ from mpq_plugins.training.negative_padding import with_offset_in_bias as with_of
 from mpq_plugins.training.padded_models import NegativelyPadded as NegativelyPadded
 from mpq_plugins.training.padded_models import with_negative_padding as with_negative_padding
 from mpq_plugins.training.parameter_groups import parameter_groups as parameter_groups
+from mpq_plugins.training.profit import Freezing as Freezing
 from mpq_plugins.training.profit import Profit as Profit
 from mpq_plugins.training.recipe import TrainingRecipe as TrainingRecipe
 from mpq_plugins.training.schedule import ProfitSchedule as ProfitSchedule

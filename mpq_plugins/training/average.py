@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ class Averaged:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay, self.n_steps = decay, 0
-        self._own = _tensors(module)
+        self._own: dict[str, Tensor] = dict((*module.named_parameters(), *module.named_buffers()))
         self._average = {name: tensor.detach().clone() for name, tensor in self._own.items()}
         self._floating = [name for name, tensor in self._own.items() if tensor.is_floating_point()]
 
@@ -63,13 +63,8 @@ class Averaged:
         """The average, for a checkpoint."""
         return {"n_steps": self.n_steps, "average": dict(self._average)}
 
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back `state_dict()`."""
-        self.n_steps = int(state["n_steps"])  # type: ignore[call-overload]  # it was one
-        average: Mapping[str, Tensor] = state["average"]  # type: ignore[assignment]  # it was one
+        self.n_steps = state["n_steps"]
         for name, tensor in self._average.items():
-            tensor.copy_(average[name])
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return dict((*module.named_parameters(), *module.named_buffers()))
+            tensor.copy_(state["average"][name])

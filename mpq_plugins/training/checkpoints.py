@@ -7,9 +7,8 @@ import json
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any, final
+from typing import Any, final
 
 from mpq_plugins.common.files import check_keys, disk_refusal, read_json, reason_of, write_json
 from mpq_plugins.common.locks import lock_file
@@ -17,7 +16,6 @@ from mpq_plugins.common.partial import partial_folder
 from mpq_plugins.common.tensor_files import read_torch, write_torch
 from mpq_plugins.errors import FormatError, MPQError, TrainingError, WriteError
 from mpq_plugins.space.bits import BitConfig
-from mpq_plugins.training.metrics import EpochRecord
 
 JOB, FORMAT = "mpq-training/1", "mpq-training-state/1"
 _KEPT = 2
@@ -31,20 +29,14 @@ class TrainingFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._lock: IO[bytes] | None = None
-        self._claimed: tuple[int, Path] | None = None
+        self._held = contextlib.ExitStack()
 
     def __enter__(self) -> TrainingFolder:
         return self
 
     def __exit__(self, *exception: object) -> None:
         """Let other processes train here."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
-        if self._claimed is not None:
-            _CLAIMED.pop(self._claimed, None)
-            self._claimed = None
+        self._held.close()
 
     def claim(self, job: Mapping[str, Any]) -> None:
         """Say what is trained here, and keep other processes out until the folder is left as a context.
@@ -70,13 +62,15 @@ class TrainingFolder:
         with contextlib.suppress(OSError):  # told when something is written
             self.path.mkdir(parents=True, exist_ok=True)
         try:
-            self._lock = lock_file(self.path / ".lock")
+            lock = lock_file(self.path / ".lock")
         except BlockingIOError as error:
             raise TrainingError(
                 f"another process is training in {self.path}. Wait for its end, or give another folder."
             ) from error
+        if lock is not None:
+            self._held.callback(lock.close)
         _CLAIMED[own] = self
-        self._claimed = own
+        self._held.callback(_CLAIMED.pop, own, None)
 
     def _check(self, path: Path, document: Mapping[str, Any]) -> None:
         begun = read_json(path, format=JOB)
@@ -149,16 +143,6 @@ def telling_damage(checkpoint: Path) -> Iterator[None]:
 
 # By process, since locks do not hold against the process that has them; a folder that nobody holds any more is free.
 _CLAIMED: weakref.WeakValueDictionary[tuple[int, Path], TrainingFolder] = weakref.WeakValueDictionary()
-
-
-def history_to_json(history: list[EpochRecord]) -> str:
-    """Records as text, exact."""
-    return json.dumps([asdict(record) for record in history])
-
-
-def history_from_json(text: str) -> list[EpochRecord]:
-    """Inverse of `history_to_json`."""
-    return [EpochRecord(**item) for item in json.loads(text)]
 
 
 def _differences(begun: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -57,8 +57,9 @@ class Epoch:
         if isinstance(items, Sequence):
             assert self._order is not None  # a sequence got one
             return batches_of(items[index] for index in self._order[first::step][: self._n])
-        if isinstance(items, DataLoader) and (step > 1 or items.persistent_workers) and _is_indexed(items):
-            items = _sharing(items, first, step)
+        if isinstance(items, DataLoader) and (step > 1 or items.persistent_workers):
+            is_indexed = items.batch_sampler is not None and not isinstance(items.dataset, IterableDataset)
+            items = _sharing(items, first, step) if is_indexed else islice(items, first, None, step)
         elif step > 1:
             items = islice(items, first, None, step)
         return islice(batches_of(items), self._n)
@@ -77,10 +78,6 @@ def seed_loader(items: Any) -> None:
         for generator in {items.generator, getattr(items.sampler, "generator", None)}:
             if isinstance(generator, torch.Generator):
                 generator.manual_seed(torch.initial_seed())
-
-
-def _is_indexed(loader: DataLoader[Any]) -> bool:
-    return loader.batch_sampler is not None and not isinstance(loader.dataset, IterableDataset)
 
 
 # accelerate's own way keeps a generator in the user's sampler, whose state no checkpoint holds.

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from mpq_plugins.common.files import check_keys
 from mpq_plugins.errors import FormatError
-from mpq_plugins.model.watch import WEIGHTED, AbstractWatch, input_argument, weight_argument
+from mpq_plugins.model.watch import AbstractWatch, input_argument, weight_argument
+from mpq_plugins.proxies.measuring.correction import output_axis
+from mpq_plugins.proxies.measuring.perturbation import Perturbation, run_changed
 from mpq_plugins.training.weights import origins, plain, weights_of
 
 _MOMENTUM = 0.999
@@ -93,8 +95,10 @@ class Instability:
         before = self._before.get(row)
         if before is not None:
             with torch.no_grad():
-                old = _call_with(function, args, kwargs, before)
-                self._record(row, output_shift(output.detach(), old, _channel_axis(function)))
+                # The call repeated, with the weight of the step before.
+                read = (plain(input_argument(args, kwargs)), *args[1:])
+                old = run_changed(function, read, kwargs, [Perturbation(before)])
+                self._record(row, output_shift(output.detach(), old, output_axis(function)))
         self._latest.setdefault(row, weight.detach().clone())
 
     def _record(self, row: int, shift: Tensor) -> None:
@@ -169,23 +173,3 @@ class _WeightedCalls(AbstractWatch):
         result = plain(output)
         if result is not None:
             self._on_call(function, args, kwargs, result)
-
-
-def _channel_axis(function: Any) -> int:
-    kind, _ = WEIGHTED[function]
-    return -1 if kind == "Linear" else -1 - int(kind[-2])  # Conv2d has two axes behind the channels
-
-
-def _call_with(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], weight: Tensor) -> Tensor:
-    """The call repeated with another weight."""
-    args, kwargs = list(args), dict(kwargs)
-    if len(args) > 1:
-        args[1] = weight
-    else:
-        kwargs["weight"] = weight
-    if args:
-        args[0] = plain(input_argument(args, kwargs))
-    else:
-        kwargs["input"] = plain(input_argument(args, kwargs))
-    output: Tensor = function(*args, **kwargs)
-    return output

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, final
@@ -35,7 +35,7 @@ from mpq_plugins.quantizers.batch_norm import (
 )
 from mpq_plugins.space.bits import BitConfig
 from mpq_plugins.training.average import Averaged
-from mpq_plugins.training.checkpoints import TrainingFolder, history_from_json, history_to_json, telling_damage
+from mpq_plugins.training.checkpoints import TrainingFolder, telling_damage
 from mpq_plugins.training.engine import agree, engine, in_parallel, seed_all
 from mpq_plugins.training.epochs import Epoch, TrainingData, seed_loader
 from mpq_plugins.training.job import Job
@@ -132,7 +132,7 @@ class _Run:
     def __init__(self, job: Job, accelerator: Any, folder: TrainingFolder | None, *, tensorboard: bool) -> None:
         self.job, self.recipe, self.folder, self.accelerator = job, job.recipe, folder, accelerator
         self.profit = Profit(job.recipe.stages(job.bits))
-        self.module: nn.Module | None = None
+        self._module: nn.Module | None = None
         self.average: Averaged | None = None
         self._with_float_weights = False
         self.history: list[EpochRecord] = []
@@ -141,6 +141,12 @@ class _Run:
         if folder is not None and accelerator.is_main_process:
             folder.claim(job.to_json())
             self.metrics = MetricFiles(folder.path, tensorboard=tensorboard)
+
+    @property
+    def module(self) -> nn.Module:
+        """What is trained; the first stage makes it."""
+        assert self._module is not None
+        return self._module
 
     def _classification(self) -> Classification:
         teacher, recipe = self.job.teacher, self.recipe
@@ -177,22 +183,21 @@ class _Run:
         """Bring the module to the bits of a stage that begins."""
         stage, job = self.profit.stages[index], self.job
         seed_all(self.recipe.seed, f"stage {index}")
-        if self.module is not None:
-            self.module.eval()  # as a resumed one is
-            agree(self.module, self.accelerator)
+        if self._module is not None:
+            self._module.eval()  # as a resumed one is
+            agree(self._module, self.accelerator)
         if stage.bits is None:
-            self.module = copy.deepcopy(job.model)
-        elif self.module is None or not is_prepared(self.module):
-            source = self.module or job.model
-            self.module = job.adapter.prepare(source, stage.bits, job.example, job.calibration, **job.options)
-            copy_statistics(source, self.module, job.still)
+            self._module = copy.deepcopy(job.model)
+        elif self._module is None or not is_prepared(self._module):
+            source = self._module or job.model
+            self._module = job.adapter.prepare(source, stage.bits, job.example, job.calibration, **job.options)
+            copy_statistics(source, self._module, job.still)
         elif bits_of(self.module).layers != stage.bits.layers:
             with self._correcting():
                 job.adapter.set_bits(self.module, stage.bits, job.calibration, batch_norm="kept")
 
     def _set_float_weights(self, index: int) -> None:
         """Leave weights in float in the stages that say so."""
-        assert self.module is not None  # the caller made it
         stage = self.profit.stages[index]
         self.module.to(self.accelerator.device)
         if stage.float_weights or self._with_float_weights:
@@ -204,22 +209,15 @@ class _Run:
         if self.recipe.batch_norm != "corrected":
             return contextlib.nullcontext()
         module = self.module
-        assert module is not None  # there is one to change
         return corrected_around(module, self.job.calibration, lambda: norm_sites(module, held=self.job.still))
 
     def _enter(self, index: int) -> None:
         """Optimizer, average and freezing of a stage, for a module that has its bits."""
-        assert self.module is not None  # the caller made it
         recipe = self.recipe
         self.profit.on_stage(index, self.module)
-        for parameter in self.module.parameters():
-            parameter.grad = None
-        groups = parameter_groups(
-            self.module,
-            learning_rate=recipe.learning_rate,
-            weight_decay=recipe.weight_decay,
-            range_factor=recipe.range_factor,
-        )
+        self.module.zero_grad()
+        rates = {name: getattr(recipe, name) for name in ("learning_rate", "weight_decay", "range_factor")}
+        groups = parameter_groups(self.module, **rates)
         if not any(group["params"] for group in groups):
             raise TrainingError("no parameter of the module is trainable: requires_grad is off everywhere. Turn it on.")
         self._peaks = [group["lr"] for group in groups]
@@ -237,7 +235,6 @@ class _Run:
         start = time.perf_counter()
         losses, n_images = self._steps(epoch)
         seconds = time.perf_counter() - start
-        assert self.module is not None  # entering the stage made it
         check_finite(self.module, f"after epoch {number + 1}", self.recipe, self._latest)
         if stage.samples and self.profit.meter is not None:
             self.profit.meter.average(self._mean)
@@ -271,7 +268,7 @@ class _Run:
         for step, batch in enumerate(track(batches, f"{name}: {stage.name}", len(batches))):
             if step == 0 and process > 0:  # the order of the data is common, noise is not
                 seed_all(self.recipe.seed, f"epoch {number}, process {process}")
-            self._set_rates(self._share_of_peak(epoch, step, len(batches)))
+            self._set_rates(epoch, step, len(batches))
             where = f"step {n_before + step + 1}: {batches.name_of(step)}, {name} ({stage.name})"
             losses.append(self._step(batch, where))
             n_images += len(batch)
@@ -280,7 +277,6 @@ class _Run:
         return losses, n_images
 
     def _train_mode(self) -> None:
-        assert self.module is not None  # entering the stage made it
         self.module.train()
         still, is_corrected = self.job.still, self.recipe.batch_norm == "corrected"
         for name, child in self.module.named_modules():
@@ -289,7 +285,6 @@ class _Run:
 
     def _step(self, batch: Batch, where: str) -> float:
         """One step of the optimizer; the loss before it, over all processes."""
-        assert self.module is not None  # entering the stage made it
         batch = Batch(*to_device((batch.inputs, batch.labels), self.accelerator.device))
         self.optimizer.zero_grad()
         with self.profit.forward(), self.accelerator.autocast(), telling_lone_images(where):
@@ -318,14 +313,12 @@ class _Run:
     def _latest(self) -> Path | None:
         return None if self.folder is None else self.folder.latest
 
-    def _share_of_peak(self, epoch: int, step: int, n_steps: int) -> float:
-        """Where a step of an epoch of `n_steps` stands on the curve of its stage, or of all stages together."""
+    def _set_rates(self, epoch: int, step: int, n_steps: int) -> None:
+        """Those of a step of an epoch of `n_steps`, by the curve of its stage, or of all stages together."""
         n_epochs = self.profit.stage.epochs
         if not self.recipe.restarts:
             epoch, n_epochs = len(self.history), self.recipe.epochs
-        return rate_factor(epoch * n_steps + step, n_epochs * n_steps, self.recipe.warm_up)
-
-    def _set_rates(self, factor: float) -> None:
+        factor = rate_factor(epoch * n_steps + step, n_epochs * n_steps, self.recipe.warm_up)
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
         self._rate = self.recipe.learning_rate * factor
@@ -333,7 +326,6 @@ class _Run:
     def _accuracy(self) -> float | None:
         if self.job.evaluation is None or not self.accelerator.is_main_process:
             return None
-        assert self.module is not None  # entering the stage made it
         with contextlib.nullcontext() if self.average is None else self.average.in_place():
             return accuracy(self.module, self.job.evaluation, output=self.job.output)
 
@@ -349,7 +341,7 @@ class _Run:
                 "average": None if self.average is None else self.average.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "profit": json.dumps(self.profit.state_dict()),
-                "history": history_to_json(self.history),
+                "history": json.dumps([asdict(record) for record in self.history]),
             }
             # Metrics first: what has no checkpoint a resumed run takes back, and what has one must have its line.
             self.metrics.add(self.history[-1])
@@ -357,7 +349,6 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
     def _save_module(self, path: Path) -> None:
-        assert self.module is not None  # an epoch is done
         if is_prepared(self.module):
             self.job.adapter.save(record(self.module, origin=self.job.origin), path)
         else:
@@ -369,11 +360,15 @@ class _Run:
         if latest is None:
             return 0
         module_path, state = TrainingFolder.read(latest)
-        self.history = history_from_json(state["history"])
+        self.history = [EpochRecord(**item) for item in json.loads(state["history"])]
         self.profit.load_state_dict(json.loads(state["profit"]))
         stage = self.profit.stages[state["stage"]]
         with telling_damage(latest):
-            self.module = self._load_module(module_path, stage.bits is None)
+            if stage.bits is None:
+                self._module = copy.deepcopy(self.job.model)
+                self._module.load_state_dict(read_torch(module_path))
+            else:
+                self._module = self.job.adapter.load(self.job.model, module_path, self.job.example)
         self._with_float_weights = False  # a module that was loaded quantizes its weights
         self._set_float_weights(state["stage"])
         self._enter(state["stage"])
@@ -385,19 +380,10 @@ class _Run:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         return len(self.history)
 
-    def _load_module(self, path: Path, is_float: bool) -> nn.Module:
-        if not is_float:
-            return self.job.adapter.load(self.job.model, path, self.job.example)
-        module = copy.deepcopy(self.job.model)
-        module.load_state_dict(read_torch(path))
-        return module
-
     def _finish(self) -> Trained:
-        assert self.module is not None  # there is at least one epoch
         agree(self.module, self.accelerator)
         module = self.module.to(device_of(self.job.model)).eval()
-        for parameter in module.parameters():
-            parameter.grad = None
+        module.zero_grad()
         is_renewed = self.recipe.batch_norm == "re-estimated"
         if is_renewed and not reestimate_batch_norm(module, self.job.calibration, held=self.job.still):
             _LOG.warning("batch_norm=re-estimated changes nothing: no normalisation of the module has statistics to estimate")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
@@ -60,20 +61,20 @@ class _ReaderWatch(AbstractWatch):
         super().__init__()
         self.swishes = {name: _Swish() for name, module in model.named_modules() if type(module) is nn.Hardswish}
         self.norm_of: dict[nn.Module, nn.Module] = {}  # layer -> the batch normalisation that reads its output
-        self.n_reads: dict[nn.Module, int] = {}
-        self.n_calls: dict[nn.Module, int] = {}
+        self.n_reads: Counter[nn.Module] = Counter()
+        self.n_calls: Counter[nn.Module] = Counter()
+        self.n_norm_calls: Counter[nn.Module] = Counter()
         self._open: dict[int, tuple[Tensor, str]] = {}  # by id of the tensor
         self._produced: dict[int, tuple[Tensor, nn.Module]] = {}
         # A parametrized weight is computed anew at every call: it is no parameter of its layer.
         layers = [layer for layer in model.modules() if isinstance(layer, _FOLDABLE) and "weight" in layer._parameters]
         self._owner = {id(layer.weight): layer for layer in layers}
         self._norms = {id(norm.running_mean): norm for norm in model.modules() if isinstance(norm, _NORMS)}
-        self.n_norm_calls: dict[nn.Module, int] = {}
         self._inside = 0
 
     def enter(self, _module: nn.Module, args: Any, keywords: Any) -> None:
         self._inside += 1
-        self._close((args, keywords), "Hardswish")
+        self.close((args, keywords), "Hardswish")
 
     def leave(self, name: str, output: Tensor) -> None:
         self._inside -= 1
@@ -83,7 +84,7 @@ class _ReaderWatch(AbstractWatch):
     def before_weighted(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         layer = self._owner.get(id(weight_argument(args, kwargs)))
         if layer is not None:
-            self.n_calls[layer] = self.n_calls.get(layer, 0) + 1
+            self.n_calls[layer] += 1
         held = self._open.get(id(input_argument(args, kwargs)))
         if held is None:
             return
@@ -100,12 +101,12 @@ class _ReaderWatch(AbstractWatch):
     def before_other(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         name = function_name(function)
         if not self._inside and name not in METADATA_NAMES and name not in _SHIFT_PASSES:
-            self._close((args, kwargs), name)
+            self.close((args, kwargs), name)
 
     def on_other(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
         name = function_name(function)
         if name == "__get__" and isinstance(output, Tensor):  # x.T, x.data
-            self._close(args, "an attribute of its output")
+            self.close(args, "an attribute of its output")
         if name in METADATA_NAMES:
             return
         source = input_argument(args, kwargs)
@@ -113,32 +114,21 @@ class _ReaderWatch(AbstractWatch):
             if isinstance(output, Tensor):
                 self._open[id(output)] = (output, self._open[id(source)][1])
             else:
-                self._close(source, name)
-        norm = self._norm_of(args, kwargs) if name == "batch_norm" else None
-        if norm is not None:
-            self.n_norm_calls[norm] = self.n_norm_calls.get(norm, 0) + 1
-        for read in tensors((args, kwargs)):
-            if id(read) in self._produced:
-                self._note_reader(self._produced[id(read)][1], norm)
-
-    def _note_reader(self, layer: nn.Module, norm: nn.Module | None) -> None:
-        self.n_reads[layer] = self.n_reads.get(layer, 0) + 1
-        if norm is not None:
-            self.norm_of[layer] = norm
-
-    def _norm_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> nn.Module | None:
+                self.close(source, name)
         mean = args[1] if len(args) > 1 else kwargs.get("running_mean")
-        return None if mean is None else self._norms.get(id(mean))
+        norm = None if name != "batch_norm" or mean is None else self._norms.get(id(mean))
+        if norm is not None:
+            self.n_norm_calls[norm] += 1
+        for layer in (self._produced[id(read)][1] for read in tensors((args, kwargs)) if id(read) in self._produced):
+            self.n_reads[layer] += 1
+            if norm is not None:
+                self.norm_of[layer] = norm
 
-    def _close(self, read: Any, reader: str) -> None:
+    def close(self, read: Any, reader: str) -> None:
         """Note that the tensors in `read` are read by something that cannot take a shift up."""
         for tensor in tensors(read):
             if id(tensor) in self._open:
                 self.swishes[self._open[id(tensor)][1]].other = reader
-
-    def finish(self, result: Any) -> None:
-        """Outputs of the model are read by its user, who expects no shift."""
-        self._close(result, "the user of the model's output")
 
 
 def with_negative_padding(model: nn.Module, example: Any) -> NegativelyPadded:
@@ -176,7 +166,7 @@ def _watched(model: nn.Module, example: Any) -> _ReaderWatch:
     finally:
         for handle in handles:
             handle.remove()
-    watch.finish(result)
+    watch.close(result, "the user of the model's output")  # who expects no shift
     return watch
 
 
@@ -208,12 +198,11 @@ def _take_up(layer: nn.Module, watch: _ReaderWatch) -> None:
     """Remove from the output of `layer`, in place, what the shift of its input adds to it."""
     assert isinstance(layer.weight, Tensor)
     constant = folded_offset(layer.weight)
-    norm = watch.norm_of.get(layer) if watch.n_reads.get(layer) == 1 else None
-    if norm is not None and watch.n_norm_calls[norm] != 1:
-        norm = None  # its statistics serve other layers too
+    norm = watch.norm_of.get(layer) if watch.n_reads[layer] == 1 else None
     if isinstance(layer.bias, Tensor):
         layer.bias += constant
-    elif norm is not None and isinstance(norm.running_mean, Tensor):
+    # Statistics of a norm that is called several times serve other layers too.
+    elif norm is not None and watch.n_norm_calls[norm] == 1 and isinstance(norm.running_mean, Tensor):
         norm.running_mean -= constant
     else:
         layer.bias = nn.Parameter(constant)

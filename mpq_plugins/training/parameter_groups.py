@@ -24,19 +24,14 @@ def parameter_groups(
     adapter = adapter_of(module)
     known = [*(() if adapter is None else adapter.range_parameters(module)), *parameters_of(module, ["mpq_plugins.quantizers"])]
     ranges = {id(parameter) for parameter in known}
-    members: dict[str, list[nn.Parameter]] = {"weights": [], "norms and biases": [], "ranges": []}
+    rates = {"weights": (1.0, weight_decay), "norms and biases": (1.0, 0.0), "ranges": (range_factor, 0.0)}
+    members: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
     for owner, parameter in _owned(module):
-        if id(parameter) in ranges:
-            members["ranges"].append(parameter)
-        elif parameter.dim() > 1 and not isinstance(owner, _NORMS):
-            members["weights"].append(parameter)
-        else:
-            members["norms and biases"].append(parameter)
-    rates = {"weights": 1.0, "norms and biases": 1.0, "ranges": range_factor}
-    decays = {"weights": weight_decay, "norms and biases": 0.0, "ranges": 0.0}
+        is_weight = parameter.dim() > 1 and not isinstance(owner, _NORMS)
+        members["ranges" if id(parameter) in ranges else "weights" if is_weight else "norms and biases"].append(parameter)
     return [
-        {"name": name, "params": own, "lr": learning_rate * rates[name], "weight_decay": decays[name]}
-        for name, own in members.items()
+        {"name": name, "params": members[name], "lr": learning_rate * rate, "weight_decay": decay}
+        for name, (rate, decay) in rates.items()
     ]
 
 

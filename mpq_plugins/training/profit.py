@@ -3,20 +3,42 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, final
 
 from torch import nn
 
 from mpq_plugins.common.files import check_keys
 from mpq_plugins.errors import FormatError, ModelError
-from mpq_plugins.training.freezing import Freezing
 from mpq_plugins.training.instability import Instability, values_of
 from mpq_plugins.training.parameter_groups import parameter_groups
 from mpq_plugins.training.schedule import Stage, outline
 from mpq_plugins.training.weights import weights_of
 
 FORMAT = "mpq-profit/1"
+
+
+@final
+class Freezing:
+    """Holds parameters exactly where they are, whatever the optimizer: no update, no decay, no momentum.
+
+    Call `drop_gradients()` between the backward pass and the optimizer's step, before gradients are clipped. Optimizers of
+    torch skip a parameter without gradient altogether, momentum kept from before included, where a learning rate of 0 would
+    go on filling it. `requires_grad` stays on: quantizer ranges learn through the same gradient, and wrappers for data
+    parallelism, made once, expect a gradient for every parameter.
+    """
+
+    def __init__(self) -> None:
+        self.parameters: tuple[nn.Parameter, ...] = ()
+
+    def hold(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Freeze these parameters, and no others any more."""
+        self.parameters = tuple(parameters)
+
+    def drop_gradients(self) -> None:
+        """Take the gradients of frozen parameters away."""
+        for parameter in self.parameters:
+            parameter.grad = None
 
 
 @final
@@ -90,7 +112,10 @@ class Profit:
         held = weights_of(module, self._most_unstable(stage)) if stage.n_frozen else {}
         self._frozen = tuple(held)
         parameters = [parameter for weight in held.values() for parameter in weight]
-        self._freezing.hold(parameters if stage.trains_weights else _all_weights(module))
+        if not stage.trains_weights:
+            weights, *_ = parameter_groups(module, learning_rate=0.0, weight_decay=0.0)
+            parameters = weights["params"]
+        self._freezing.hold(parameters)
         return stage
 
     def _prepare_measuring(self, module: nn.Module, stage: Stage) -> None:
@@ -152,8 +177,3 @@ class Profit:
                 f"{FORMAT}, {len(self.stages)} stages). Resume with the bits and the number of epochs of the first run."
             )
         self._index, self._saved, self._instability = state["stage"], state["instability"], None
-
-
-def _all_weights(module: nn.Module) -> list[nn.Parameter]:
-    groups = parameter_groups(module, learning_rate=0.0, weight_decay=0.0)
-    return [parameter for group in groups if group["name"] == "weights" for parameter in group["params"]]

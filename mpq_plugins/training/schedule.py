@@ -35,14 +35,9 @@ class Stage:
     n_frozen: int = 0
 
 
-@final
-@dataclass(frozen=True)
-class _Planned:
-    stage: Stage
-    rank: int  # what is left out first when epochs are few
-
-
+# The last is left out first when epochs are few.
 _SAMPLING, _TRAINING, _FLOAT, _SETTLING = range(4)
+_Ranked = tuple[Stage, int]
 
 
 @final
@@ -75,23 +70,23 @@ class ProfitSchedule:
         those that hold the weights, then float training, then the training before AIWQ is measured and the one with all
         layers. What measures AIWQ and what trains with frozen layers stays: raises `ModelError` below that many epochs.
         """
-        planned = [item for item in self._planned(target) if item.stage.epochs > 0]
+        planned = [item for item in self._planned(target) if item[0].epochs > 0]
         if epochs is None:
-            return tuple(item.stage for item in planned)
-        needed = sum(item.rank == _SAMPLING for item in planned)
-        if epochs < max(needed, 1):
+            return tuple(stage for stage, _ in planned)
+        needed = max(1, sum(rank == _SAMPLING for _, rank in planned))
+        if epochs < needed:
             raise ModelError(
-                f"PROFIT needs at least {max(needed, 1)} epochs, one to measure the layers and one for each of the "
+                f"PROFIT needs at least {needed} epochs, one to measure the layers and one for each of the "
                 f"{self.parts - 1} stages with frozen layers; {epochs} were given. Give more epochs, or train without PROFIT."
             )
-        for rank in (_SETTLING, _FLOAT, _TRAINING):
-            while len(planned) > epochs and any(item.rank == rank for item in planned):
-                planned.remove(next(item for item in planned if item.rank == rank))
-        lengths = apportion([item.stage.epochs for item in planned], epochs)
-        return tuple(replace(item.stage, epochs=length) for item, length in zip(planned, lengths, strict=True))
+        last = sorted(range(len(planned)), key=lambda at: (-planned[at][1], at))  # the first to be left out stand first
+        surplus = [at for at in last if planned[at][1] != _SAMPLING][: max(0, len(planned) - epochs)]
+        kept = [stage for at, (stage, _) in enumerate(planned) if at not in surplus]
+        lengths = apportion([stage.epochs for stage in kept], epochs)
+        return tuple(replace(stage, epochs=length) for stage, length in zip(kept, lengths, strict=True))
 
-    def _planned(self, target: BitConfig) -> list[_Planned]:
-        planned = [_Planned(Stage("float", self.float_epochs), _FLOAT)]
+    def _planned(self, target: BitConfig) -> list[_Ranked]:
+        planned = [(Stage("float", self.float_epochs), _FLOAT)]
         for label, bits in self._lowered(target, lambda own, width: Precision(_WIDEST, max(own.activation, width))):
             planned += self._around(label, bits, float_weights=True)
         lowered = list(self._lowered(target, lambda own, width: Precision(max(own.weight, width), own.activation), "weights"))
@@ -112,30 +107,28 @@ class ProfitSchedule:
             steps.append((f"{what} at {width or 'target'} bits", bits))
         return steps
 
-    def _around(self, label: str, bits: BitConfig, *, float_weights: bool = False) -> list[_Planned]:
+    def _around(self, label: str, bits: BitConfig, *, float_weights: bool = False) -> list[_Ranked]:
         stage = Stage(label, self.train_epochs, bits, float_weights)
         settle = replace(stage, epochs=self.settle_epochs, trains_weights=False)
         return [
-            _Planned(replace(settle, name=f"{label}: settling"), _SETTLING),
-            _Planned(stage, _TRAINING),
-            _Planned(replace(settle, name=f"{label}: settling again"), _SETTLING),
+            (replace(settle, name=f"{label}: settling"), _SETTLING),
+            (stage, _TRAINING),
+            (replace(settle, name=f"{label}: settling again"), _SETTLING),
         ]
 
-    def _final(self, target: BitConfig) -> list[_Planned]:
+    def _final(self, target: BitConfig) -> list[_Ranked]:
         settle = Stage("target bits: settling", self.settle_epochs, target, trains_weights=False)
-        n_layers = len(target.layers)
+        training = Stage("all layers", self.train_epochs, target)
+        n_frozen = {part: len(target.layers) * part // self.parts for part in range(1, self.parts)}
         frozen = [
-            Stage(
-                f"{part}/{self.parts} of the layers frozen", self.train_epochs, target, n_frozen=n_layers * part // self.parts
-            )
-            for part in range(1, self.parts)
+            replace(training, name=f"{part}/{self.parts} of the layers frozen", n_frozen=n) for part, n in n_frozen.items()
         ]
         return [
-            _Planned(settle, _SETTLING),
-            _Planned(Stage("measuring AIWQ", self.sample_epochs, target, samples=True), _SAMPLING),
-            _Planned(Stage("all layers", self.train_epochs, target), _TRAINING),
-            *(_Planned(stage, _SAMPLING) for stage in frozen),
-            _Planned(replace(settle, name="target bits: settling again"), _SETTLING),
+            (settle, _SETTLING),
+            (Stage("measuring AIWQ", self.sample_epochs, target, samples=True), _SAMPLING),
+            (training, _TRAINING),
+            *((stage, _SAMPLING) for stage in frozen),
+            (replace(settle, name="target bits: settling again"), _SETTLING),
         ]
 
 

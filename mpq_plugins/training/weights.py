@@ -23,7 +23,12 @@ def weights_of(module: nn.Module, layers: Iterable[str]) -> Weights:
 
 
 def _weight(module: nn.Module, name: str) -> tuple[nn.Parameter, ...]:
-    owner, attribute = _holder(module, name)
+    # A functional call has the name of its parameter.
+    owner: object = None
+    held: object = module
+    for part in name.split("."):
+        owner, held = held, getattr(held, part, None)
+    owner, attribute = (held, "weight") if isinstance(held, nn.Module) else (owner, name.rpartition(".")[2])
     if isinstance(owner, nn.Module) and parametrize.is_parametrized(owner, attribute):
         return tuple(owner.get_submodule(f"parametrizations.{attribute}").parameters())
     weight = getattr(owner, attribute, None)
@@ -33,15 +38,6 @@ def _weight(module: nn.Module, name: str) -> tuple[nn.Parameter, ...]:
             "prepared, and the layer names of its bit configuration."
         )
     return (weight,)
-
-
-def _holder(module: nn.Module, name: str) -> tuple[object, str]:
-    """What holds the weight of a layer, and as what; a functional call has the name of its parameter."""
-    owner: object = None
-    held: object = module
-    for part in name.split("."):
-        owner, held = held, getattr(held, part, None)
-    return (held, "weight") if isinstance(held, nn.Module) else (owner, name.rpartition(".")[2])
 
 
 def origins(weight: Tensor) -> Iterator[Tensor]:

@@ -89,7 +89,7 @@ def test_next_to_no_time_still_gives_a_plan(solver):
 def test_what_would_take_too_long_is_not_begun(solver, monkeypatch):
     """On 1,200 columns the dense algebra of a bound takes seconds: with no time left nothing of it is called."""
     monkeypatch.setattr("mpq_plugins.solvers.tree.convex", lambda *_: pytest.fail("a bound was begun"))
-    monkeypatch.setattr("mpq_plugins.solvers.nearby._neighbours", lambda *_: pytest.fail("neighbours were listed"))
+    monkeypatch.setattr("mpq_plugins.solvers.iterated_search._neighbours", lambda *_: pytest.fail("neighbours were listed"))
     problem = _problem(200, 6)
     solution = solve(problem, solver(time_limit_s=0.001))
     assert solution.status is Status.feasible

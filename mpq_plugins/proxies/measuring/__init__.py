@@ -1,9 +1,6 @@
 """Sensitivity: what quantizing a unit does to the model's output and loss, measured with as few layer runs as possible."""
 
 from mpq_plugins.proxies.measuring.cache import keeping_measurements as keeping_measurements
-from mpq_plugins.proxies.measuring.criteria import AbstractMeasure as AbstractMeasure
-from mpq_plugins.proxies.measuring.criteria import Loss as Loss
-from mpq_plugins.proxies.measuring.criteria import measure as measure
 from mpq_plugins.proxies.measuring.effects import Effects as Effects
 from mpq_plugins.proxies.measuring.effects import MeasurementOptions as MeasurementOptions
 from mpq_plugins.proxies.measuring.effects import SensitivityRun as SensitivityRun

@@ -53,7 +53,8 @@ class MeasurementCache:
             text = json.dumps({"format": FORMAT, "version": version("mpq-plugins"), **identity}, sort_keys=True)
             self._folder = root / hashlib.sha256(text.encode()).hexdigest()[:20]
             if not (self._folder / "identity.json").exists():
-                _begin(self._folder / "identity.json", json.loads(text))
+                with _telling_where(root):
+                    write_json(self._folder / "identity.json", json.loads(text))
 
     def get(self, key: str) -> dict[str, np.ndarray] | None:
         """The arrays under `key`, or None when they were not measured yet (or their file is not as it was written)."""
@@ -70,10 +71,16 @@ class MeasurementCache:
         if self._folder is None:
             self._memory[key] = dict(arrays)
             return
-        try:
+        with _telling_where(self._folder.parent):
             write_tensors(self._file(key), arrays, {_CHECKSUM: self._checksum(key, arrays)})
-        except WriteError as error:
-            raise _cannot_keep(self._folder.parent, error) from error
+
+    def kept(self, key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """The arrays under `key`, made and kept where there are none. Raises `WriteError`."""
+        arrays = self.get(key)
+        if arrays is None:
+            arrays = make()
+            self.put(key, arrays)
+        return arrays
 
     def drop(self, keys: Iterable[str]) -> None:
         """Forget arrays that others now stand for."""
@@ -150,18 +157,15 @@ def _without_addresses(text: str) -> str:
     return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
 
 
-def _begin(identity: Path, document: Any) -> None:
+@contextlib.contextmanager
+def _telling_where(folder: Path) -> Iterator[None]:
     try:
-        write_json(identity, document)
+        yield
     except WriteError as error:
-        raise _cannot_keep(identity.parent.parent, error) from error
-
-
-def _cannot_keep(folder: Path, error: WriteError) -> WriteError:
-    return WriteError(
-        f"measurements cannot be kept under {folder}: {reason_of(error)}. Choose a folder that you may write to, with "
-        "space left (--cache on the command line), or keep none (--no-cache)."
-    )
+        raise WriteError(
+            f"measurements cannot be kept under {folder}: {reason_of(error)}. Choose a folder that you may write to, with "
+            "space left (--cache on the command line), or keep none (--no-cache)."
+        ) from error
 
 
 def _digest(items: Iterable[tuple[bytes, Tensor]], text: str = "") -> str:

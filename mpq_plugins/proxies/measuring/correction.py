@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpq_plugins.model.watch import WEIGHTED, bias_argument, function_name
+from mpq_plugins.model.watch import WEIGHTED, bias_argument, function_name, input_argument
+from mpq_plugins.proxies.measuring.perturbation import AbstractCalls
 from mpq_plugins.quantizers.batch_norm import is_of_tokens
 
 # Of a run. The fewer images, the more of what quantization did to them the correction takes back, and not alike in all layers:
@@ -31,15 +32,12 @@ LEAST_IMAGES = 32
 _RATIOS = (0.1, 10.0)
 _CONSTANT = 1e-10  # of the trained variance: a channel that varies less on these images says nothing about its ratio
 _DEAD = 1e-6  # of the float variance: quantization left the channel constant but for rounding, so there is no ratio
-_AXIS = {
-    torch.conv1d: -2,
-    torch.conv2d: -3,
-    torch.conv3d: -4,
-    torch.conv_transpose1d: -2,
-    torch.conv_transpose2d: -3,
-    torch.conv_transpose3d: -4,
-    F.linear: -1,
-}
+
+
+def output_axis(function: Any) -> int:
+    """The axis of the channels in the output of a weighted function, from the end."""
+    kind, _ = WEIGHTED[function]
+    return -1 if kind == "Linear" else -1 - int(kind[-2])  # Conv2d has two axes behind the channels
 
 
 @final
@@ -78,16 +76,6 @@ class Site:
 
     axis: int
     norm: Norm | None = None
-
-    @classmethod
-    def of_layer(cls, function: Any) -> Site:
-        """The output of a weighted function with a bias."""
-        return cls(_AXIS[function])
-
-    @classmethod
-    def of_norm(cls, norm: Norm) -> Site:
-        """The output of a norm."""
-        return cls(1, norm)
 
 
 @final
@@ -164,7 +152,7 @@ class Corrector:
 
 @final
 class ChangeOfOutput:
-    """Corrects the change of one layer's output, ahead of its norm or by its own bias."""
+    """Corrects the change of one layer's output: by its own bias, or ahead of the norm that alone reads its `output`."""
 
     def __init__(self, axis: int, norm: Norm | None = None, output: Tensor | None = None) -> None:
         self._axis, self._output = axis, output
@@ -172,16 +160,6 @@ class ChangeOfOutput:
             # The norm gives on the corrected input what the corrected norm gives: the same map, of the values before it.
             before = replace(norm, factor=torch.ones_like(norm.factor), bias=norm.mean)
             self._corrector = Corrector(output, Site(axis, before))
-
-    @classmethod
-    def before_norm(cls, output: Tensor, norm: Norm) -> ChangeOfOutput:
-        """For a layer whose `output` only a norm reads."""
-        return cls(1, norm, output)
-
-    @classmethod
-    def of_layer(cls, function: Any) -> ChangeOfOutput:
-        """For a weighted function with a bias that no norm reads."""
-        return cls(_AXIS[function])
 
     def __call__(self, change: Tensor) -> Tensor:
         """The change that is left after the correction. The argument is written over."""
@@ -229,9 +207,9 @@ class Occurrences:
         """The key and the site of a call's value; None where nothing is corrected."""
         if function in WEIGHTED:
             bias = bias_argument(args, kwargs)
-            return None if bias is None else self._numbered((bias,), Site.of_layer(function))
+            return None if bias is None else self._numbered((bias,), Site(output_axis(function)))
         norm = Norm.of(function, args, kwargs)
-        return None if norm is None else self._numbered(norm[1], Site.of_norm(norm[0]))
+        return None if norm is None else self._numbered(norm[1], Site(1, norm[0]))
 
     def _numbered(self, constants: Sequence[Tensor], site: Site) -> tuple[tuple[int, int], Site] | None:
         if any(id(tensor) not in self._leaves for tensor in constants):
@@ -242,36 +220,43 @@ class Occurrences:
 
 
 @final
-class Reference:
-    """What corrects whole forward passes over the images of a run: the float network at every site."""
+class Reference(AbstractCalls):
+    """What corrects whole forward passes over the images of a run: the float network at every site of a pass in its context."""
 
     def __init__(self, leaves: frozenset[int]) -> None:
+        super().__init__()
         self.leaves = leaves
-        self._correctors: dict[tuple[int, int], Corrector] = {}
+        self.correctors: dict[tuple[int, int], Corrector] = {}
+        self._sites = Occurrences(leaves)
         self._layers: dict[int, tuple[weakref.ref[Tensor], tuple[int, int]]] = {}  # by id of a biased layer's output
 
-    def note(self, site: tuple[tuple[int, int], Site] | None, read: Any) -> None:
-        """What a call of the float pass reads first: a layer that a norm reads is corrected there."""
+    def run(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Take up the value of a call of the float pass."""
+        site = self._sites.site(func, args, kwargs)
+        read = input_argument(args, kwargs)
         held = self._layers.get(id(read))
         if held is not None and held[0]() is read and site is not None and site[1].norm is not None:
-            self._correctors.pop(held[1], None)
-
-    def add(self, site: tuple[tuple[int, int], Site] | None, values: Any) -> None:
-        """Take up a value of the float pass."""
+            self.correctors.pop(held[1], None)  # a layer that a norm reads is corrected there
+        values = func(*args, **kwargs)
         self._layers.pop(id(values), None)  # Changed in place or passed on: it is not the layer's output any more.
-        if site is None:
-            return
-        key, where = site
-        if where.norm is None:
-            self._layers[id(values)] = (weakref.ref(values), key)
-        self._correctors[key] = Corrector(values, where)
+        if site is not None:
+            key, where = site
+            if where.norm is None:
+                self._layers[id(values)] = (weakref.ref(values), key)
+            self.correctors[key] = Corrector(values, where)
+        return values
 
-    def correct(self, site: tuple[tuple[int, int], Site] | None, values: Any) -> Any:
-        """A value of a quantized pass, corrected in place where the float pass had it."""
-        corrector = None if site is None else self._correctors.get(site[0])
-        return values if corrector is None else corrector(values)
 
-    def corrected(self, site: tuple[tuple[int, int], Site] | None, values: Any) -> Any:
-        """The same as a new tensor, the statistics taken as constants by gradients."""
-        corrector = None if site is None else self._correctors.get(site[0])
-        return values if corrector is None else corrector.apart(values)
+def correcting(reference: Reference | None, *, apart: bool = False) -> Callable[..., Any]:
+    """What corrects (function, args, kwargs, value) of every call of one pass, in place where the float pass had the value.
+
+    With `apart` it gives new tensors, the statistics taken as constants by gradients.
+    """
+    sites = None if reference is None else Occurrences(reference.leaves)
+
+    def corrected(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], value: Any) -> Any:
+        site = None if sites is None else sites.site(function, args, kwargs)
+        corrector = None if site is None or reference is None else reference.correctors.get(site[0])
+        return value if corrector is None else corrector.apart(value) if apart else corrector(value)
+
+    return corrected

@@ -38,9 +38,9 @@ class AbstractMeasure(abc.ABC):
         """A differentiable number per image whose squared derivative is the curvature, on average."""
         return self.losses(output)
 
-    @abc.abstractmethod
     def slopes(self, output: Tensor) -> Tensor:  # [N], float64
-        """First-order change of the loss of every image when the output moves from the base to `output`."""
+        """First-order change of the loss of every image when the output moves from the base to `output`; 0 without slope."""
+        return torch.zeros(output.shape[0], dtype=torch.float64, device=output.device)
 
     @abc.abstractmethod
     def features(self, output: Tensor) -> Tensor:  # [N, feature], float32
@@ -75,12 +75,9 @@ def measure(
             loss = "kl" if batch.labels is None and are_class_logits(base) else "squared_error"
     if loss == "squared_error":
         return _SquaredError(base)
-    labels = batch.labels if loss == "cross_entropy" else None
-    if labels is not None:
-        labels = labels_of(batch)
-    if loss == "cross_entropy" and labels is None:
+    if loss == "cross_entropy" and batch.labels is None:
         raise DataError('cross-entropy needs labels. Give batches of (inputs, labels), or loss="kl".')
-    return _Classes(base, labels, n_samples, generator)
+    return _Classes(base, labels_of(batch) if loss == "cross_entropy" else None, n_samples, generator)
 
 
 @final
@@ -97,30 +94,26 @@ class _Classes(AbstractMeasure):
         counted = counted if self._labels is None else self._labels != _IGNORED
         self._share = counted.double() / counted.sum(1, keepdim=True).clamp_min(1)  # [N, position]
         self.has_slope = self._labels is not None
-        self._drawn = self._draw(n_samples, generator)
+        _, n_positions, n_classes = logits.shape
+        if n_samples == 0 and n_positions * n_classes > _MOST_FEATURES:
+            n_samples = max(1, 1024 // n_positions)
+        self._drawn = self._drawn_from(n_samples, generator) if n_samples else None
 
     def probe(self, output: Tensor, generator: torch.Generator) -> Tensor:
         if self._labels is not None:
             return self.losses(output)
-        drawn = torch.multinomial(self._log_p.exp().float().flatten(0, 1).cpu(), 1, generator=generator)
-        log_q = self._flat(output).double().log_softmax(-1)
-        at_positions = -log_q.gather(-1, drawn.reshape(*log_q.shape[:2], 1).to(log_q.device))[..., 0]
+        at_positions = -self._flat(output).double().log_softmax(-1).gather(-1, self._drawn_from(1, generator))[..., 0]
         # Labels of positions are drawn independently, so derivatives add up in the square.
         return (at_positions * self._share.sqrt()).sum(1)
 
     def _flat(self, output: Tensor) -> Tensor:
         return output.movedim(self._axis, -1).reshape(output.shape[0], -1, output.shape[self._axis])
 
-    def _draw(self, n_samples: int, generator: torch.Generator | None) -> Tensor | None:  # [N, position, sample]
-        n_images, n_positions, n_classes = self._base.shape
-        if n_samples == 0 and n_positions * n_classes > _MOST_FEATURES:
-            n_samples = max(1, 1024 // n_positions)
-        if n_samples == 0:
-            return None
-        drawn = torch.multinomial(
-            self._log_p.exp().float().flatten(0, 1).cpu(), n_samples, replacement=True, generator=generator
-        )
-        return drawn.reshape(n_images, n_positions, n_samples).to(self._base.device)
+    def _drawn_from(self, n_samples: int, generator: torch.Generator | None) -> Tensor:  # [N, position, sample]
+        """Labels of the base's own distribution."""
+        p = self._log_p.exp().float().flatten(0, 1).cpu()
+        drawn = torch.multinomial(p, n_samples, replacement=True, generator=generator)
+        return drawn.reshape(*self._base.shape[:2], n_samples).to(self._base.device)
 
     def losses(self, output: Tensor) -> Tensor:
         log_q = self._flat(output).double().log_softmax(-1)
@@ -131,10 +124,9 @@ class _Classes(AbstractMeasure):
         return (at_positions * self._share).sum(1)
 
     def slopes(self, output: Tensor) -> Tensor:
-        if not self.has_slope:
-            return torch.zeros(output.shape[0], dtype=torch.float64, device=output.device)
+        if self._labels is None:
+            return super().slopes(output)
         change = (self._flat(output) - self._base).double()
-        assert self._labels is not None  # or it would have no slope
         expected = (self._log_p.exp() * change).sum(-1)
         return ((expected - change.gather(-1, self._labels.clamp_min(0)[..., None])[..., 0]) * self._share).sum(1)
 
@@ -163,9 +155,6 @@ class _SquaredError(AbstractMeasure):
     def probe(self, output: Tensor, generator: torch.Generator) -> Tensor:
         direction = torch.randn(self._base.shape, generator=generator).to(self._base)
         return (output.flatten(1) * direction).sum(1) * math.sqrt(2 / max(1, self._base.shape[1]))
-
-    def slopes(self, output: Tensor) -> Tensor:
-        return torch.zeros(output.shape[0], dtype=torch.float64, device=output.device)
 
     def features(self, output: Tensor) -> Tensor:
         return (output.flatten(1) - self._base) * math.sqrt(2 / max(1, self._base.shape[1]))

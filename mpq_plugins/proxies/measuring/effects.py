@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from mpq_plugins.common.allocator import keeping_memory
 from mpq_plugins.common.progress import track
 from mpq_plugins.errors import DataError, FewImagesWarning, PluginError
-from mpq_plugins.model.run import Batch, Output, batches_of, joined
+from mpq_plugins.model.run import Batch, Output, joined
+from mpq_plugins.proxies.features import first_images
 from mpq_plugins.proxies.measuring.cache import MeasurementCache, digest_of_batches, digest_of_model, text_of_function
 from mpq_plugins.proxies.measuring.correction import LEAST_IMAGES
-from mpq_plugins.proxies.measuring.criteria import AbstractMeasure, Loss, UserLoss, measure
+from mpq_plugins.proxies.measuring.criteria import AbstractMeasure, Loss, measure
 from mpq_plugins.proxies.measuring.engine import AbstractRun, Engine
 from mpq_plugins.proxies.measuring.widths import filled, measured_choices
 from mpq_plugins.space.space import Space
@@ -80,7 +81,6 @@ class Effects:
     slopes: np.ndarray | None  # [choice]
     curvature: np.ndarray | None  # [choice, choice]
     pairs: np.ndarray | None  # [choice, choice]
-    n_images: int
     facts: Mapping[str, Any]
     power: float | None = None
     noise: np.ndarray | None = None  # [choice, choice]
@@ -99,18 +99,8 @@ class SensitivityRun:
     @cached_property
     def engine(self) -> Engine:
         """What runs the model; made when something has to be measured."""
-        setup = self.setup
-        return Engine.start(
-            self.model,
-            self.space,
-            self.batches[0],
-            output=setup.output,
-            per_channel=setup.per_channel,
-            memory_mb=setup.memory_mb,
-            replay=setup.replay,
-            folding=setup.folding,
-            correction=setup.correction,
-        )
+        names = ("output", "per_channel", "memory_mb", "replay", "folding", "correction")
+        return Engine.start(self.model, self.space, self.batches[0], **{name: getattr(self.setup, name) for name in names})
 
     @property
     def n_images(self) -> int:
@@ -138,9 +128,7 @@ class SensitivityRun:
         sums = self.journal.get(f"all-{what}")
         if sums is None and not curvature:  # What was measured with it holds the losses too.
             sums = self.journal.get(f"all-{replace(what, curvature=True)}")
-        if sums is None:
-            sums = self._measure_all(what)
-            self.journal.put(f"all-{what}", sums)
+        sums = sums or self.journal.kept(f"all-{what}", lambda: self._measure_all(what))
         mean = {name: sums[name] / self.n_images for name in sums}
         facts = {
             "n_images": self.n_images,
@@ -153,21 +141,13 @@ class SensitivityRun:
             mean["slopes"] if curvature else None,
             mean["curvature"] if curvature else None,
             mean.get("pairs"),
-            self.n_images,
             facts,
             float(mean["power"]),
             noise_of(mean, self.n_images),
         )
 
-    def measured(self, unit: int, *, losses_only: bool) -> Sequence[int]:
-        """The choices of a unit that are measured."""
-        members = self.space.units[unit]
-        return measured_choices(members) if losses_only and self.setup.interpolate else range(len(members.choices))
-
     def _filled(self, losses: np.ndarray) -> np.ndarray:
         """Losses [choice] with those put in that are not measured."""
-        if not np.isnan(losses).any():
-            return losses
         found: np.ndarray = losses.copy()
         for unit in self.free:
             row = slice(self.start[unit], self.start[unit + 1])
@@ -181,7 +161,7 @@ class SensitivityRun:
     def _measure_all(self, what: _What) -> dict[str, np.ndarray]:
         """Sums over all images, piece by piece."""
         sums: dict[str, np.ndarray] = {}
-        pieces = list(enumerate(self.pieces()))
+        pieces = self.pieces()
         steps = [(piece, unit) for piece in range(len(pieces)) for unit in (*self.free, None)]
         run: _PieceRun | None = None
         for piece, unit in track(steps, "units through the model, pair by pair" if what.pairs else "units through the model"):
@@ -211,7 +191,7 @@ class SensitivityRun:
         if missing:
             totals = np.zeros(len(missing))
             for index, batch in track(list(enumerate(self.pieces())), "plans through the model"):
-                at_base = self.measure(self.engine.run(batch), batch, index)
+                at_base = self.measure(self.engine.run(batch).output, batch, self.generator(index))
                 reference = self.engine.reference(batch)
                 for row, at in enumerate(missing):
                     totals[row] += float(at_base.losses(self.engine.quantized(batch, choices[at], reference)).sum())
@@ -239,11 +219,13 @@ class SensitivityRun:
             }
         )
 
-    def measure(self, run: AbstractRun, batch: Batch, index: int) -> AbstractMeasure:
-        """The loss around the base output of a run."""
-        setup = self.setup
-        generator = torch.Generator().manual_seed(setup.seed + index)
-        return measure(setup.loss, run.output, batch, n_samples=setup.n_samples, generator=generator)
+    def generator(self, index: int) -> torch.Generator:
+        """The random numbers of piece `index`."""
+        return torch.Generator().manual_seed(self.setup.seed + index)
+
+    def measure(self, base: Tensor, batch: Batch, generator: torch.Generator) -> AbstractMeasure:
+        """The loss around the base output of a piece."""
+        return measure(self.setup.loss, base, batch, n_samples=self.setup.n_samples, generator=generator)
 
     def pieces(self) -> list[Batch]:
         """The sensitivity set in pieces whose kept values fit into the memory."""
@@ -271,41 +253,41 @@ class _What:
 class _PieceRun:
     """The measurements of one piece of a batch, unit by unit, kept in the journal as they are made."""
 
-    def __init__(self, lab: SensitivityRun, piece: int, item: tuple[int, Batch], what: _What) -> None:
-        self.piece, self._lab, self._what = piece, lab, what
-        self._batch = item[1]
-        self._run: AbstractRun | None = None
-        self._measure: AbstractMeasure | None = None
+    def __init__(self, lab: SensitivityRun, piece: int, batch: Batch, what: _What) -> None:
+        self.piece, self._lab, self._batch, self._what = piece, lab, batch, what
 
     def measure(self, unit: int) -> None:
         """Measure one unit unless the journal has it."""
-        journal, key = self._lab.journal, self._key(unit)
-        if journal.get(key) is None:
-            journal.put(key, self._counted(self._singles, unit))
-        if self._what.pairs and journal.get(key + "-pairs") is None:
-            journal.put(key + "-pairs", self._counted(self._joint, unit))
+        self._kept(unit, self._singles)
+        if self._what.pairs:
+            self._kept(unit, self._joint, "-pairs")
 
-    def _counted(self, measure: Callable[[int], dict[str, np.ndarray]], unit: int) -> dict[str, np.ndarray]:
-        """What `measure` gives, with the layer evaluations that it took."""
-        counter = self._lab.engine.counter
-        before = counter.run
-        arrays = measure(unit)
-        return {**arrays, "evaluations": np.asarray(counter.run - before)}
+    def _kept(self, unit: int, measure: Callable[[int], dict[str, np.ndarray]], suffix: str = "") -> dict[str, np.ndarray]:
+        """What `measure` gives, with the layer evaluations that it took, from the journal where that has it."""
+
+        def counted() -> dict[str, np.ndarray]:
+            counter = self._lab.engine.counter
+            before = counter.run
+            return {**measure(unit), "evaluations": np.asarray(counter.run - before)}
+
+        return self._lab.journal.kept(self._what.key(self.piece, unit) + suffix, counted)
 
     def finish(self) -> dict[str, np.ndarray]:
         """The sums over the piece's images, kept in place of the units' own arrays."""
         lab, n_choices = self._lab, int(self._lab.start[-1])
-        found = {unit: self._taken_up(unit, self._singles) for unit in lab.free}
+        found = {unit: self._kept(unit, self._singles) for unit in lab.free}
         sums = {"losses": np.zeros(n_choices)}
         sums["evaluations"] = np.asarray(sum(int(arrays["evaluations"]) for arrays in found.values()))
-        base = self._at_base()
+        run, at_base = self._started
+        base = float(at_base.losses(run.output).sum())
         for unit, arrays in found.items():
             sums["losses"][lab.start[unit] : lab.start[unit + 1]] = arrays["losses"] - base
-        sums |= {"base": np.asarray(base), "power": np.asarray(self._power())}
+        power = float(run.output.flatten(1).double().square().mean(1).sum())
+        sums |= {"base": np.asarray(base), "power": np.asarray(power)}
         if self._what.curvature:
             sums |= self._second_order(found)
         if self._what.pairs:
-            joint = {unit: self._taken_up(unit, self._joint, "-pairs") for unit in lab.free}
+            joint = {unit: self._kept(unit, self._joint, "-pairs") for unit in lab.free}
             sums["pairs"] = self._omega(joint, sums["losses"], base)
             sums["evaluations"] = sums["evaluations"] + sum(int(arrays["evaluations"]) for arrays in joint.values())
         lab.journal.put(f"piece{self.piece:05d}-{self._what}", sums)
@@ -325,22 +307,13 @@ class _PieceRun:
             squares += np.square(of_images[:, image] @ of_images[:, image].T)
         return {"slopes": slopes, "curvature": features @ features.T, "squares": squares}
 
-    def _taken_up(self, unit: int, measure: Callable[[int], dict[str, np.ndarray]], suffix: str = "") -> dict[str, np.ndarray]:
-        """A unit's measurements from the journal, or made anew where their file does not read."""
-        return self._lab.journal.get(self._key(unit) + suffix) or self._counted(measure, unit)
-
-    def _at_base(self) -> float:
-        run, at_base = self._started()
-        return float(at_base.losses(run.output).sum())
-
-    def _power(self) -> float:
-        run, _ = self._started()
-        return float(run.output.flatten(1).double().square().mean(1).sum())
-
     def _singles(self, unit: int) -> dict[str, np.ndarray]:
-        run, at_base = self._started()
-        choices = self._lab.measured(unit, losses_only=not self._what.curvature and not self._what.pairs)
-        losses = np.full(len(self._lab.space.units[unit].choices), np.nan)
+        run, at_base = self._started
+        members = self._lab.space.units[unit]
+        losses_only = not self._what.curvature and not self._what.pairs
+        is_sparse = losses_only and self._lab.setup.interpolate
+        choices = measured_choices(members) if is_sparse else range(len(members.choices))
+        losses = np.full(len(members.choices), np.nan)
         found: dict[str, list[Any]] = {"slopes": [], "features": []}
         for choice, output in zip(choices, self._finite(unit, choices, run.single(unit, choices)), strict=True):
             losses[choice] = float(at_base.losses(output).sum())
@@ -352,7 +325,7 @@ class _PieceRun:
     def _joint(self, unit: int) -> dict[str, np.ndarray]:
         """Losses with both changed [choice of the unit, choice of all units], NaN for units up to this one."""
         lab = self._lab
-        run, at_base = self._started()
+        run, at_base = self._started
         joint = np.full((len(lab.space.units[unit].choices), int(lab.start[-1])), np.nan)
         later = [other for other in lab.free if other > unit]
         for choice in range(len(joint)) if later else ():
@@ -385,14 +358,10 @@ class _PieceRun:
                 )
             yield output
 
+    @cached_property
     def _started(self) -> tuple[AbstractRun, AbstractMeasure]:
-        if self._run is None or self._measure is None:
-            self._run = self._lab.engine.run(self._batch)
-            self._measure = self._lab.measure(self._run, self._batch, self.piece)
-        return self._run, self._measure
-
-    def _key(self, unit: int) -> str:
-        return self._what.key(self.piece, unit)
+        run = self._lab.engine.run(self._batch)
+        return run, self._lab.measure(run.output, self._batch, self._lab.generator(self.piece))
 
 
 def noise_of(mean: Mapping[str, np.ndarray], n_images: int) -> np.ndarray | None:
@@ -405,18 +374,7 @@ def noise_of(mean: Mapping[str, np.ndarray], n_images: int) -> np.ndarray | None
 
 def sensitivity_set(batches: Iterable[Any], n_images: int) -> list[Batch]:
     """The first `n_images` images. Raises `DataError` when there is none."""
-    if n_images < 1:
-        raise DataError(f"n_images is {n_images}, but a score needs at least one image. Leave it at its default.")
-    found: list[Batch] = []
-    left = n_images
-    for batch in batches_of(batches):
-        found.append(batch.part(0, left))
-        left -= len(found[-1])
-        if left <= 0:
-            break
-    found = [batch for batch in found if len(batch)]
-    if not found:
-        raise DataError("no batches were given, but this score needs images. Pass data (--data on the command line).")
+    found = list(first_images(batches, n_images))
     if sum(map(len, found)) < 2:
         warnings.warn("the score is measured on one image, which says little: give 32 or more.", FewImagesWarning, stacklevel=3)
     return found
@@ -425,12 +383,9 @@ def sensitivity_set(batches: Iterable[Any], n_images: int) -> list[Batch]:
 def described(options: Any) -> dict[str, Any]:
     """The fields of a dataclass as plain JSON values: functions by their names."""
     values = {field.name: getattr(options, field.name) for field in fields(options)}
-    return {name: value if _is_plain(value) else _function_name(value) for name, value in values.items()}
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _function_name(function: UserLoss | Any) -> str:
-    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', repr(function))}"
+    return {
+        name: value
+        if value is None or isinstance(value, (bool, int, float, str))
+        else f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', repr(value))}"
+        for name, value in values.items()
+    }

@@ -11,17 +11,15 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from mpq_plugins.errors import DataError, MPQError
 from mpq_plugins.model.run import Batch, Output, batch_size, call, device_of, evaluating, select, telling_failures, to_device
 from mpq_plugins.model.watch import WEIGHTED, LayerOfCall, input_argument
-from mpq_plugins.proxies.measuring.calibrate import activation_steps
-from mpq_plugins.proxies.measuring.correction import LEAST_IMAGES, Occurrences, Reference
-from mpq_plugins.proxies.measuring.perturbation import Changes, Perturbation, run_changed
+from mpq_plugins.proxies.measuring.correction import LEAST_IMAGES, Reference, correcting
+from mpq_plugins.proxies.measuring.perturbation import AbstractCalls, Changes, Perturbation, run_changed
 from mpq_plugins.proxies.measuring.replay import Counter, Replayer, Values
 from mpq_plugins.proxies.measuring.trace import CannotReplay, record
-from mpq_plugins.proxies.measuring.weights import QuantizedWeights
+from mpq_plugins.proxies.measuring.weights import QuantizedWeights, activation_steps
 from mpq_plugins.space.space import Space
 
 _MIB = 2**20
@@ -125,7 +123,7 @@ class Engine:
         Raises `DataError` when the model fails on the batch.
         """
         inputs = self._on_device(batch)
-        with evaluating(self.model), self.owner, telling_failures(self.model):
+        with telling_failures(self.model):
             if self.player is not None:
                 with contextlib.suppress(CannotReplay):  # the course of some models changes with the number of images
                     changes = self.changes(self.pinned, merged=True)
@@ -135,9 +133,8 @@ class Engine:
 
     def reference(self, batch: Batch) -> Reference | None:
         """What whole passes over a piece of a batch are corrected by; None without `correction`."""
-        inputs = self._on_device(batch)
-        with evaluating(self.model), self.owner, telling_failures(self.model):
-            return _reference(self, inputs)
+        with telling_failures(self.model):
+            return _reference(self, self._on_device(batch))
 
     def _on_device(self, batch: Batch) -> Any:
         inputs = to_device(batch.inputs, device_of(self.model))
@@ -160,9 +157,8 @@ class Engine:
     def quantized(self, batch: Batch, choice: Sequence[int], reference: Reference | None = None) -> Tensor:
         """The output with every unit quantized at its choice, corrected by `reference` if given."""
         changes = self.changes(dict(enumerate(choice)), merged=False)
-        inputs = self._on_device(batch)
-        with evaluating(self.model), self.owner, telling_failures(self.model):
-            return _plain(self, inputs, changes, reference)
+        with telling_failures(self.model):
+            return _plain(self, self._on_device(batch), changes, reference)
 
 
 @final
@@ -181,9 +177,8 @@ class _PlainRun(AbstractRun):
         return _PlainRun(self._engine, self._inputs, {**self._fixed, unit: choice}, self._reference)
 
     def _at(self, choices: Mapping[int, int]) -> Tensor:
-        with evaluating(self._engine.model), self._engine.owner:
-            changes = self._engine.changes(choices, merged=False)
-            return _plain(self._engine, self._inputs, changes, self._reference if changes else None)
+        changes = self._engine.changes(choices, merged=False)
+        return _plain(self._engine, self._inputs, changes, self._reference if changes else None)
 
 
 @final
@@ -212,8 +207,7 @@ class _ReplayedRun(AbstractRun):
             **engine.variants.changes(unit, choices, merged=True),
         }
         roots = engine.space.units[unit].layers
-        with evaluating(engine.model), engine.owner:
-            return self._player.replay(self._values, self._inputs, roots, changes, keep=keep)
+        return self._player.replay(self._values, self._inputs, roots, changes, keep=keep)
 
     def _n_stacked(self) -> int:
         """How many variants run in one pass."""
@@ -225,22 +219,15 @@ class _ReplayedRun(AbstractRun):
 
 
 @final
-class _Substitute(TorchFunctionMode):
+class _Substitute(AbstractCalls):
     """Runs the model as it is, with changed layers; corrected by `reference` if given."""
 
     def __init__(self, engine: Engine, changes: Changes, reference: Reference | None) -> None:
         super().__init__()
-        self._engine, self._changes, self._reference = engine, changes, reference
-        self._sites = None if reference is None else Occurrences(reference.leaves)
+        self._engine, self._changes, self._corrected = engine, changes, correcting(reference)
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        value = self._run(func, args, kwargs)
-        if self._reference is None or self._sites is None:
-            return value
-        return self._reference.correct(self._sites.site(func, args, kwargs), value)
+    def run(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        return self._corrected(func, args, kwargs, self._run(func, args, kwargs))
 
     def _run(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if func not in WEIGHTED:
@@ -250,28 +237,8 @@ class _Substitute(TorchFunctionMode):
         return func(*args, **kwargs) if changes is None else run_changed(func, args, kwargs, changes)
 
 
-@final
-class _FloatPass(TorchFunctionMode):
-    """Runs the model as it is and takes up what quantized passes are corrected by."""
-
-    def __init__(self, reference: Reference) -> None:
-        super().__init__()
-        self._reference, self._sites = reference, Occurrences(reference.leaves)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        site = self._sites.site(func, args, kwargs)
-        read = input_argument(args, kwargs)
-        self._reference.note(site, read)
-        value = func(*args, **kwargs)
-        self._reference.add(site, value)
-        return value
-
-
 def _plain(engine: Engine, inputs: Any, changes: Changes, reference: Reference | None = None) -> Tensor:
-    with _Substitute(engine, changes, reference):
+    with evaluating(engine.model), engine.owner, _Substitute(engine, changes, reference):
         return select(call(engine.model, inputs), engine.output)
 
 
@@ -281,7 +248,7 @@ def _reference(engine: Engine, inputs: Any) -> Reference | None:
         return None
     model = engine.model
     reference = Reference(frozenset(id(tensor) for tensor in itertools.chain(model.parameters(), model.buffers())))
-    with _FloatPass(reference):
+    with evaluating(model), engine.owner, reference:
         select(call(model, inputs), engine.output)
     return reference
 
@@ -333,8 +300,7 @@ def _check(engine: Engine, example: Batch) -> None:
             raise
         except Exception as error:
             raise CannotReplay(f"a replay with {members.name} changed fails: {type(error).__name__}: {error}") from error
-        with evaluating(engine.model), engine.owner:
-            plain = _plain(engine, inputs, engine.changes({**engine.pinned, unit: chosen}, merged=False))
+        plain = _plain(engine, inputs, engine.changes({**engine.pinned, unit: chosen}, merged=False))
         if replayed.shape != plain.shape or not _agree(replayed, plain):
             raise CannotReplay(f"a replay with {members.name} at {members.choices[chosen]} differs from a plain pass")
 

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any, final
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from mpq_plugins.common.allocator import keeping_memory
 from mpq_plugins.common.progress import track
 from mpq_plugins.errors import ModelError
 from mpq_plugins.model.run import Batch, call, evaluating, select, telling_failures, tensors
 from mpq_plugins.model.watch import WEIGHTED, bias_argument, input_argument, weight_argument
-from mpq_plugins.proxies.measuring.correction import ChangeOfOutput, Norm, Occurrences, Reference
-from mpq_plugins.proxies.measuring.criteria import measure
+from mpq_plugins.proxies.measuring.correction import ChangeOfOutput, Norm, Reference, correcting, output_axis
 from mpq_plugins.proxies.measuring.effects import Effects, SensitivityRun, noise_of
-from mpq_plugins.proxies.measuring.perturbation import Changes, Perturbation, run_changed
+from mpq_plugins.proxies.measuring.perturbation import AbstractCalls, Changes, Perturbation, run_changed
 from mpq_plugins.proxies.measuring.trace import is_metadata
 
 
@@ -33,15 +31,12 @@ def first_order_effects(lab: SensitivityRun) -> Effects:
     in the directions of the quantization errors (as in MPQCO and in NVIDIA ModelOpt's gradient scores, with cross terms).
     Without labels the derivative is that of a label drawn from the model's own distribution, and slopes are zero.
     """
-    sums = lab.journal.get("all-fisher-and-squares")
-    if sums is None:
-        sums = _measure_all(lab)
-        lab.journal.put("all-fisher-and-squares", sums)
+    sums = lab.journal.kept("all-fisher-and-squares", lambda: _measure_all(lab))
     mean = {name: array / lab.n_images for name, array in sums.items()}
     facts = {"n_images": lab.n_images, "passes": "one forward and one backward pass"}
     noise = noise_of(mean, lab.n_images)
     slopes, curvature = mean["slopes"], mean["curvature"]
-    return Effects(float(mean["base"]), slopes, slopes, curvature, None, lab.n_images, facts, noise=noise)
+    return Effects(float(mean["base"]), slopes, slopes, curvature, None, facts, noise=noise)
 
 
 def _measure_all(lab: SensitivityRun) -> dict[str, np.ndarray]:
@@ -50,11 +45,7 @@ def _measure_all(lab: SensitivityRun) -> dict[str, np.ndarray]:
     sums = {"base": np.asarray(0.0), "slopes": np.zeros(n_choices)}
     sums |= {name: np.zeros((n_choices, n_choices)) for name in ("curvature", "squares")}
     for index, batch in enumerate(track(lab.pieces(), "images forward and back")):
-        key = f"piece{index:05d}-fisher-and-squares"
-        arrays = lab.journal.get(key)
-        if arrays is None:
-            arrays = _of_piece(lab, batch, index)
-            lab.journal.put(key, arrays)
+        arrays = lab.journal.kept(f"piece{index:05d}-fisher-and-squares", partial(_of_piece, lab, batch, index))
         sums = {name: sums[name] + arrays[name] for name in sums}
     return sums
 
@@ -72,17 +63,15 @@ class CallGradient:
 
     def changed(self, lab: SensitivityRun, unit: int, choice: int) -> Tensor:
         """What `unit` at `choice` adds to the output of this call of one of its layers, after the correction if any."""
-        change = self._change(lab, unit, choice)
-        return change if self.correction is None else self.correction(change)
-
-    def _change(self, lab: SensitivityRun, unit: int, choice: int) -> Tensor:
         [change] = lab.engine.variants.changes(unit, [choice], merged=False)[self.layer]
         if change.activation is None:  # The layer is linear, so the change of its weight alone gives the change of its output.
             delta = change.weight - weight_argument(self.args, self.kwargs)
             bias = bias_argument(self.args, self.kwargs)
             no_bias = None if bias is None else torch.zeros_like(bias)
-            return run_changed(self.function, self.args, self.kwargs, [Perturbation(delta)], bias=no_bias)
-        return run_changed(self.function, self.args, self.kwargs, [change]) - self._own
+            moved = run_changed(self.function, self.args, self.kwargs, [Perturbation(delta)], bias=no_bias)
+        else:
+            moved = run_changed(self.function, self.args, self.kwargs, [change]) - self._own
+        return moved if self.correction is None else self.correction(moved)
 
     @cached_property
     def _own(self) -> Tensor:
@@ -110,15 +99,13 @@ def backward(lab: SensitivityRun, batch: Batch, index: int) -> Backward:
     taps = _Taps(engine.owner, layers, engine.changes(engine.pinned, merged=False), reference)
     with evaluating(model), engine.owner, telling_failures(model), torch.enable_grad(), taps:
         output = select(call(model, batch.inputs), engine.output)
-    generator = torch.Generator().manual_seed(lab.setup.seed + index)
-    at_base = measure(lab.setup.loss, output.detach(), batch, n_samples=lab.setup.n_samples, generator=generator)
+    generator = lab.generator(index)
+    at_base = lab.measure(output.detach(), batch, generator)
     with torch.enable_grad():
         base, loss = at_base.losses(output), at_base.probe(output, generator)
         gradients = taps.gradients(loss)
     calls = [
-        CallGradient(
-            tap.layer, tap.function, tap.args, tap.kwargs, gradient, taps.correction(at) if engine.correction else None
-        )
+        replace(tap, gradient=gradient, correction=taps.correction(at) if engine.correction else None)
         for at, (tap, gradient) in enumerate(zip(taps.found, gradients, strict=True))
         if gradient is not None
     ]
@@ -128,40 +115,23 @@ def backward(lab: SensitivityRun, batch: Batch, index: int) -> Backward:
 @torch.no_grad()
 def _of_piece(lab: SensitivityRun, batch: Batch, index: int) -> dict[str, np.ndarray]:
     done = backward(lab, batch, index)
-    v = np.zeros((len(batch), int(lab.start[-1])))
+    v = np.zeros((len(batch), int(lab.start[-1])))  # [image, choice]
     for made in done.calls:
-        _add_derivatives(lab, made, v)
+        for unit, choice in lab.choices_of(made.layer):
+            per_image = (made.changed(lab, unit, choice) * made.gradient).reshape(len(v), -1).sum(1, dtype=torch.float64)
+            v[:, lab.start[unit] + choice] += per_image.cpu().numpy()
     slopes = v.sum(0) if done.has_slope else np.zeros(v.shape[1])
     squared = np.square(v)
     return {"base": np.asarray(done.base), "slopes": slopes, "curvature": v.T @ v, "squares": squared.T @ squared}
 
 
-def _add_derivatives(lab: SensitivityRun, made: CallGradient, v: np.ndarray) -> None:
-    """Add to v [image, choice] what a layer's call contributes at every choice of its unit."""
-    for unit, choice in lab.choices_of(made.layer):
-        per_image = (made.changed(lab, unit, choice) * made.gradient).reshape(len(v), -1).sum(1, dtype=torch.float64)
-        v[:, lab.start[unit] + choice] += per_image.cpu().numpy()
-
-
-@dataclass(frozen=True)
-class _Tap:
-    """One call of a layer, and an offset of zeros on its output whose gradient is that of the output."""
-
-    layer: str
-    function: Any
-    args: Sequence[Any]
-    kwargs: Mapping[str, Any]
-    offset: Tensor
-
-
 @final
-class _Taps(TorchFunctionMode):
+class _Taps(AbstractCalls):
     def __init__(self, owner: Any, layers: set[str], pinned: Changes, reference: Reference | None) -> None:
         super().__init__()
-        self.found: list[_Tap] = []
+        self.found: list[CallGradient] = []  # with offsets of zeros on the outputs, whose gradients are those of the outputs
         self._owner, self._layers, self._pinned = owner, layers, pinned
-        self._reference = reference
-        self._sites = None if reference is None else Occurrences(reference.leaves)
+        self._corrected = correcting(reference, apart=True)
         self._readers = _Readers()
         self._versions: list[int] = []  # of the activation that each call has read
 
@@ -173,12 +143,9 @@ class _Taps(TorchFunctionMode):
                     f"the model changes the activation that {tap.layer} has read in place, so its first-order effects "
                     "cannot be computed. Make that operation return a new tensor, or take a score that runs forward only."
                 )
-        return torch.autograd.grad(loss.sum(), [tap.offset for tap in self.found], allow_unused=True) if self.found else ()
+        return torch.autograd.grad(loss.sum(), [tap.gradient for tap in self.found], allow_unused=True) if self.found else ()
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def run(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         self._readers.note(func, args, kwargs)
         layer: str = (self._owner.name(args, kwargs) if func in WEIGHTED else None) or ""
         if layer in self._pinned:
@@ -189,23 +156,18 @@ class _Taps(TorchFunctionMode):
         offset = torch.zeros_like(output, requires_grad=True)
         args = [value.detach() if isinstance(value, Tensor) else value for value in args]
         self._versions.append(input_argument(args, kwargs)._version)
-        self.found.append(_Tap(layer, func, args, kwargs, offset))
+        self.found.append(CallGradient(layer, func, args, kwargs, offset))
         moved = output + offset
         self._readers.watch(moved)
         return moved
-
-    def _corrected(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], value: Any) -> Any:
-        if self._reference is None or self._sites is None:
-            return value
-        return self._reference.corrected(self._sites.site(func, args, kwargs), value)
 
     def correction(self, at: int) -> ChangeOfOutput | None:
         """What is left of a change of the output of call `at`; None where nothing next to it is corrected."""
         n_readers, norm, output = self._readers.of[at]
         tap = self.found[at]
         if norm is not None:
-            return ChangeOfOutput.before_norm(output, norm) if n_readers == 1 and output is not None else None
-        return None if bias_argument(tap.args, tap.kwargs) is None else ChangeOfOutput.of_layer(tap.function)
+            return ChangeOfOutput(1, norm, output) if n_readers == 1 and output is not None else None
+        return None if bias_argument(tap.args, tap.kwargs) is None else ChangeOfOutput(output_axis(tap.function))
 
 
 @final

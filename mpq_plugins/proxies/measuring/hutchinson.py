@@ -12,14 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from mpq_plugins.common.progress import track
 from mpq_plugins.model.run import Batch, call, evaluating, select, telling_failures
 from mpq_plugins.model.watch import WEIGHTED, LayerOfCall
-from mpq_plugins.proxies.measuring.criteria import measure
 from mpq_plugins.proxies.measuring.effects import SensitivityRun
-from mpq_plugins.proxies.measuring.perturbation import Perturbation, run_changed
+from mpq_plugins.proxies.measuring.perturbation import AbstractCalls, Perturbation, run_changed
 
 _ROUND = 8  # probes that share a forward and a backward pass
 
@@ -91,8 +89,7 @@ def _of_piece(
     with sdpa_kernel(SDPBackend.MATH):  # the only form of attention that can be differentiated twice
         with evaluating(model), engine.owner, telling_failures(model), torch.enable_grad(), _Leaves(engine.owner, by_layer):
             output = select(call(model, batch.inputs), engine.output)
-        generator = torch.Generator().manual_seed(lab.setup.seed + index)
-        at_base = measure(lab.setup.loss, output.detach(), batch, n_samples=lab.setup.n_samples, generator=generator)
+        at_base = lab.measure(output.detach(), batch, lab.generator(index))
         with torch.enable_grad():
             loss = at_base.losses(output).sum()
             found = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, allow_unused=True)
@@ -124,27 +121,20 @@ def _products(
 
 
 def _signs(lab: SensitivityRun, leaf: Tensor, weight: str, index: int, probe: int) -> Tensor:
-    generator = _generator(lab, weight, index, probe)
+    entropy = [lab.setup.seed, zlib.crc32(weight.encode()), index, probe]
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
     return torch.randint(0, 2, leaf.shape, generator=generator).to(leaf).mul_(2).sub_(1)
 
 
-def _generator(lab: SensitivityRun, weight: str, index: int, probe: int) -> torch.Generator:
-    entropy = [lab.setup.seed, zlib.crc32(weight.encode()), index, probe]
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-
-
 @final
-class _Leaves(TorchFunctionMode):
+class _Leaves(AbstractCalls):
     """Runs layers with other tensors in place of their weights, whatever the weights are: frozen, tied or computed."""
 
     def __init__(self, owner: LayerOfCall, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
         self._owner, self._weights = owner, weights
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def run(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         layer = self._owner.name(args, kwargs) if func in WEIGHTED else None
         if layer not in self._weights:
             return func(*args, **kwargs)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from mpq_plugins.model.watch import bias_argument, input_argument
 
@@ -33,6 +35,19 @@ class Perturbation:
     activation: Steps | None = None
 
 
+class AbstractCalls(TorchFunctionMode, abc.ABC):
+    """Runs every torch function through `run`."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return self.run(func, args, kwargs or {})
+
+    @abc.abstractmethod
+    def run(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The value of a call."""
+
+
 Changes = Mapping[str, Sequence[Perturbation]]
 """Layer -> its change in every variant that runs; a single one counts for all variants."""
 
@@ -52,20 +67,13 @@ def run_changed(
     """
     values = input_argument(args, kwargs)
     parts = values.chunk(len(changes)) if stacked and len(changes) > 1 else [values] * len(changes)
+    bias = bias_argument(args, kwargs) if bias is None else bias
+    geometry = {name: value for name, value in kwargs.items() if name not in ("input", "weight", "bias")}
     quantized: dict[Any, Tensor] = {}
-    outputs = []
+    outputs: list[Tensor] = []
     for part, change in zip(parts, changes, strict=True):
         key = (id(part), change.activation)
         if key not in quantized:
             quantized[key] = part if change.activation is None else change.activation(part)
-        outputs.append(_call(function, args, kwargs, quantized[key], change.weight, bias))
+        outputs.append(function(quantized[key], change.weight, bias, *args[3:], **geometry))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-
-def _call(
-    function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], values: Tensor, weight: Tensor, bias: Tensor | None
-) -> Tensor:
-    own = bias_argument(args, kwargs)
-    geometry = {name: value for name, value in kwargs.items() if name not in ("input", "weight", "bias")}
-    output: Tensor = function(values, weight, own if bias is None else bias, *args[3:], **geometry)
-    return output

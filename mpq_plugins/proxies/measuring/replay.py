@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from mpq_plugins.model.run import Output, batch_size, call, select, tensors
+from mpq_plugins.model.run import Output, batch_size, call, evaluating, select, tensors
 from mpq_plugins.model.watch import WEIGHTED, LayerOfCall, bias_argument, input_argument, weight_argument
-from mpq_plugins.proxies.measuring.correction import Corrector, Norm, Site
-from mpq_plugins.proxies.measuring.perturbation import Changes, Perturbation, run_changed
+from mpq_plugins.proxies.measuring.correction import Corrector, Site, output_axis
+from mpq_plugins.proxies.measuring.perturbation import AbstractCalls, Changes, Perturbation, run_changed
 from mpq_plugins.proxies.measuring.trace import CannotReplay, ForwardTrace, is_metadata
 
 
 @dataclass
 class Counter:
-    """How many layer evaluations have run, counted in images, and how many plain passes would have needed."""
+    """How many layer evaluations have run, counted in images."""
 
     run: int = 0
-    plain: int = 0
 
 
 @final
@@ -36,33 +34,28 @@ class Replayer:
         self.model, self.owner, self.tape, self.output = model, owner, tape, output
         self.norm_of: Mapping[int, int] = tape.norm_of if folding else {}
         self.folded = frozenset(self.norm_of.values())
+        norms = {index: tape.calls[norm].norm for index, norm in self.norm_of.items()}
+        self._norms = {index: norm for index, norm in norms.items() if norm is not None}  # norm_of lists calls that have one
         self.counter = Counter()
-        self._plans: dict[int, Plan] = {}
+        self._plans: dict[int, Plan] = {}  # by the bits of the layers that change
         self._own_weights: dict[int, Tensor] = {}  # layer call -> its own weight with its batch normalisation
 
     @property
     def factors(self) -> dict[str, Tensor]:
         """Layer -> the factor per output channel of the batch normalisation that is merged into it."""
-        calls = self.tape.calls
-        found = {calls[index].layer: calls[norm].norm for index, norm in self.norm_of.items()}
-        return {layer: norm.factor for layer, norm in found.items() if layer is not None and norm is not None}
+        return {str(self.tape.calls[index].layer): norm.factor for index, norm in self._norms.items()}
 
     def own_weight(self, index: int, weight: Tensor) -> Tensor:
         """The layer's own weight for this call, folded once."""
         if index not in self._own_weights:
-            norm = self._norm(index)
-            self._own_weights[index] = weight.detach() * norm.factor.reshape(-1, *[1] * (weight.dim() - 1))
+            factor = self._norms[index].factor
+            self._own_weights[index] = weight.detach() * factor.reshape(-1, *[1] * (weight.dim() - 1))
         return self._own_weights[index]
 
     def bias(self, index: int, bias: Tensor | None) -> Tensor:
         """The bias of a layer call with the batch normalisation that is merged into it."""
-        norm = self._norm(index)
+        norm = self._norms[index]
         return norm.shift if bias is None else bias.detach() * norm.factor + norm.shift
-
-    def _norm(self, index: int) -> Norm:
-        norm = self.tape.calls[self.norm_of[index]].norm
-        assert norm is not None  # norm_of lists calls that have one
-        return norm
 
     @cached_property
     def sites(self) -> Mapping[int, Site]:
@@ -72,18 +65,12 @@ class Replayer:
         for index, step in enumerate(calls):
             if index in self.folded:
                 continue
-            norm = self._norm(index) if index in self.norm_of else step.norm
+            norm = self._norms.get(index, step.norm)
             if norm is not None:
-                found[index] = Site.of_norm(norm)
+                found[index] = Site(1, norm)
             elif step.has_bias and all(calls[reader].norm is None for reader in self.tape.readers[index]):
-                found[index] = Site.of_layer(step.function)
+                found[index] = Site(output_axis(step.function))
         return found
-
-    def plan(self, roots: int) -> Plan:
-        """What to run, and what to return for the rest, when the layers in `roots` change."""
-        if roots not in self._plans:
-            self._plans[roots] = Plan(self.tape, roots)
-        return self._plans[roots]
 
     def base(self, inputs: Any, changes: Changes, *, correction: bool = False) -> Values:
         """Run everything under `changes` and keep what later passes need.
@@ -92,12 +79,12 @@ class Replayer:
         """
         everything = Plan(self.tape, None)
         if not correction:
-            return self._play(everything, inputs, _NOTHING, changes, 1)
+            return _Pass(self, everything, inputs, _NOTHING, changes).play()
         measured: dict[int, Corrector] = {}
-        of_float = self._play(everything, inputs, _NOTHING, {}, 1, keep=not changes, measured=measured)
+        of_float = _Pass(self, everything, inputs, _NOTHING, {}, keep=not changes, measured=measured).play()
         if not changes:
             return replace(of_float, correctors=measured)
-        return self._play(everything, inputs, replace(_NOTHING, correctors=measured), changes, 1)
+        return _Pass(self, everything, inputs, replace(_NOTHING, correctors=measured), changes).play()
 
     def replay(self, values: Values, inputs: Any, roots: Iterable[str], changes: Changes, *, keep: bool = False) -> Values:
         """Run what depends on the layers `roots`, everything else being as in `values`.
@@ -107,26 +94,10 @@ class Replayer:
         """
         roots = tuple(roots)
         n_variants = max(len(changes[name]) for name in roots)
-        plan = self.plan(self.tape.bits(roots))
-        return self._play(plan, inputs, values, changes, n_variants, keep=keep)
-
-    def _play(
-        self,
-        plan: Plan,
-        inputs: Any,
-        values: Values,
-        changes: Changes,
-        n_variants: int,
-        *,
-        keep: bool = True,
-        measured: dict[int, Corrector] | None = None,
-    ) -> Values:
-        playing = _Pass(self, plan, inputs, values, changes, n_variants, keep, measured)
-        with playing:
-            result = select(call(self.model, inputs), self.output)
-        if playing.cursor != len(self.tape.calls):
-            raise CannotReplay("its forward pass ended early")
-        return Values(result, {**values.kept, **playing.kept} if keep else values.kept, values.correctors)
+        bits = self.tape.bits(roots)
+        if bits not in self._plans:
+            self._plans[bits] = Plan(self.tape, bits)
+        return _Pass(self, self._plans[bits], inputs, values, changes, n_variants, keep=keep).play()
 
 
 @dataclass(frozen=True)
@@ -172,7 +143,7 @@ class Plan:
 
 
 @final
-class _Pass(TorchFunctionMode):
+class _Pass(AbstractCalls):
     """One pass over the model's own Python, in which calls that need not run return what is kept of them."""
 
     def __init__(
@@ -182,14 +153,15 @@ class _Pass(TorchFunctionMode):
         inputs: Any,
         values: Values,
         changes: Changes,
-        n_variants: int,
-        keep: bool,
-        measured: dict[int, Corrector] | None,
+        n_variants: int = 1,
+        *,
+        keep: bool = True,
+        measured: dict[int, Corrector] | None = None,
     ) -> None:
         super().__init__()
-        self.kept: dict[int, Any] = {}
-        self.cursor = 0
-        self._player, self._tape, self._plan = player, player.tape, plan
+        self._kept: dict[int, Any] = {}
+        self._cursor = 0
+        self._player, self._tape, self._plan, self._inputs = player, player.tape, plan, inputs
         self._base, self._changes, self._n_variants, self._keep = values.kept, changes, n_variants, keep
         self._correctors, self._measured = values.correctors, measured
         self._changed = self._tape.bits(tuple(changes)) if values.correctors else 0
@@ -198,14 +170,20 @@ class _Pass(TorchFunctionMode):
         self._single: dict[int, Tensor] = {id(tensor): tensor for tensor in rows}  # with the images of one variant only
         self._object: dict[int, Any] = {}  # chain head -> the object that its calls return in this pass
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def play(self) -> Values:
+        """Run the model."""
+        player = self._player
+        with evaluating(player.model), player.owner, self:
+            result = select(call(player.model, self._inputs), player.output)
+        if self._cursor != len(self._tape.calls):
+            raise CannotReplay("its forward pass ended early")
+        return Values(result, {**self._base, **self._kept} if self._keep else self._base, self._correctors)
+
+    def run(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if is_metadata(func):
             return func(*args, **kwargs)
-        index = self.cursor
-        self.cursor += 1
+        index = self._cursor
+        self._cursor += 1
         if index >= len(self._tape.calls) or self._tape.calls[index].function != func:
             raise CannotReplay("its calls depend on the values of activations")
         if not self._plan.runs[index]:
@@ -239,7 +217,7 @@ class _Pass(TorchFunctionMode):
         value: Tensor = self._base[source]
         if self._n_variants == 1 or not self._tape.calls[source].grows:
             return value.clone()
-        return value.repeat(self._n_variants, *[1] * (value.dim() - 1))
+        return self._for_all(value)
 
     def _run(self, index: int, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if index in self._player.folded:
@@ -255,50 +233,42 @@ class _Pass(TorchFunctionMode):
 
     def _compute(self, index: int, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         layer = self._tape.calls[index].layer or ""
+        is_folded = index in self._player.norm_of
+        bias = self._player.bias(index, bias_argument(args, kwargs)) if is_folded else None
         if layer in self._changes:
-            return self._run_changed(index, func, args, kwargs, self._changes[layer])
+            is_stacked = self._n_variants > 1 and id(input_argument(args, kwargs)) not in self._single
+            return run_changed(func, args, kwargs, self._changes[layer], bias=bias, stacked=is_stacked)
         if self._n_variants > 1:
             args, kwargs = self._stacked(args), dict(zip(kwargs, self._stacked(tuple(kwargs.values())), strict=True))
-        if index in self._player.norm_of:
+        if is_folded:
             own = Perturbation(self._player.own_weight(index, weight_argument(args, kwargs)))
-            return run_changed(func, args, kwargs, [own], bias=self._bias(index, args, kwargs), stacked=False)
+            return run_changed(func, args, kwargs, [own], bias=bias)
         return func(*args, **kwargs)
-
-    def _run_changed(
-        self, index: int, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], changes: Sequence[Perturbation]
-    ) -> Tensor:
-        bias = self._bias(index, args, kwargs) if index in self._player.norm_of else None
-        values = input_argument(args, kwargs)
-        is_stacked = self._n_variants > 1 and id(values) not in self._single
-        return run_changed(func, args, kwargs, changes, bias=bias, stacked=is_stacked)
-
-    def _bias(self, index: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-        return self._player.bias(index, bias_argument(args, kwargs))
 
     def _stacked(self, values: Any) -> Any:
         """`values` with every tensor of one variant repeated for all of them."""
-        if isinstance(values, Tensor):
-            if id(values) not in self._single:
-                return values
-            return values.repeat(self._n_variants, *[1] * (values.dim() - 1))
-        if isinstance(values, (tuple, list)) and not hasattr(values, "_fields"):
-            return type(values)(self._stacked(value) for value in values)
-        return values
+        return _mapped(values, lambda tensor: self._for_all(tensor) if id(tensor) in self._single else tensor)
+
+    def _for_all(self, tensor: Tensor) -> Tensor:
+        return tensor.repeat(self._n_variants, *[1] * (tensor.dim() - 1))
 
     def _hold(self, index: int, value: Any) -> None:
         """Keep the value of a call, or only its form where no later pass reads it."""
         if index not in self._tape.kept:
-            self.kept[index] = _form(value)
+            # Something of the same shapes and types that takes no memory.
+            self._kept[index] = _mapped(
+                value, lambda tensor: torch.empty((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+            )
             return
         chain = self._tape.chains.get(self._tape.head_of.get(index, -1), ())
         changes_later = any(self._tape.calls[other].mutates for other in chain if other > index)
-        self.kept[index] = value.clone() if changes_later else value
+        self._kept[index] = value.clone() if changes_later else value
 
 
-def _form(value: Any) -> Any:
-    """Something of the same shapes and types that takes no memory."""
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with every tensor changed, in lists and tuples too."""
     if isinstance(value, Tensor):
-        return torch.empty((), dtype=value.dtype, device=value.device).expand(value.shape)
+        return change(value)
     if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-        return type(value)(_form(item) for item in value)
+        return type(value)(_mapped(item, change) for item in value)
     return value

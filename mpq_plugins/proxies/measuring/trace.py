@@ -8,7 +8,7 @@ does not depend on the activations.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, final
@@ -16,12 +16,12 @@ from typing import Any, final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from mpq_plugins.errors import MPQError
 from mpq_plugins.model.run import Output, batch_size, call, select, tensors
 from mpq_plugins.model.watch import METADATA_NAMES, WEIGHTED, LayerOfCall, bias_argument, function_name
 from mpq_plugins.proxies.measuring.correction import Norm
+from mpq_plugins.proxies.measuring.perturbation import AbstractCalls
 
 _TENSOR_PROPERTIES = frozenset(("T", "mT", "H", "mH", "data", "real", "imag", "grad"))
 # Functions that give numbers to Python, and functions that take only the form of a tensor, not its values.
@@ -174,7 +174,7 @@ def _grows(one: tuple[int, ...], two: tuple[int, ...], n_images: tuple[int, int]
     return True if all(a * n_images[1] == b * n_images[0] for a, b in pairs) else None
 
 
-class _Recorder(TorchFunctionMode):
+class _Recorder(AbstractCalls):
     """Runs a forward pass and writes its calls down."""
 
     def __init__(self, model: nn.Module, owner: LayerOfCall, layers: Sequence[str], inputs: Any, output: Output) -> None:
@@ -196,10 +196,7 @@ class _Recorder(TorchFunctionMode):
         self._check_unchanged(self._held.values())
         self._held.clear()
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def run(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if is_metadata(func):
             return func(*args, **kwargs)
         read = [*tensors(args), *tensors(kwargs)]
@@ -212,54 +209,45 @@ class _Recorder(TorchFunctionMode):
         layer = self._owner.name(args, kwargs) if func in WEIGHTED else None
         versions = {id(tensor): tensor._version for tensor in read}
         value = func(*args, **kwargs)
-        self._add(func, args, kwargs, sources, layer, versions, value)
-        return value
-
-    def _add(
-        self,
-        function: Callable[..., Any],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        sources: tuple[int, ...],
-        layer: str | None,
-        versions: Mapping[int, int],
-        value: Any,
-    ) -> None:
-        index = len(self.calls)
         reach = self._bit.get(layer or "", 0)
         for source in sources:
             reach |= self.calls[source].reach
-        if reach and function_name(function) in _READING_NAMES:
+        if reach and function_name(func) in _READING_NAMES:
             raise CannotReplay("its forward pass takes numbers from activations, on which its course may depend")
-        returned = list(tensors(value))
-        follows, mutates = None, False
-        if isinstance(value, Tensor) and id(value) in versions:
-            follows, mutates = self._maker.get(id(value)), value._version != versions[id(value)]
-            if follows is None and mutates:
-                raise CannotReplay("it changes its input or its parameters in place")
-            if follows is not None and len(self.calls[follows].rows) != 1:
-                raise CannotReplay("it passes on one of several returned tensors as the very same object")
+        follows, mutates = self._passed_on(value, versions)
         if reach:
             self._used.update(versions)
         else:
             self._accept_changes()
-        for tensor in returned:
-            self._maker[id(tensor)], self._version[id(tensor)] = index, tensor._version
-            self._held[id(tensor)] = tensor
-        self.calls.append(
-            Call(
-                function,
-                sources,
-                reach,
-                layer,
-                follows,
-                mutates,
-                n_bytes=sum(tensor.numel() * tensor.element_size() for tensor in returned),
-                rows=tuple(tensor.shape[0] if tensor.dim() else 0 for tensor in returned),
-                norm=self._norm(function, args, kwargs),
-                has_bias=function in WEIGHTED and bias_argument(args, kwargs) is not None,
-            )
+        returned, norm = list(tensors(value)), Norm.of(func, args, kwargs)
+        step = Call(
+            func,
+            sources,
+            reach,
+            layer,
+            follows,
+            mutates,
+            n_bytes=sum(tensor.numel() * tensor.element_size() for tensor in returned),
+            rows=tuple(tensor.shape[0] if tensor.dim() else 0 for tensor in returned),
+            norm=None if norm is None or any(id(tensor) not in self._leaves for tensor in norm[1]) else norm[0],
+            has_bias=func in WEIGHTED and bias_argument(args, kwargs) is not None,
         )
+        for tensor in returned:
+            self._maker[id(tensor)], self._version[id(tensor)] = len(self.calls), tensor._version
+            self._held[id(tensor)] = tensor
+        self.calls.append(step)
+        return value
+
+    def _passed_on(self, value: Any, versions: Mapping[int, int]) -> tuple[int | None, bool]:
+        """The call whose very object a value is, and whether this call has changed it."""
+        if not isinstance(value, Tensor) or id(value) not in versions:
+            return None, False
+        follows, mutates = self._maker.get(id(value)), value._version != versions[id(value)]
+        if follows is None and mutates:
+            raise CannotReplay("it changes its input or its parameters in place")
+        if follows is not None and len(self.calls[follows].rows) != 1:
+            raise CannotReplay("it passes on one of several returned tensors as the very same object")
+        return follows, mutates
 
     def _accept_changes(self) -> None:
         """Let a call that depends on no layer change others like it, such as a mask filled by index, before their use."""
@@ -271,7 +259,3 @@ class _Recorder(TorchFunctionMode):
         for tensor in found:
             if self._version.get(id(tensor), tensor._version) != tensor._version:
                 raise CannotReplay("it changes a tensor in place through a view or an index")
-
-    def _norm(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Norm | None:
-        found = Norm.of(function, args, kwargs)
-        return None if found is None or any(id(tensor) not in self._leaves for tensor in found[1]) else found[0]

@@ -6,8 +6,7 @@ the width. It is measured at every width up to 4 bits and at some wider ones, an
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -40,20 +39,14 @@ def filled(unit: Unit, losses: np.ndarray, squared_error: Callable[[int], float]
     `squared_error` gives that of the unit's weights at a width. Loss per squared error is linear in the logarithm of the error
     between measured widths, and beyond them that of the nearest.
     """
-    known = [index for index in range(len(losses)) if not np.isnan(losses[index])]
-    if len(known) == len(losses):
+    known = ~np.isnan(losses)
+    if known.all():
         return losses
     error = np.asarray([squared_error(choice.weight) for choice in unit.choices])
-    found: np.ndarray = losses.copy()
-    exact = [index for index in known if error[index] > 0.0]
-    for index in sorted(set(range(len(losses))) - set(known)):
-        found[index] = _between(exact, losses, error, index) if exact and error[index] > 0.0 else 0.0
+    found: np.ndarray = np.where(known, losses, 0.0)
+    exact = np.flatnonzero(known & (error > 0.0))
+    exact, wanted = exact[np.argsort(error[exact], kind="stable")], ~known & (error > 0.0)
+    if len(exact):
+        ratio = np.interp(np.log(error[wanted]), np.log(error[exact]), losses[exact] / error[exact])
+        found[wanted] = ratio * error[wanted]
     return found
-
-
-def _between(known: Sequence[int], losses: np.ndarray, error: np.ndarray, index: int) -> float:
-    """Loss at `index` by the loss per squared error of the measured choices around it."""
-    ascending = sorted(known, key=lambda other: float(error[other]))
-    at = [math.log(error[other]) for other in ascending]
-    ratio = [float(losses[other] / error[other]) for other in ascending]
-    return float(np.interp(math.log(error[index]), at, ratio) * error[index])

@@ -22,7 +22,6 @@ from mpq_plugins.errors import DataError, FormatError, ModelError, MPQError
 from mpq_plugins.model.check import plain_model, unwrapped
 from mpq_plugins.model.run import Batch
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _MARGIN = 256 / 224  # of the resized image around the crop, in ImageNet's evaluation
 Size = tuple[int, int]  # height, width
 
@@ -196,6 +195,18 @@ def image_size(input_shape: tuple[int, ...] | None) -> Size:
     return input_shape[2], input_shape[3]
 
 
+def labelled_folder(root: Path, *steps: Any) -> Any:
+    """torchvision's dataset of an image folder: the `steps`, then ImageNet's normalisation. Raises `DataError`."""
+    datasets, transforms = require("torchvision.datasets", "vision"), require("torchvision.transforms", "vision")
+    normalised = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    try:
+        return datasets.ImageFolder(str(root), transforms.Compose([*steps, transforms.ToTensor(), normalised]))
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"{root} is no image folder: {str(error).rstrip('.')}. It needs one sub-folder of images for each class."
+        ) from error
+
+
 class _Covering:
     """Resizes an image, its proportions kept, so that it covers height and width with ImageNet's margin."""
 
@@ -212,20 +223,9 @@ class ImageFolder:
     """Batches of an image folder with ImageNet's evaluation preprocessing, images of all classes mixed by a fixed seed."""
 
     def __init__(self, root: Path, *, size: Size, batch_size: int) -> None:
-        datasets, transforms = require("torchvision.datasets", "vision"), require("torchvision.transforms", "vision")
-        height, width = size
-        steps = [
-            transforms.Resize(round(height * _MARGIN)) if height == width else _Covering(height, width),
-            transforms.CenterCrop(size),
-            transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        ]
-        try:
-            self._images = datasets.ImageFolder(str(root), transforms.Compose(steps))
-        except (OSError, RuntimeError) as error:
-            raise DataError(
-                f"{root} is no image folder: {str(error).rstrip('.')}. It needs one sub-folder of images for each class."
-            ) from error
+        transforms, (height, width) = require("torchvision.transforms", "vision"), size
+        resized = transforms.Resize(round(height * _MARGIN)) if height == width else _Covering(height, width)
+        self._images = labelled_folder(root, resized, transforms.CenterCrop(size))
         self._batch_size = batch_size
 
     def __iter__(self) -> Iterator[Batch]:

@@ -253,16 +253,10 @@ def _plugin(options: Namespace) -> int:
 
 def demo(options: Namespace) -> int:
     """`mpq demo`."""
-    folder, adapters = Path(options.out), words_of(options.adapters)
-    if options.network == "digits":
-        from mpq_plugins.cli.digits_demo import run_digits_demo
-
-        return run_digits_demo(folder, n_seeds=options.seeds or 5, adapters=adapters, as_json=options.json)
     from mpq_plugins.cli.demo import run_demo
 
-    if options.seeds is not None:
-        raise DataError("--seeds is about the random control, which only the digits demo has. Add --network digits.")
-    return run_demo(folder, adapters=adapters, as_json=options.json)
+    adapters, n_random = words_of(options.adapters), options.seeds or 0
+    return run_demo(Path(options.out), options.network, adapters=adapters, n_random=n_random, as_json=options.json)
 
 
 def _tell_dry_run(options: Namespace, search: Search) -> int:

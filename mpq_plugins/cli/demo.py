@@ -104,7 +104,7 @@ class Images:
         """Images with their labels, and others of which only the answers are compared."""
         inputs = torch.cat([labelled.inputs, *(batch.inputs for batch in others)])
         with evaluating(net):
-            expected = torch.cat([net(part) for part in inputs.split(len(labelled))])
+            expected = torch.cat([net(part) for part in torch.split(inputs, len(labelled))])
         return cls(inputs, labels_of(labelled), expected)
 
     def judge(self, logits: Tensor) -> dict[str, Any]:
@@ -141,9 +141,14 @@ def subject(network: str) -> tuple[nn.Module, Sequence[Batch], Images, str]:
     """A float network, images to calibrate on, images to judge by, and what these are."""
     if network == "digits":
         torch.set_num_threads(1)  # a tiny network: more threads only wait for each other, and on a busy machine they wait long
-        net, images = trained_digits_net(), digits(train=True, batch_size=N_DIGITS)[:1]
-        test = Images.of(net, digits(train=False, batch_size=N_DIGITS)[0])
-        return net, images, test, f"a residual network, trained on scikit-learn's digits; {N_DIGITS} to calibrate and to judge"
+        small, images = trained_digits_net(), digits(train=True, batch_size=N_DIGITS)[:1]
+        test = Images.of(small, digits(train=False, batch_size=N_DIGITS)[0])
+        return (
+            small,
+            images,
+            test,
+            f"a residual network, trained on scikit-learn's digits; {N_DIGITS} to calibrate and judge",
+        )
     net, images = imagenet_network(), photographs(N_CALIBRATION)
     told = f"EfficientNet-Lite0, trained on ImageNet; {N_CALIBRATION} crops of photographs to calibrate on, 20 labelled images"
     return net, images, Images.of(net, labelled_images(), shifted_images(N_SHIFTED)), told

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mpq_plugins.errors import DataError
-from mpq_plugins.quantizers.squared_error import N_ENDS, Codes, Rows, expected_error, lookups_pay, squared_error
+from mpq_plugins.quantizers.squared_error import N_ENDS, Codes, Rows, lookups_pay, squared_error
 
 _N_SHARES = 80  # thresholds tried, as shares of the largest magnitude
 _OFFSETS = tuple(0.1 * index - 0.95 for index in range(20))  # then tried around the best ones, in distances of those shares
@@ -110,7 +110,7 @@ def _best_thresholds(rows: Rows, steps: Tensor, codes: Codes) -> Tensor:
         return _least(rows, steps, codes)
     if not lookups_pay(rows, N_ENDS):
         return _least(rows, steps, codes, n=_N_BASINS)
-    expected = expected_error(rows, steps, codes)
+    expected = rows.expected_error(steps.double(), codes.lowest, codes.n_boundaries + 1)
     # Rounding errors of n values scatter their mean square by 0.9 / sqrt(n); six times that is allowed for.
     margin = 1.05 + 5.4 / rows.n_nonzero.clamp(min=1).sqrt()
     n_promising = int((expected <= expected.amin(dim=1, keepdim=True) * margin).sum(dim=1).max())

@@ -16,7 +16,7 @@ from mpq_plugins.costs.base import AbstractCost, Budget, format_amount, options_
 from mpq_plugins.costs.budgets import Budgets, as_budgets
 from mpq_plugins.errors import BudgetError, PluginError, SpaceError
 from mpq_plugins.model.discover import find_layers
-from mpq_plugins.model.layers import Inventory, Layer, skipped_layers
+from mpq_plugins.model.layers import Inventory, skipped_layers
 from mpq_plugins.model.left_in_float import LeftInFloat
 from mpq_plugins.proxies.base import AbstractProxy
 from mpq_plugins.proxies.scores import Scores
@@ -245,7 +245,7 @@ def build_space(
         pin=pins,
         tie=tie,
         share_activations=share,
-        refuse=_accept if target is None else target.refuse,
+        refuse=target.refuse if target is not None else lambda layer, precision: None,
     )
     LeftInFloat.of(space.layers, space.skipped).tell(strict=strict)
     return space
@@ -334,10 +334,6 @@ def _in_bits(budget: Budget, space: Space) -> dict[str, Any]:
     if not isinstance(budget.cost, WeightSize):
         return {}
     return {"average_bits": space.average_bits_of_size(budget.resolve(space)).to_json()}
-
-
-def _accept(layer: Layer, precision: Precision) -> str | None:
-    return None
 
 
 def _origin(scores: Scores, budgets: Sequence[Budget], solution: Solution, layers: Mapping[str, Precision]) -> dict[str, Any]:

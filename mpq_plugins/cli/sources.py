@@ -244,9 +244,9 @@ class ImageFolder:
         return image, label
 
 
-def example_input(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+def example_input(shape: tuple[int, ...]) -> torch.Tensor:
     """A normal random input of a given shape, for discovery and export when there are no data."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def parse_shape(text: str) -> tuple[int, ...]:

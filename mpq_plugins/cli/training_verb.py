@@ -18,7 +18,7 @@ from mpq_plugins.errors import DataError
 if TYPE_CHECKING:
     from torch import nn
 
-    from mpq_plugins.training import EpochRecord, Trained, TrainingRecipe
+    from mpq_plugins.training import EpochRecord, TrainingRecipe
 
 
 def train(options: Namespace) -> int:
@@ -72,7 +72,12 @@ def train(options: Namespace) -> int:
         return 0
     if options.plot:
         plot_training(trained.history, options.plot)
-    result = _result(trained, options)
+    result: dict[str, Any] = {
+        "module": str(Path(options.out) / "module.pt"),
+        "metrics": str(Path(options.out) / "metrics.jsonl"),
+        "epochs": [asdict(record) for record in trained.history],
+        "instability": dict(trained.instability),
+    }
     if evaluation is not None:
         # Not the last epoch's: a run that was finished before may have been evaluated on other data.
         result["accuracy"] = accuracy(trained.module, evaluation, output=options.output)
@@ -84,15 +89,6 @@ def train(options: Namespace) -> int:
         console.print(f"accuracy {result['accuracy']:.4f}, float {result['float_accuracy']:.4f}")
     console.print(f"wrote {result['module']}; metrics in {result['metrics']}")
     return 0
-
-
-def _result(trained: Trained, options: Namespace) -> dict[str, Any]:
-    return {
-        "module": str(Path(options.out) / "module.pt"),
-        "metrics": str(Path(options.out) / "metrics.jsonl"),
-        "epochs": [asdict(record) for record in trained.history],
-        "instability": dict(trained.instability),
-    }
 
 
 def _recipe(options: Namespace) -> TrainingRecipe:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -50,13 +51,8 @@ def layers(options: Namespace) -> int:
     skipped = (*inventory.skipped, *skipped_layers(inventory, refused))
     left = LeftInFloat.of(kept, skipped)
     if options.json:
-        document = {
-            "fingerprint": inventory.fingerprint,
-            "layers": [layer.to_json() for layer in inventory],
-            "skipped": {item.name: item.reason for item in skipped},
-            "left_in_float": left.to_json(),
-        }
-        _print_json(document)
+        facts = {"fingerprint": inventory.fingerprint, "layers": [layer.to_json() for layer in inventory]}
+        _print_json({**facts, "skipped": {item.name: item.reason for item in skipped}, "left_in_float": left.to_json()})
     else:
         terminal = console()
         terminal.print(layer_table(inventory))
@@ -152,7 +148,11 @@ def export(options: Namespace) -> int:
     check_prepared_with(adapter.prepared_with(module), values_of(options.adapter_option), options.module_file)
     inputs = example if options.data is None else next(iter(take(data_of(options), options.batch_size))).inputs
     if options.dry_run:
-        return _tell_dry_export(options, adapter, module)
+        console().print(
+            f"{len(bits_of(module).layers)} layers of {options.module_file}, format {adapter.format_of(options.format)}"
+        )
+        console().print(f"dry run: {options.out} is not written")
+        return _OK
     index = output_index(module, example, options.output) if options.evaluate else None
     path = adapter.export(module, options.out, example, format=options.format)
     report = verify_artifact(
@@ -211,8 +211,7 @@ def plugins(options: Namespace) -> int:
     for kind in KINDS:
         for name in names(kind):
             try:
-                plugin = make(kind, name)
-                found[kind][name] = _first_sentence(plugin)
+                found[kind][name] = described(make(kind, name))["about"].split("\n")[0]
             except (PluginError, ImportError) as error:
                 found[kind][name] = f"not usable here: {error}"
     if options.json:
@@ -275,14 +274,6 @@ def _tell_dry_run(options: Namespace, search: Search) -> int:
     return _OK
 
 
-def _tell_dry_export(options: Namespace, adapter: AbstractAdapter, module: nn.Module) -> int:
-    """What `mpq export` would do."""
-    chosen = adapter.format_of(options.format)
-    console().print(f"{len(bits_of(module).layers)} layers of {options.module_file}, format {chosen}")
-    console().print(f"dry run: {options.out} is not written")
-    return _OK
-
-
 def _report_allocation(options: Namespace, allocation: Allocation, budgets: Sequence[Budget]) -> int:
     from mpq_plugins.reports import allocation_table, certificate_lines, plot_allocation, skipped_table
 
@@ -342,16 +333,8 @@ def _advice(adapter: AbstractAdapter, model: nn.Module, example: Any, bits: BitC
     """What to know before deploying, with the number of layers it is about."""
     from mpq_plugins.model.discover import find_layers
 
-    found: dict[str, int] = {}
-    for layer in find_layers(model, example):
-        text = adapter.advice(layer, bits[layer.name]) if layer.name in bits.layers else None
-        if text:
-            found[text] = found.get(text, 0) + 1
-    return found
-
-
-def _first_sentence(plugin: Any) -> str:
-    return (type(plugin).__doc__ or "").strip().split("\n")[0]
+    layers = [layer for layer in find_layers(model, example) if layer.name in bits.layers]
+    return Counter(text for layer in layers if (text := adapter.advice(layer, bits[layer.name])))
 
 
 def _print_optional(terminal: Console, table: Any) -> None:

@@ -226,11 +226,6 @@ def correct_by_difference(
     return n_batches
 
 
-def correct_batch_norm(reference: nn.Module, module: nn.Module, batches: Iterable[Any], *, held: Collection[str] = ()) -> int:
-    """`correct_by_difference` at every normalisation of `module` with running statistics but those in `held`."""
-    return correct_by_difference(reference, module, batches, norm_sites(module, held=held))
-
-
 @contextlib.contextmanager
 def corrected_around(
     module: nn.Module, batches: Iterable[Any], sites: Callable[[], Mapping[str, AbstractSite]]
@@ -342,7 +337,8 @@ def reestimate_batch_norm(module: nn.Module, batches: Iterable[Any], *, held: Co
     Only the statistics change: the other modules run in evaluation mode, modes come back afterwards.
     Returns the number of batches used; with none, or without batch normalisation, nothing changes.
     """
-    norms = [norm for name, norm in module.named_modules() if name not in held and _can_be_reestimated(norm)]
+    norms = [norm for name, norm in module.named_modules() if name not in held and isinstance(norm, _NORMS)]
+    norms = [norm for norm in norms if norm.track_running_stats]
     if not norms:
         return 0
     modes = [(child, child.training) for child in module.modules()]
@@ -392,7 +388,3 @@ def copy_statistics(source: nn.Module, module: nn.Module, names: Iterable[str]) 
             for key, buffer in theirs[name].named_buffers(recurse=False):
                 with torch.no_grad():
                     ours[name].get_buffer(key).copy_(buffer)
-
-
-def _can_be_reestimated(norm: nn.Module) -> bool:
-    return isinstance(norm, _NORMS) and norm.track_running_stats

@@ -30,15 +30,7 @@ from mpq_plugins.adapter.base import AbstractAdapter, adapter_of, bits_of
 from mpq_plugins.adapter.verify import verify
 from mpq_plugins.allocation import build_space
 from mpq_plugins.costs.base import AbstractCost
-from mpq_plugins.errors import (
-    AdapterError,
-    DataError,
-    FingerprintError,
-    FloatLayersWarning,
-    FormatError,
-    MPQError,
-    UnknownLayerError,
-)
+from mpq_plugins.errors import AdapterError, DataError, FingerprintError, FormatError, MPQError, UnknownLayerError
 from mpq_plugins.model.discover import find_layers
 from mpq_plugins.model.layers import Inventory, Layer
 from mpq_plugins.model.run import Batch, call, evaluating, tensors
@@ -376,7 +368,7 @@ def check_adapter(
 def _bits(adapter: AbstractAdapter, model: nn.Module, example: Any) -> BitConfig:
     """Choices in turn, activation bits agreeing where the adapter shares a quantizer."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FloatLayersWarning)
+        warnings.simplefilter("ignore")
         space = build_space(model, example, adapter=adapter)
     activation = {unit.activation_group: unit.choices[0].activation for unit in space.units}
     layers: dict[str, Precision] = {}

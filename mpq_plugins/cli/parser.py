@@ -31,12 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"--budget size=w4 --budget bops=60%, and quote patterns. `mpq {options.verb} --help` lists all options."
             )
         return _run(options)
-    except InfeasibleBudgetError as error:
-        return _fail(error, EXIT_INFEASIBLE)
-    except VerificationError as error:
-        return _fail(error, EXIT_FAILED)
     except MPQError as error:
-        return _fail(error, EXIT_USAGE)
+        print(f"mpq: error: {error}", file=sys.stderr)
+        is_failed = isinstance(error, VerificationError)
+        return EXIT_INFEASIBLE if isinstance(error, InfeasibleBudgetError) else EXIT_FAILED if is_failed else EXIT_USAGE
     except KeyboardInterrupt:
         print("interrupted; files that were complete are kept", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -66,21 +64,12 @@ def _logging(is_verbose: bool) -> Iterator[None]:
     logger.propagate = False
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
             yield
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
         logger.propagate = propagates
-
-
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)
-
-
-def _fail(error: MPQError, code: int) -> int:
-    print(f"mpq: error: {error}", file=sys.stderr)
-    return code
 
 
 def _with_config(arguments: list[str]) -> list[str]:

@@ -7,6 +7,7 @@ import contextlib
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, final
 
 import torch
@@ -301,29 +302,20 @@ def _watched(module: nn.Module, sites: Mapping[str, AbstractSite], see: Callable
     """In forward passes `see` gets the values of every site, and gives what takes the place of outputs."""
     modules = dict(module.named_modules())
 
-    def before(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            with torch._C.DisableTorchFunction():  # what hooks compute is not part of the model that others watch
-                see(name, next(tensors((args, kwargs))))
+    def before(name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        with torch._C.DisableTorchFunction():  # what hooks compute is not part of the model that others watch
+            see(name, next(tensors((args, kwargs))))
 
-        return hook
-
-    def after(name: str) -> Callable[..., Tensor]:
-        def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-            with torch._C.DisableTorchFunction():
-                return see(name, output)
-
-        return hook
+    def after(name: str, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            return see(name, output)
 
     with contextlib.ExitStack() as stack:
-        for name, site in sites.items():
-            watched = modules.get(name)
-            if watched is None:
-                continue
-            if site.of_input:
-                handle = watched.register_forward_pre_hook(before(name), with_kwargs=True)
+        for name in (name for name in sites if name in modules):
+            if sites[name].of_input:
+                handle = modules[name].register_forward_pre_hook(partial(before, name), with_kwargs=True)
             else:
-                handle = watched.register_forward_hook(after(name))
+                handle = modules[name].register_forward_hook(partial(after, name))
             stack.callback(handle.remove)
         yield
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from mpq_plugins.allocation import Allocation
+from mpq_plugins.costs import BitOps, WeightSize
 from mpq_plugins.costs.base import format_amount
 from mpq_plugins.model.layers import Inventory, Layer, Skipped
 from mpq_plugins.model.left_in_float import LeftInFloat, shares
@@ -53,8 +54,6 @@ def skipped_table(skipped: Iterable[Skipped], layers: Iterable[Layer]) -> Table 
 
 def allocation_table(allocation: Allocation) -> Table:
     """Bits, size and share of the budget of every layer."""
-    from mpq_plugins.costs import BitOps, WeightSize
-
     space, bits = allocation.space, allocation.bits
     size, bit_ops = WeightSize(), BitOps()
     title = f"bit configuration, weight bits on average: {allocation.average_bits}"

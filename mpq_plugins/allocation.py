@@ -253,11 +253,7 @@ def build_space(
 
 
 def proxy_of(
-    given: AbstractProxy | str,
-    model: nn.Module,
-    example: Any,
-    output: Output = None,
-    options: Mapping[str, Any] | None = None,
+    given: AbstractProxy | str, model: nn.Module, example: Any, output: Output = None, options: Mapping[str, Any] | None = None
 ) -> AbstractProxy:
     """The proxy that was given or named.
 

@@ -143,12 +143,8 @@ def subject(network: str) -> tuple[nn.Module, Sequence[Batch], Images, str]:
         torch.set_num_threads(1)  # a tiny network: more threads only wait for each other, and on a busy machine they wait long
         small, images = trained_digits_net(), digits(train=True, batch_size=N_DIGITS)[:1]
         test = Images.of(small, digits(train=False, batch_size=N_DIGITS)[0])
-        return (
-            small,
-            images,
-            test,
-            f"a residual network, trained on scikit-learn's digits; {N_DIGITS} to calibrate and judge",
-        )
+        told = f"a residual network, trained on scikit-learn's digits; {N_DIGITS} to calibrate and to judge"
+        return small, images, test, told
     net, images = imagenet_network(), photographs(N_CALIBRATION)
     told = f"EfficientNet-Lite0, trained on ImageNet; {N_CALIBRATION} crops of photographs to calibrate on, 20 labelled images"
     return net, images, Images.of(net, labelled_images(), shifted_images(N_SHIFTED)), told

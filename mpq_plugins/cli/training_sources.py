@@ -59,13 +59,10 @@ def calibration_data(spec: str, n_images: int, *, size: Size = (224, 224), batch
 
 def shifted_digits(epoch: int, *, batch_size: int = 64) -> Sequence[Batch]:
     """The training digits in batches, each rolled by up to one pixel, other ones in every epoch."""
-    from mpq_plugins.cli.digits import digits
+    from mpq_plugins.cli.digits import digits, shifted
 
     generator = torch.Generator().manual_seed(epoch)
-    return [
-        Batch(torch.roll(batch.inputs, torch.randint(-1, 2, (2,), generator=generator).tolist(), dims=(2, 3)), batch.labels)
-        for batch in digits(train=True, batch_size=batch_size)
-    ]
+    return [shifted(batch, generator) for batch in digits(train=True, batch_size=batch_size)]
 
 
 def _image_loader(root: Path, *, size: Size, batch_size: int, workers: int) -> Any:

@@ -111,9 +111,7 @@ def apply(options: Namespace) -> int:
         check_like(batch.inputs, example, where=f"calibration batch {index}")
     if options.dry_run:
         n_images = sum(map(len, calibration))
-        console().print(f"{len(bits.layers)} of {len(inventory)} layers on {n_images} images")
-        console().print(f"dry run: {options.out} is not written")
-        return _OK
+        return _dry_run(options, f"{len(bits.layers)} of {len(inventory)} layers on {n_images} images")
     result: dict[str, Any] = {"module": options.out}
     if options.evaluate:  # Before the long work, so that missing labels are told at once.
         result["float_accuracy"] = accuracy(model, data_of(options), output=options.output)
@@ -148,11 +146,8 @@ def export(options: Namespace) -> int:
     check_prepared_with(adapter.prepared_with(module), values_of(options.adapter_option), options.module_file)
     inputs = example if options.data is None else next(iter(take(data_of(options), options.batch_size))).inputs
     if options.dry_run:
-        console().print(
-            f"{len(bits_of(module).layers)} layers of {options.module_file}, format {adapter.format_of(options.format)}"
-        )
-        console().print(f"dry run: {options.out} is not written")
-        return _OK
+        told = f"{len(bits_of(module).layers)} layers of {options.module_file}, format {adapter.format_of(options.format)}"
+        return _dry_run(options, told)
     index = output_index(module, example, options.output) if options.evaluate else None
     path = adapter.export(module, options.out, example, format=options.format)
     report = verify_artifact(
@@ -262,15 +257,15 @@ def _tell_dry_run(options: Namespace, search: Search) -> int:
     """What `mpq allocate` would do."""
     space, batches = search.space, list(search.batches)
     n_choices = sum(len(unit.choices) for unit in space.units)
-    terminal = console()
-    terminal.print(
-        f"{len(space.layers)} layers, {len(space.units)} units, {n_choices} choices, {sum(map(len, batches))} images"
-    )
-    for budget in search.budgets:
-        limit, asked = format_amount(budget.resolve(space), budget.cost.unit), budget.limit
-        terminal.print(f"budget {budget.cost.name}: {limit} ({asked})")
-    terminal.print(f"proxy {search.proxy.name}, solver {options.solver}")
-    terminal.print(f"dry run: {options.out} is not written")
+    counts = f"{len(space.layers)} layers, {len(space.units)} units, {n_choices} choices, {sum(map(len, batches))} images"
+    limits = [(own, format_amount(own.resolve(space), own.cost.unit)) for own in search.budgets]
+    budgets = [f"budget {own.cost.name}: {limit} ({own.limit})" for own, limit in limits]
+    return _dry_run(options, counts, *budgets, f"proxy {search.proxy.name}, solver {options.solver}")
+
+
+def _dry_run(options: Namespace, *lines: str) -> int:
+    for line in (*lines, f"dry run: {options.out} is not written"):
+        console().print(line)
     return _OK
 
 
@@ -308,7 +303,7 @@ def _report_verification(options: Namespace, report: Verification, accuracies: M
     if report.outputs is not None:
         terminal.print(
             f"outputs: mean difference {report.outputs.mean_relative:.1e} standard deviations, "
-            f"largest {report.outputs.max_absolute:.1e}, same top-1 in {report.outputs.top1_agreement:.1%}",
+            f"largest {report.outputs.max_absolute:.1e}, same top-1 in {report.outputs.top1_agreement:.1%}"
         )
         if report.outputs.deployed is not None:
             sizes = " and ".join(map(str, report.outputs.batch_sizes))
@@ -318,7 +313,7 @@ def _report_verification(options: Namespace, report: Verification, accuracies: M
         if report.outputs.own_difference:
             terminal.print(
                 "note: that is above the tolerance, and so is what the module differs from itself when its sums are rounded "
-                f"otherwise ({report.outputs.own_difference:.1e}): it amplifies rounding, as deep networks of few bits do",
+                f"otherwise ({report.outputs.own_difference:.1e}): it amplifies rounding, as deep networks of few bits do"
             )
     if accuracies:
         terminal.print(

@@ -21,18 +21,11 @@ from mpq_plugins.model.watch import (
     function_name,
     input_argument,
     parameter_names,
+    running,
     weight_argument,
 )
 
-LAYER_TYPES = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Linear,
-)
+LAYER_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 _UNSUPPORTED = (nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
 
 
@@ -49,20 +42,14 @@ class _DiscoveryWatch(AbstractWatch):
             self._names.setdefault(module, []).append(name)
         self._modules = dict(model.named_modules())
         self._first_holder: dict[str, str] = {}  # weight -> the first layer that reads it
-        self._running: list[nn.Module] = []
+        self.running: list[nn.Module] = []  # layers, the innermost last
         self._producer: dict[int, tuple[Tensor, str]] = {}  # the layer of each output; holding that keeps its id unique
-
-    def enter(self, module: nn.Module, _inputs: Any) -> None:
-        self._running.append(module)
-
-    def leave(self, module: nn.Module, _inputs: Any, _output: Any) -> None:
-        self._running.pop()
 
     def on_weighted(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> None:
         kind, channel_axis = WEIGHTED[function]
         weight, activation = weight_argument(args, kwargs), input_argument(args, kwargs)
         weight_name = self._parameters.get(id(weight))
-        owner = self._running[-1] if self._running else None
+        owner = self.running[-1] if self.running else None
         if owner is not None and weight_name is not None and _has_another_weight(owner, weight):
             owner = None  # a further parameter of the module, such as a low-rank addition
         macs = _macs(kind, weight, activation, output)
@@ -176,13 +163,9 @@ def discover(model: nn.Module, example: Any) -> tuple[tuple[Layer, ...], tuple[S
     """Run `example` once and report the weighted layers it called, in order, and what was skipped."""
     model = plain_model(model, with_values=False)
     watch = _DiscoveryWatch(model)
-    handles = []
-    for module in model.modules():
-        if isinstance(module, LAYER_TYPES):
-            handles.append(module.register_forward_pre_hook(watch.enter))
-            handles.append(module.register_forward_hook(watch.leave, always_call=True))
+    modules = [module for module in model.modules() if isinstance(module, LAYER_TYPES)]
     try:
-        with evaluating(model), watch:
+        with running(modules) as watch.running, evaluating(model), watch:
             call(model, example)
     except MPQError:
         raise
@@ -191,9 +174,6 @@ def discover(model: nn.Module, example: Any) -> tuple[tuple[Layer, ...], tuple[S
             f"the forward pass of {type(model).__name__} failed on the example: {type(error).__name__}: {error}. "
             "Give an example as the model's forward takes it: a tensor, a tuple, or a dict of keyword arguments."
         ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
     n_images = batch_size(example)
     layers = tuple(replace(layer, macs=-(-layer.macs // n_images)) for layer in watch.seen.values())
     return layers, _Account(watch, model, layers, n_images).entries()

@@ -12,7 +12,6 @@ from typing import Any, final
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -48,11 +47,6 @@ class Plan:
     budget: str | None = None
     options: Mapping[str, int] = field(default_factory=dict)
 
-    @property
-    def is_uniform(self) -> bool:
-        """Whether all layers have one width, but for the first and the last, which are held at 8 bits as is usual."""
-        return self.proxy == "uniform"
-
     def allocate(self, net: nn.Module, space: Space, images: Sequence[Batch], size: float) -> Allocation:
         """The bits of every layer; `size` in bytes."""
         scores = make("proxies", self.proxy, self.options).score(net, space, images)
@@ -83,11 +77,6 @@ class Row:
     agreement: float
     n_right: int
     problems: tuple[str, ...] | None = None
-
-    @property
-    def verified(self) -> str:
-        """One word for the table."""
-        return "-" if self.problems is None else "NO" if self.problems else "yes"
 
 
 @final
@@ -120,23 +109,6 @@ class Images:
         }
 
 
-@final
-class Steps:
-    """Tells what is being done, with the seconds since the beginning."""
-
-    def __init__(self, console: Console) -> None:
-        self._console, self._start = console, time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        """Since the beginning."""
-        return time.perf_counter() - self._start
-
-    def tell(self, text: str) -> None:
-        """One line."""
-        self._console.print(f"[{self.seconds:4.0f} s] {text}", markup=False)
-
-
 def subject(network: str) -> tuple[nn.Module, Sequence[Batch], Images, str]:
     """A float network, images to calibrate on, images to judge by, and what these are."""
     if network == "digits":
@@ -153,10 +125,14 @@ def subject(network: str) -> tuple[nn.Module, Sequence[Batch], Images, str]:
 def run_demo(folder: Path, network: str, *, adapters: Sequence[str], n_random: int, as_json: bool) -> int:
     """Run everything, leave all files in `folder`, print the table (or JSON), and return 1 if a file does not verify."""
     console = make_console(stderr=as_json)
-    steps = Steps(console)
+    start = time.perf_counter()
+
+    def tell(text: str) -> None:
+        console.print(f"[{time.perf_counter() - start:4.0f} s] {text}")
+
     targets: dict[str, AbstractAdapter] = {name: make("adapters", name) for name in adapters}
     net, images, test, told = subject(network)
-    steps.tell(told)
+    tell(told)
     example, target = images[0].inputs[:1], next(iter(targets.values()), None)
     held, space = (build_space(net, example, choices=MENU, adapter=target, pin_first_last=is_held) for is_held in (True, False))
     size = 0.0
@@ -165,20 +141,20 @@ def run_demo(folder: Path, network: str, *, adapters: Sequence[str], n_random: i
     controls = (Plan(f"random {seed}", f"random-{seed}", "random", options={"seed": seed}) for seed in range(n_random))
     for plan in (*PLANS, *controls):
         if plan == MEASURED:
-            steps.tell(f"measuring each of {len(space.layers)} layers at 2, 3, 4, 6 and 8 bits on {N_SCORED} images")
-        allocation = plan.allocate(net, held if plan.is_uniform else space, images, size)
+            tell(f"measuring each of {len(space.layers)} layers at 2, 3, 4, 6 and 8 bits on {N_SCORED} images")
+        allocation = plan.allocate(net, held if plan.proxy == "uniform" else space, images, size)
         size = allocation.bits.costs["size"] if plan == UNIFORM else size
         allocation.bits.save(folder / f"{plan.stem}.bits.json")
         if plan == MEASURED:
             plot_allocation(allocation, folder / "bits.png")
         for adapter in targets.values():
-            steps.tell(f"{plan.name}: quantizing, exporting and verifying through {adapter.name}")
+            tell(f"{plan.name}: quantizing, exporting and verifying through {adapter.name}")
             rows.append(_row(plan, allocation, adapter, net, images, test, folder))
     document = {
         "format": FORMAT,
         "network": network,
         "rows": [{**asdict(row), "problems": list(row.problems or ())} for row in rows],
-        "seconds": round(steps.seconds, 1),
+        "seconds": round(time.perf_counter() - start, 1),
     }
     write_json(folder / "demo.json", document)
     if as_json:
@@ -187,7 +163,7 @@ def run_demo(folder: Path, network: str, *, adapters: Sequence[str], n_random: i
         console.print(demo_table(rows, len(test.inputs), len(test.labels)))
         for line in what_to_see(rows):
             console.print(line)
-        steps.tell(f"files in {folder}; which layer got which bits: {folder / 'bits.png'}")
+        tell(f"files in {folder}; which layer got which bits: {folder / 'bits.png'}")
     return 1 if any(row.problems for row in rows) else 0
 
 
@@ -236,7 +212,7 @@ def demo_table(rows: Iterable[Row], n_images: int, n_labelled: int) -> Table:
             "-" if is_float else f"{row.kl:.3f} ± {row.kl_error:.3f}",
             "-" if is_float else f"{row.agreement:.0%} of {n_images}",
             str(row.n_right),
-            row.verified,
+            "-" if row.problems is None else "NO" if row.problems else "yes",
         )
     return table
 

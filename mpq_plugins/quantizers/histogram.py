@@ -76,13 +76,6 @@ class Histogram:
         counted = torch.bincount(bins.flatten(), minlength=self.counts.numel())
         self.counts += counted.reshape(self.counts.shape)
 
-    def of_row(self, row: int) -> tuple[Tensor, Tensor]:
-        """Centres and counts of the bins that hold values."""
-        width = 2 * self.limit[row] / self.n_bins
-        centres = (torch.arange(self.n_bins, device=self.counts.device) + 0.5) * width - self.limit[row]
-        held = self.counts[row] > 0
-        return centres[held], self.counts[row][held]
-
     def quantile(self, share: float) -> Tensor:
         """The value below which `share` of each row's values lie, to the width of a bin.  # [row]"""
         passed = self.counts.double().cumsum(1)

@@ -18,7 +18,7 @@ from typing import Any
 from mpq_plugins import __version__
 from mpq_plugins.errors import FormatError, InfeasibleBudgetError, MPQError, UsageError, VerificationError
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INFEASIBLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+EXIT_FAILED, EXIT_USAGE, EXIT_INFEASIBLE, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

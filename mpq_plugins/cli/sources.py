@@ -156,30 +156,27 @@ class UserLoader:
         self._spec = spec
 
     def __iter__(self) -> Iterator[Any]:
+        iterator, end = self._tried(self._iterator), object()
+        while (item := self._tried(lambda: next(iterator, end))) is not end:
+            yield item
+
+    def _iterator(self) -> Iterator[Any]:
         is_function = callable(self._source) and not isinstance(self._source, Iterable)
+        items = self._source() if is_function else self._source
+        if not isinstance(items, Iterable):
+            raise DataError(
+                f"{self._spec} gives a {type(items).__name__}, not batches. Point to an iterable of batches, or to a "
+                "function that returns one."
+            )
+        return iter(items)
+
+    def _tried(self, action: Callable[[], Any]) -> Any:
         try:
-            items = self._source() if is_function else self._source
-            if not isinstance(items, Iterable):
-                raise DataError(
-                    f"{self._spec} gives a {type(items).__name__}, not batches. Point to an iterable of batches, or to a "
-                    "function that returns one."
-                )
-            iterator = iter(items)
+            return action()
         except MPQError:
             raise
         except Exception as error:
-            raise self._failed(error) from error
-        while True:
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
-            except Exception as error:
-                raise self._failed(error) from error
-            yield item
-
-    def _failed(self, error: Exception) -> DataError:
-        return DataError(f"loading the data {self._spec} failed: {_told(error)}. Check that code.")
+            raise DataError(f"loading the data {self._spec} failed: {_told(error)}. Check that code.") from error
 
 
 def image_size(input_shape: tuple[int, ...] | None) -> Size:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mpq_plugins.common.lazy import lazy
+from mpq_plugins.common.lazy import imported_names, lazy
 
 if TYPE_CHECKING:
     from mpq_plugins.adapter.base import AbstractAdapter as AbstractAdapter
@@ -67,63 +67,7 @@ if TYPE_CHECKING:
     from mpq_plugins.space.space import first_and_last as first_and_last
     from mpq_plugins.space.space import residual_ties as residual_ties
 
-_HOME = {
-    "AbstractAdapter": "adapter.base",
-    "AbstractCost": "costs.base",
-    "AbstractProxy": "proxies.base",
-    "AbstractSolver": "solvers.base",
-    "AdapterError": "errors",
-    "Allocation": "allocation",
-    "Batch": "model.run",
-    "BitConfig": "space.bits",
-    "Budget": "costs.base",
-    "BudgetError": "errors",
-    "DataError": "errors",
-    "Exported": "quantized",
-    "FewImagesWarning": "errors",
-    "FingerprintError": "errors",
-    "FloatLayersWarning": "errors",
-    "FormatError": "errors",
-    "InfeasibleBudgetError": "errors",
-    "Inventory": "model.layers",
-    "Layer": "model.layers",
-    "Limit": "solvers.problem",
-    "MPQError": "errors",
-    "MissingExtraError": "errors",
-    "ModelError": "errors",
-    "PTQ": "adapter.ptq",
-    "Plan": "solvers.solution",
-    "PluginError": "errors",
-    "Precision": "space.precision",
-    "PrecisionError": "errors",
-    "Problem": "solvers.problem",
-    "QuantizedModel": "quantized",
-    "Repair": "adapter.repairs",
-    "Scores": "proxies.scores",
-    "Solution": "solvers.solution",
-    "SolverError": "errors",
-    "Space": "space.space",
-    "SpaceError": "errors",
-    "Status": "solvers.solution",
-    "TrainingError": "errors",
-    "UnknownLayerError": "errors",
-    "UsageError": "errors",
-    "Verification": "adapter.verify",
-    "VerificationError": "errors",
-    "WriteError": "errors",
-    "allocate": "allocation",
-    "build_problem": "solvers.problem",
-    "build_space": "allocation",
-    "find_layers": "model.discover",
-    "first_and_last": "space.space",
-    "menu": "space.precision",
-    "quantize": "quantized",
-    "repairs_of": "adapter.repairs",
-    "residual_ties": "space.space",
-    "solve": "solvers.solve",
-    "solve_scores": "allocation",
-    "verify": "adapter.verify",
-}
+_HOME = imported_names(__file__)
 __all__ = sorted(_HOME)
 __version__ = "0.1.0"
 __getattr__, __dir__ = lazy(__name__, _HOME)

@@ -12,11 +12,12 @@ from mpq_plugins.adapter.base import AbstractAdapter
 from mpq_plugins.common.allocator import keeping_memory
 from mpq_plugins.common.html import html_table
 from mpq_plugins.common.plugins import resolve
+from mpq_plugins.costs import BitOps, WeightSize
 from mpq_plugins.costs.base import AbstractCost, Budget, format_amount, options_of
 from mpq_plugins.costs.budgets import Budgets, as_budgets
 from mpq_plugins.errors import BudgetError, PluginError, SpaceError
 from mpq_plugins.model.discover import find_layers
-from mpq_plugins.model.layers import Inventory, Layer, skipped_layers
+from mpq_plugins.model.layers import Inventory, skipped_layers
 from mpq_plugins.model.left_in_float import LeftInFloat
 from mpq_plugins.proxies.base import AbstractProxy
 from mpq_plugins.proxies.scores import Scores
@@ -266,18 +267,14 @@ def build_space(
         pin=pins,
         tie=tie,
         share_activations=share,
-        refuse=_accept if target is None else target.refuse,
+        refuse=target.refuse if target is not None else lambda layer, precision: None,
     )
     LeftInFloat.of(space.layers, space.skipped).tell(strict=strict)
     return space
 
 
 def proxy_of(
-    given: AbstractProxy | str,
-    model: nn.Module,
-    example: Any,
-    output: Output = None,
-    options: Mapping[str, Any] | None = None,
+    given: AbstractProxy | str, model: nn.Module, example: Any, output: Output = None, options: Mapping[str, Any] | None = None
 ) -> AbstractProxy:
     """The proxy that was given or named.
 
@@ -332,22 +329,15 @@ def solve_scores(
     if measure is not None and top_k > 1:
         shortlist = replace(solution, next_best=solution.next_best[: top_k - 1])
         solution, selection = select_plan(problem, scores.space, shortlist, measure)
+    costs: dict[str, AbstractCost] = {cost.name: cost for cost in (WeightSize(), BitOps(), *(own.cost for own in resolved))}
     layers = scores.space.assignment(in_space(problem, scores.space, solution.choice))
     bits = BitConfig(
         layers=layers,
         fingerprint=scores.space.fingerprint,
         origin=_origin(scores, resolved, solution, layers) | ({} if selection is None else {"selection": selection.to_json()}),
-        costs=costs_of(scores.space, layers, [budget.cost for budget in resolved]),
+        costs={name: cost.at(scores.space, layers) for name, cost in sorted(costs.items())},
     )
     return Allocation(bits, scores, solution, selection)
-
-
-def costs_of(space: Space, layers: Mapping[str, Precision], extra: Iterable[AbstractCost] = ()) -> dict[str, float]:
-    """Weight size and BOPs of an assignment, and every cost in `extra`, by name."""
-    from mpq_plugins.costs import BitOps, WeightSize
-
-    costs: dict[str, AbstractCost] = {cost.name: cost for cost in (WeightSize(), BitOps(), *extra)}
-    return {name: cost.at(space, layers) for name, cost in sorted(costs.items())}
 
 
 def without(inventory: Inventory, reasons: Mapping[str, str]) -> Inventory:
@@ -359,21 +349,14 @@ def without(inventory: Inventory, reasons: Mapping[str, str]) -> Inventory:
     return Inventory(layers, (*inventory.skipped, *skipped_layers(inventory, reasons)), inventory.fingerprint)
 
 
-def _in_bits(budget: Budget, space: Space) -> dict[str, Any]:
-    """What a limit on the size of the weights means in bits per weight; nothing for other budgets."""
-    from mpq_plugins.costs import WeightSize
-
-    if not isinstance(budget.cost, WeightSize):
-        return {}
-    return {"average_bits": space.average_bits_of_size(budget.resolve(space)).to_json()}
-
-
-def _accept(layer: Layer, precision: Precision) -> str | None:
-    return None
-
-
 def _origin(scores: Scores, budgets: Sequence[Budget], solution: Solution, layers: Mapping[str, Precision]) -> dict[str, Any]:
     space = scores.space
+
+    def in_bits(budget: Budget) -> dict[str, Any]:
+        """What a limit on the size of the weights means in bits per weight; nothing for other budgets."""
+        is_size = isinstance(budget.cost, WeightSize)
+        return {"average_bits": space.average_bits_of_size(budget.resolve(space)).to_json()} if is_size else {}
+
     return {
         "proxy": dict(scores.proxy),
         "solver": solution.solver,
@@ -384,7 +367,7 @@ def _origin(scores: Scores, budgets: Sequence[Budget], solution: Solution, layer
                 "asked": budget.limit,
                 "limit": budget.resolve(space),
                 "unit": budget.cost.unit,
-                **_in_bits(budget, space),
+                **in_bits(budget),
             }
             for budget in budgets
         ],

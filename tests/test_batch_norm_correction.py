@@ -16,11 +16,15 @@ from mpq_plugins.model.run import Batch
 from mpq_plugins.quantizers.batch_norm import (
     AbstractSite,
     bias_sites,
-    correct_batch_norm,
     correct_by_difference,
     corrected_around,
     norm_sites,
 )
+
+
+def correct_norms(reference, module, batches):
+    """Correct all normalisations of a module."""
+    return correct_by_difference(reference, module, batches, norm_sites(module))
 
 
 def randomized(net):
@@ -49,10 +53,10 @@ class Chain(nn.Module):
 
 
 def test_a_change_in_place_is_corrected_as_one_of_two_networks():
-    """A module whose weights change inside moves as `correct_batch_norm` moves a changed copy; held norms do not."""
+    """A module whose weights change inside moves as `correct_by_difference` moves a changed copy; held norms do not."""
     images = [torch.tensor([0.0, 4.0]).reshape(2, 1, 1, 1), torch.tensor([1.0, 7.0]).reshape(2, 1, 1, 1)]
     expected, module, held = (Chain(2.0, 3.0), Chain(1.0, 1.0), Chain(1.0, 1.0))
-    correct_batch_norm(Chain(1.0, 1.0), expected, images)
+    correct_norms(Chain(1.0, 1.0), expected, images)
     for net, names in ((module, ()), (held, ("norm_one", "norm_two"))):
         with corrected_around(net, images, lambda net=net, names=names: norm_sites(net, held=names)):
             nn.init.constant_(net.one.weight, 2.0)
@@ -79,7 +83,7 @@ def test_a_hand_worked_case():
         net.norm_one.running_var.fill_(9.0)
         net.norm_two.running_mean.fill_(5.0)
         net.norm_two.running_var.fill_(2.0)
-    assert correct_batch_norm(reference, module, [torch.tensor([0.0, 4.0]).reshape(2, 1, 1, 1)]) == 1
+    assert correct_norms(reference, module, [torch.tensor([0.0, 4.0]).reshape(2, 1, 1, 1)]) == 1
     assert module.norm_one.running_mean.item() == pytest.approx(3.0)
     assert module.norm_one.running_var.item() == pytest.approx(36.0)
     assert module.norm_two.running_mean.item() == pytest.approx(5.0 + 1 / 2 - 1 / 3, rel=1e-5)
@@ -90,11 +94,11 @@ def test_batches_are_averaged_and_ratios_held():
     """Means over batches weighted by images, ratios in the logarithm, at most 10 each."""
     reference, module = Chain(1.0, 1.0), Chain(2.0, 1.0)
     batches = [torch.tensor([0.0, 4.0]).reshape(2, 1, 1, 1), torch.tensor([0.0, 8.0, 0.0, 8.0, 0.0, 8.0]).reshape(6, 1, 1, 1)]
-    correct_batch_norm(reference, module, batches)
+    correct_norms(reference, module, batches)
     assert module.norm_one.running_mean.item() == pytest.approx((2 * 2 + 4 * 6) / 8)
     assert module.norm_one.running_var.item() == pytest.approx(4.0)
     far = Chain(100.0, 1.0)
-    correct_batch_norm(reference, far, batches)
+    correct_norms(reference, far, batches)
     assert far.norm_one.running_var.item() == pytest.approx(10.0)
 
 

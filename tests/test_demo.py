@@ -67,20 +67,15 @@ def test_the_table_says_which_file_is_wrong():
     assert "0.25" in what_to_see([good, bad])[0]
 
 
-def test_seeds_belong_to_the_digits(capsys):
-    """A random control that the real demo does not have is refused, not ignored."""
-    code, _, err = run(capsys, "demo", "--seeds", "2", "--quiet")
-    assert code == 2
-    assert "--network digits" in err
-
-
-def test_the_digits_demo_ends_well(tmp_path, capsys, monkeypatch):
-    """The whole path through one adapter with one score and budget: the exported file verifies."""
-    monkeypatch.setattr("mpq_plugins.cli.digits_demo.PROXIES", ("csmpq",))
-    monkeypatch.setattr("mpq_plugins.cli.digits_demo.BUDGETS", {"size = uniform w3": {"size": "w3"}})
+def test_the_digits_demo_ends_well(tmp_path, capsys):
+    """The whole path through one adapter: every exported file verifies, and random bits are beside the others if asked for."""
     code, out, _ = run(
         capsys, "demo", "--network", "digits", "--adapters", "brevitas", "--seeds", "1", "--out", tmp_path, "--json", "--quiet"
     )
-    document = json.loads(out)
+    rows = {row["plan"]: row for row in json.loads(out)["rows"]}
     assert code == 0
-    assert document["verified"] == {"csmpq-w3-brevitas.onnx": True}
+    assert list(rows) == ["float", "8 bits", "4 bits", "mixed, no data", "mixed, measured", "random 0"]
+    assert not any(row["problems"] for row in rows.values())
+    assert rows["8 bits"]["kl"] < rows["4 bits"]["kl"]
+    assert all(rows[name]["weights_mb"] <= rows["4 bits"]["weights_mb"] for name in ("mixed, no data", "random 0"))
+    assert (tmp_path / "mixed-brevitas.onnx").is_file()

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mpq_plugins.errors import DataError
-from mpq_plugins.quantizers.squared_error import Codes, Rows, error_at_boundaries, error_of_values
+from mpq_plugins.quantizers.squared_error import Codes, Rows, error_of_values
 from mpq_plugins.quantizers.uniform import mse_range, mse_scale, mse_scales, quantize
 
 BITS = range(1, 9)
@@ -64,7 +64,8 @@ def test_counting_and_rounding_agree(codes):
     """The error counted at the code boundaries is the error of rounding each value."""
     rows = Rows(torch.randn(3, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
     steps = rows.largest / max(codes.highest, 1) * torch.tensor([0.01, 0.3, 0.8, 1.0, 1.7], dtype=torch.float64)
-    torch.testing.assert_close(error_at_boundaries(rows, steps, codes), error_of_values(rows, steps, codes))
+    counted = rows.error(steps, codes.lowest, codes.n_boundaries + 1)
+    torch.testing.assert_close(counted, error_of_values(rows, steps, codes))
 
 
 def test_best_binary_step_by_hand():

@@ -111,7 +111,7 @@ def test_correction_moves_statistics_by_what_the_weight_did(bench):
 
 def test_the_correction_is_that_of_the_core(bench):
     """The bench keeps the float network's moments between plans; on one batch statistics are those of the core's correction."""
-    from mpq_plugins.quantizers.batch_norm import correct_batch_norm
+    from mpq_plugins.quantizers.batch_norm import correct_by_difference, norm_sites
 
     case = bench("standins").tiny_cnn(8, 8, 0)
     assert len(case.calibration) == 1
@@ -119,7 +119,7 @@ def test_the_correction_is_that_of_the_core(bench):
     for width in (4, 2):  # the second finds the moments of the first
         ours, theirs = (weights.at(weights.uniform(width, pinned=False)) for _ in range(2))
         bench("correction").correct_batch_norm(case.net, ours, case.calibration)
-        correct_batch_norm(case.net, theirs, [(inputs, None) for inputs in case.calibration])
+        correct_by_difference(case.net, theirs, [(inputs, None) for inputs in case.calibration], norm_sites(theirs))
         for name, value in theirs.state_dict().items():
             torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-3, atol=1e-4)
 

@@ -81,15 +81,16 @@ def trained_digits_net(*, epochs: int = 12, seed: int = 0) -> DigitsNet:
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=epochs * len(batches))
         for _ in track(range(epochs), "training on digits", total=epochs):
             for index in torch.randperm(len(batches)).tolist():
-                _step(net, optimizer, batches[index])
+                batch = shifted(batches[index])
+                optimizer.zero_grad()
+                loss = F.cross_entropy(net(batch.inputs), labels_of(batch))
+                loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+                optimizer.step()
                 schedule.step()
     return net.eval()
 
 
-def _step(net: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
-    shift = torch.randint(-1, 2, (2,)).tolist()
-    images = torch.roll(batch.inputs, shift, dims=(2, 3))
-    labels = labels_of(batch)
-    optimizer.zero_grad()
-    F.cross_entropy(net(images), labels).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    optimizer.step()
+def shifted(batch: Batch, generator: torch.Generator | None = None) -> Batch:
+    """The images rolled by up to one pixel, all alike."""
+    shift = torch.randint(-1, 2, (2,), generator=generator).tolist()
+    return Batch(torch.roll(batch.inputs, shift, dims=(2, 3)), batch.labels)

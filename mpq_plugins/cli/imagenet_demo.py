@@ -6,7 +6,7 @@ import importlib.util
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,21 +23,12 @@ if TYPE_CHECKING:
 SIDE = 224  # pixels that the network was trained for
 _SHORT_SIDE = 256  # of which the centre is cut
 _MEAN, _SCALE = 127.0, 128.0
+_BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 # Photographs inside the wheels of scikit-image and scikit-learn.
 _PHOTOGRAPHS = {
-    "skimage": (
-        "data/astronaut.png",
-        "data/camera.png",
-        "data/chelsea.png",
-        "data/clock_motion.png",
-        "data/coffee.png",
-        "data/coins.png",
-        "data/grass.png",
-        "data/hubble_deep_field.jpg",
-        "data/motorcycle_left.png",
-        "data/rocket.jpg",
-    ),
-    "sklearn": ("datasets/images/china.jpg", "datasets/images/flower.jpg"),
+    "skimage/data": "astronaut.png camera.png chelsea.png clock_motion.png coffee.png coins.png grass.png "
+    "hubble_deep_field.jpg motorcycle_left.png rocket.jpg",
+    "sklearn/datasets/images": "china.jpg flower.jpg",
 }
 
 
@@ -54,7 +45,7 @@ def imagenet_network() -> nn.Module:
 
 def photographs(n_images: int, *, batch_size: int = 16, seed: int = 0) -> tuple[Batch, ...]:
     """Random crops of twelve photographs without labels, each photograph equally often."""
-    files = [_inside(package, name) for package, names in _PHOTOGRAPHS.items() for name in names]
+    files = [_inside(f"{folder}/{name}") for folder, names in _PHOTOGRAPHS.items() for name in names.split()]
     chance = random.Random(seed)
     pictures = [_opened(path) for path in files]
     crops = [_random_crop(pictures[index % len(pictures)], chance, least=0.35) for index in range(n_images)]
@@ -79,12 +70,13 @@ def shifted_images(n_each: int, *, seed: int = 0) -> Batch:
 
 def _labelled_files() -> list[tuple[Path, int]]:
     # The label is the number at the end of the name: imagenet_07_609.jpg
-    files = sorted(_inside("foolbox", "data").glob("imagenet_*.jpg"))
+    files = sorted(_inside("foolbox/data").glob("imagenet_*.jpg"))
     return [(path, int(path.stem.rpartition("_")[2])) for path in files]
 
 
-def _inside(package: str, name: str) -> Path:
+def _inside(place: str) -> Path:
     """A file or folder of an installed package, which is not imported; raises `MissingExtraError`."""
+    package, _, name = place.partition("/")
     found = importlib.util.find_spec(package)
     path = None if found is None or found.origin is None else Path(found.origin).parent / name
     if path is None or not path.exists():
@@ -105,7 +97,7 @@ def _centre(picture: Image) -> Tensor:
     factor = _SHORT_SIDE / min(width, height)
     width, height = round(width * factor), round(height * factor)
     left, top = round((width - SIDE) / 2), round((height - SIDE) / 2)
-    resized = picture.resize((width, height), _bicubic())
+    resized = picture.resize((width, height), _BICUBIC)
     return _as_input(resized.crop((left, top, left + SIDE, top + SIDE)))
 
 
@@ -114,17 +106,13 @@ def _random_crop(picture: Image, chance: random.Random, *, least: float) -> Tens
     width, height = picture.size
     side = round(min(width, height) * chance.uniform(least, 1.0))
     left, top = chance.randint(0, width - side), chance.randint(0, height - side)
-    crop = _as_input(picture.resize((SIDE, SIDE), _bicubic(), box=(left, top, left + side, top + side)))
+    crop = _as_input(picture.resize((SIDE, SIDE), _BICUBIC, box=(left, top, left + side, top + side)))
     return crop.flip(-1) if chance.random() < 0.5 else crop
 
 
 def _stacked(images: Sequence[Tensor]) -> Tensor:
     # Channels last: depthwise convolutions on the CPU take two thirds of the time.
     return torch.stack(tuple(images)).contiguous(memory_format=torch.channels_last)
-
-
-def _bicubic() -> Any:
-    return require("PIL.Image", "demo").Resampling.BICUBIC
 
 
 def _as_input(picture: Image) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mpq_plugins.adapter.base import AbstractAdapter, check_prepared_with
+from mpq_plugins.cli.options import adapter_of
 from mpq_plugins.common.plugins import make, names
 from mpq_plugins.common.text import values_of
 from mpq_plugins.errors import FormatError, MPQError, UsageError
@@ -85,8 +86,7 @@ def adapter_of_module(options: Namespace) -> tuple[AbstractAdapter, Any]:
 def adapter_of_artifact(options: Namespace) -> AbstractAdapter:
     """The adapter that reads an exported file: the one named, else the first that can."""
     if options.adapter is not None:
-        named: AbstractAdapter = make("adapters", options.adapter, values_of(options.adapter_option))
-        return named
+        return adapter_of(options)
     reasons = []
     for name in names("adapters"):
         try:

@@ -22,7 +22,6 @@ from mpq_plugins.errors import DataError, FormatError, ModelError, MPQError
 from mpq_plugins.model.check import plain_model, unwrapped
 from mpq_plugins.model.run import Batch
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _MARGIN = 256 / 224  # of the resized image around the crop, in ImageNet's evaluation
 Size = tuple[int, int]  # height, width
 
@@ -157,30 +156,27 @@ class UserLoader:
         self._spec = spec
 
     def __iter__(self) -> Iterator[Any]:
+        iterator, end = self._tried(self._iterator), object()
+        while (item := self._tried(lambda: next(iterator, end))) is not end:
+            yield item
+
+    def _iterator(self) -> Iterator[Any]:
         is_function = callable(self._source) and not isinstance(self._source, Iterable)
+        items = self._source() if is_function else self._source
+        if not isinstance(items, Iterable):
+            raise DataError(
+                f"{self._spec} gives a {type(items).__name__}, not batches. Point to an iterable of batches, or to a "
+                "function that returns one."
+            )
+        return iter(items)
+
+    def _tried(self, action: Callable[[], Any]) -> Any:
         try:
-            items = self._source() if is_function else self._source
-            if not isinstance(items, Iterable):
-                raise DataError(
-                    f"{self._spec} gives a {type(items).__name__}, not batches. Point to an iterable of batches, or to a "
-                    "function that returns one."
-                )
-            iterator = iter(items)
+            return action()
         except MPQError:
             raise
         except Exception as error:
-            raise self._failed(error) from error
-        while True:
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
-            except Exception as error:
-                raise self._failed(error) from error
-            yield item
-
-    def _failed(self, error: Exception) -> DataError:
-        return DataError(f"loading the data {self._spec} failed: {_told(error)}. Check that code.")
+            raise DataError(f"loading the data {self._spec} failed: {_told(error)}. Check that code.") from error
 
 
 def image_size(input_shape: tuple[int, ...] | None) -> Size:
@@ -194,6 +190,18 @@ def image_size(input_shape: tuple[int, ...] | None) -> Size:
             "1x3x224x224, or a loader of your own (--data file.py:LOADER)."
         )
     return input_shape[2], input_shape[3]
+
+
+def labelled_folder(root: Path, *steps: Any) -> Any:
+    """torchvision's dataset of an image folder: the `steps`, then ImageNet's normalisation. Raises `DataError`."""
+    datasets, transforms = require("torchvision.datasets", "vision"), require("torchvision.transforms", "vision")
+    normalised = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    try:
+        return datasets.ImageFolder(str(root), transforms.Compose([*steps, transforms.ToTensor(), normalised]))
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"{root} is no image folder: {str(error).rstrip('.')}. It needs one sub-folder of images for each class."
+        ) from error
 
 
 class _Covering:
@@ -212,20 +220,9 @@ class ImageFolder:
     """Batches of an image folder with ImageNet's evaluation preprocessing, images of all classes mixed by a fixed seed."""
 
     def __init__(self, root: Path, *, size: Size, batch_size: int) -> None:
-        datasets, transforms = require("torchvision.datasets", "vision"), require("torchvision.transforms", "vision")
-        height, width = size
-        steps = [
-            transforms.Resize(round(height * _MARGIN)) if height == width else _Covering(height, width),
-            transforms.CenterCrop(size),
-            transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        ]
-        try:
-            self._images = datasets.ImageFolder(str(root), transforms.Compose(steps))
-        except (OSError, RuntimeError) as error:
-            raise DataError(
-                f"{root} is no image folder: {str(error).rstrip('.')}. It needs one sub-folder of images for each class."
-            ) from error
+        transforms, (height, width) = require("torchvision.transforms", "vision"), size
+        resized = transforms.Resize(round(height * _MARGIN)) if height == width else _Covering(height, width)
+        self._images = labelled_folder(root, resized, transforms.CenterCrop(size))
         self._batch_size = batch_size
 
     def __iter__(self) -> Iterator[Batch]:
@@ -244,9 +241,9 @@ class ImageFolder:
         return image, label
 
 
-def example_input(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+def example_input(shape: tuple[int, ...]) -> torch.Tensor:
     """A normal random input of a given shape, for discovery and export when there are no data."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def parse_shape(text: str) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mpq_plugins.cli.sources import IMAGENET_MEAN, IMAGENET_STD, ImageFolder, Size, user_object
+from mpq_plugins.cli.sources import ImageFolder, Size, labelled_folder, user_object
 from mpq_plugins.common.plugins import require
 from mpq_plugins.errors import DataError
 from mpq_plugins.model.run import Batch, batches_of
@@ -59,41 +59,21 @@ def calibration_data(spec: str, n_images: int, *, size: Size = (224, 224), batch
 
 def shifted_digits(epoch: int, *, batch_size: int = 64) -> Sequence[Batch]:
     """The training digits in batches, each rolled by up to one pixel, other ones in every epoch."""
-    from mpq_plugins.cli.digits import digits
+    from mpq_plugins.cli.digits import digits, shifted
 
     generator = torch.Generator().manual_seed(epoch)
-    return [
-        Batch(torch.roll(batch.inputs, torch.randint(-1, 2, (2,), generator=generator).tolist(), dims=(2, 3)), batch.labels)
-        for batch in digits(train=True, batch_size=batch_size)
-    ]
+    return [shifted(batch, generator) for batch in digits(train=True, batch_size=batch_size)]
 
 
 def _image_loader(root: Path, *, size: Size, batch_size: int, workers: int) -> Any:
-    datasets, transforms = require("torchvision.datasets", "vision"), require("torchvision.transforms", "vision")
-    steps = [
-        transforms.RandomResizedCrop(size),
-        transforms.RandomHorizontalFlip(),
-        transforms.ToTensor(),
-        transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-    ]
-    try:
-        images = datasets.ImageFolder(str(root), transforms.Compose(steps))
-    except (OSError, RuntimeError) as error:
-        raise DataError(
-            f"{root} is no image folder: {str(error).rstrip('.')}. It needs one sub-folder of images for each class."
-        ) from error
+    transforms = require("torchvision.transforms", "vision")
+    images = labelled_folder(root, transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip())
     if len(images) < batch_size:
         raise DataError(
             f"{root} holds {len(images)} images, fewer than one batch of {batch_size}. Give a smaller --batch-size."
         )
-    return torch.utils.data.DataLoader(
-        images,
-        batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-    )
+    on_gpu = torch.cuda.is_available()
+    return torch.utils.data.DataLoader(images, batch_size, shuffle=True, drop_last=True, num_workers=workers, pin_memory=on_gpu)
 
 
 def _takes_epoch(function: Callable[..., Any]) -> bool:

@@ -16,15 +16,13 @@ from mpq_plugins.common.text import values_of
 from mpq_plugins.errors import DataError
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from mpq_plugins.training import EpochRecord, Trained, TrainingRecipe
+    from mpq_plugins.training import EpochRecord, TrainingRecipe
 
 
 def train(options: Namespace) -> int:
     """`mpq train`."""
     from mpq_plugins.adapter.evaluate import accuracy
-    from mpq_plugins.cli.sources import image_size, load_data, parse_shape
+    from mpq_plugins.cli.sources import image_size, load_data, load_model, parse_shape
     from mpq_plugins.cli.training_sources import calibration_data, training_data
     from mpq_plugins.model.discover import find_layers
     from mpq_plugins.reports import plot_training
@@ -51,6 +49,9 @@ def train(options: Namespace) -> int:
         console.print(f"{len(bits.layers)} of {len(inventory)} layers, {recipe.epochs} epochs of {recipe.method}")
         console.print(f"dry run: {options.out} is not written")
         return 0
+    teacher = model if options.teacher == "float" else None
+    if options.teacher not in (None, "float"):
+        teacher = load_model(options.teacher, options.teacher_weights)
     trained = run(
         model,
         bits,
@@ -60,7 +61,7 @@ def train(options: Namespace) -> int:
         example=example,
         calibration=calibration,
         evaluation=evaluation,
-        teacher=_teacher(options, model),
+        teacher=teacher,
         output=options.output,
         options=values_of(options.ptq),
         folder=options.out,
@@ -72,7 +73,12 @@ def train(options: Namespace) -> int:
         return 0
     if options.plot:
         plot_training(trained.history, options.plot)
-    result = _result(trained, options)
+    result: dict[str, Any] = {
+        "module": str(Path(options.out) / "module.pt"),
+        "metrics": str(Path(options.out) / "metrics.jsonl"),
+        "epochs": [asdict(record) for record in trained.history],
+        "instability": dict(trained.instability),
+    }
     if evaluation is not None:
         # Not the last epoch's: a run that was finished before may have been evaluated on other data.
         result["accuracy"] = accuracy(trained.module, evaluation, output=options.output)
@@ -86,15 +92,6 @@ def train(options: Namespace) -> int:
     return 0
 
 
-def _result(trained: Trained, options: Namespace) -> dict[str, Any]:
-    return {
-        "module": str(Path(options.out) / "module.pt"),
-        "metrics": str(Path(options.out) / "metrics.jsonl"),
-        "epochs": [asdict(record) for record in trained.history],
-        "instability": dict(trained.instability),
-    }
-
-
 def _recipe(options: Namespace) -> TrainingRecipe:
     """The recipe of the file, with what the command line says itself."""
     from mpq_plugins.training import TrainingRecipe
@@ -103,14 +100,6 @@ def _recipe(options: Namespace) -> TrainingRecipe:
     names = ("method", "epochs", "learning_rate", "seed", "mixed_precision")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     return replace(recipe, **given)
-
-
-def _teacher(options: Namespace, model: nn.Module) -> nn.Module | None:
-    from mpq_plugins.cli.sources import load_model
-
-    if options.teacher is None:
-        return None
-    return model if options.teacher == "float" else load_model(options.teacher, options.teacher_weights)
 
 
 def _line(record: EpochRecord, n_epochs: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -50,13 +51,8 @@ def layers(options: Namespace) -> int:
     skipped = (*inventory.skipped, *skipped_layers(inventory, refused))
     left = LeftInFloat.of(kept, skipped)
     if options.json:
-        document = {
-            "fingerprint": inventory.fingerprint,
-            "layers": [layer.to_json() for layer in inventory],
-            "skipped": {item.name: item.reason for item in skipped},
-            "left_in_float": left.to_json(),
-        }
-        _print_json(document)
+        facts = {"fingerprint": inventory.fingerprint, "layers": [layer.to_json() for layer in inventory]}
+        _print_json({**facts, "skipped": {item.name: item.reason for item in skipped}, "left_in_float": left.to_json()})
     else:
         terminal = console()
         terminal.print(layer_table(inventory))
@@ -115,9 +111,7 @@ def apply(options: Namespace) -> int:
         check_like(batch.inputs, example, where=f"calibration batch {index}")
     if options.dry_run:
         n_images = sum(map(len, calibration))
-        console().print(f"{len(bits.layers)} of {len(inventory)} layers on {n_images} images")
-        console().print(f"dry run: {options.out} is not written")
-        return _OK
+        return _dry_run(options, f"{len(bits.layers)} of {len(inventory)} layers on {n_images} images")
     result: dict[str, Any] = {"module": options.out}
     if options.evaluate:  # Before the long work, so that missing labels are told at once.
         result["float_accuracy"] = accuracy(model, data_of(options), output=options.output)
@@ -152,7 +146,8 @@ def export(options: Namespace) -> int:
     check_prepared_with(adapter.prepared_with(module), values_of(options.adapter_option), options.module_file)
     inputs = example if options.data is None else next(iter(take(data_of(options), options.batch_size))).inputs
     if options.dry_run:
-        return _tell_dry_export(options, adapter, module)
+        told = f"{len(bits_of(module).layers)} layers of {options.module_file}, format {adapter.format_of(options.format)}"
+        return _dry_run(options, told)
     index = output_index(module, example, options.output) if options.evaluate else None
     path = adapter.export(module, options.out, example, format=options.format)
     report = verify_artifact(
@@ -211,8 +206,7 @@ def plugins(options: Namespace) -> int:
     for kind in KINDS:
         for name in names(kind):
             try:
-                plugin = make(kind, name)
-                found[kind][name] = _first_sentence(plugin)
+                found[kind][name] = described(make(kind, name))["about"].split("\n")[0]
             except (PluginError, ImportError) as error:
                 found[kind][name] = f"not usable here: {error}"
     if options.json:
@@ -253,39 +247,25 @@ def _plugin(options: Namespace) -> int:
 
 def demo(options: Namespace) -> int:
     """`mpq demo`."""
-    folder, adapters = Path(options.out), words_of(options.adapters)
-    if options.network == "digits":
-        from mpq_plugins.cli.digits_demo import run_digits_demo
-
-        return run_digits_demo(folder, n_seeds=options.seeds or 5, adapters=adapters, as_json=options.json)
     from mpq_plugins.cli.demo import run_demo
 
-    if options.seeds is not None:
-        raise DataError("--seeds is about the random control, which only the digits demo has. Add --network digits.")
-    return run_demo(folder, adapters=adapters, as_json=options.json)
+    adapters, n_random = words_of(options.adapters), options.seeds or 0
+    return run_demo(Path(options.out), options.network, adapters=adapters, n_random=n_random, as_json=options.json)
 
 
 def _tell_dry_run(options: Namespace, search: Search) -> int:
     """What `mpq allocate` would do."""
     space, batches = search.space, list(search.batches)
     n_choices = sum(len(unit.choices) for unit in space.units)
-    terminal = console()
-    terminal.print(
-        f"{len(space.layers)} layers, {len(space.units)} units, {n_choices} choices, {sum(map(len, batches))} images"
-    )
-    for budget in search.budgets:
-        limit, asked = format_amount(budget.resolve(space), budget.cost.unit), budget.limit
-        terminal.print(f"budget {budget.cost.name}: {limit} ({asked})")
-    terminal.print(f"proxy {search.proxy.name}, solver {options.solver}")
-    terminal.print(f"dry run: {options.out} is not written")
-    return _OK
+    counts = f"{len(space.layers)} layers, {len(space.units)} units, {n_choices} choices, {sum(map(len, batches))} images"
+    limits = [(own, format_amount(own.resolve(space), own.cost.unit)) for own in search.budgets]
+    budgets = [f"budget {own.cost.name}: {limit} ({own.limit})" for own, limit in limits]
+    return _dry_run(options, counts, *budgets, f"proxy {search.proxy.name}, solver {options.solver}")
 
 
-def _tell_dry_export(options: Namespace, adapter: AbstractAdapter, module: nn.Module) -> int:
-    """What `mpq export` would do."""
-    chosen = adapter.format_of(options.format)
-    console().print(f"{len(bits_of(module).layers)} layers of {options.module_file}, format {chosen}")
-    console().print(f"dry run: {options.out} is not written")
+def _dry_run(options: Namespace, *lines: str) -> int:
+    for line in (*lines, f"dry run: {options.out} is not written"):
+        console().print(line)
     return _OK
 
 
@@ -323,7 +303,7 @@ def _report_verification(options: Namespace, report: Verification, accuracies: M
     if report.outputs is not None:
         terminal.print(
             f"outputs: mean difference {report.outputs.mean_relative:.1e} standard deviations, "
-            f"largest {report.outputs.max_absolute:.1e}, same top-1 in {report.outputs.top1_agreement:.1%}",
+            f"largest {report.outputs.max_absolute:.1e}, same top-1 in {report.outputs.top1_agreement:.1%}"
         )
         if report.outputs.deployed is not None:
             sizes = " and ".join(map(str, report.outputs.batch_sizes))
@@ -333,7 +313,7 @@ def _report_verification(options: Namespace, report: Verification, accuracies: M
         if report.outputs.own_difference:
             terminal.print(
                 "note: that is above the tolerance, and so is what the module differs from itself when its sums are rounded "
-                f"otherwise ({report.outputs.own_difference:.1e}): it amplifies rounding, as deep networks of few bits do",
+                f"otherwise ({report.outputs.own_difference:.1e}): it amplifies rounding, as deep networks of few bits do"
             )
     if accuracies:
         terminal.print(
@@ -348,16 +328,8 @@ def _advice(adapter: AbstractAdapter, model: nn.Module, example: Any, bits: BitC
     """What to know before deploying, with the number of layers it is about."""
     from mpq_plugins.model.discover import find_layers
 
-    found: dict[str, int] = {}
-    for layer in find_layers(model, example):
-        text = adapter.advice(layer, bits[layer.name]) if layer.name in bits.layers else None
-        if text:
-            found[text] = found.get(text, 0) + 1
-    return found
-
-
-def _first_sentence(plugin: Any) -> str:
-    return (type(plugin).__doc__ or "").strip().split("\n")[0]
+    layers = [layer for layer in find_layers(model, example) if layer.name in bits.layers]
+    return Counter(text for layer in layers if (text := adapter.advice(layer, bits[layer.name])))
 
 
 def _print_optional(terminal: Console, table: Any) -> None:

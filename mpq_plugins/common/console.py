@@ -7,8 +7,7 @@ import sys
 from rich.console import Console
 
 
-def console(*, stderr: bool = False, width: int | None = None) -> Console:
+def console(*, stderr: bool = False) -> Console:
     """A console that takes brackets and colons in names, formulas and paths for what they are, not for markup."""
-    if width is None and not (sys.stderr if stderr else sys.stdout).isatty():
-        width = 140
+    width = None if (sys.stderr if stderr else sys.stdout).isatty() else 140
     return Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)

@@ -37,7 +37,12 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
     """
     path = Path(path)
     try:
-        return _write_whole(path, write)
+        check_replaceable(path)
+        with partial_folder(path.parent) as folder:
+            temporary = folder / path.name  # its own name, since archives of torch hold it: the same content, the same bytes
+            write(temporary)
+            temporary.replace(path)
+        return path
     except Exception as error:
         reason = disk_refusal(error)
         if reason is None:
@@ -68,15 +73,6 @@ def disk_refusal(error: BaseException) -> str | None:
     causes = [cause for cause in (error.__cause__, error.__context__) if cause is not None]
     told = [cause for cause in causes if not isinstance(cause, OSError) or cause.errno in _OF_DISKS]
     return next((reason for cause in told if (reason := disk_refusal(cause))), None)
-
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> Path:
-    check_replaceable(path)
-    with partial_folder(path.parent) as folder:
-        temporary = folder / path.name  # its own name, since archives of torch hold it: the same content, the same bytes
-        write(temporary)
-        temporary.replace(path)
-    return path
 
 
 def check_replaceable(path: Path) -> None:

@@ -106,13 +106,10 @@ def described(plugin: Any) -> dict[str, Any]:
 
 def _base(kind: Kind) -> type:
     """The class that plugins of a kind derive from."""
-    home, name = {
-        "proxies": ("proxies.base", "AbstractProxy"),
-        "costs": ("costs.base", "AbstractCost"),
-        "solvers": ("solvers.base", "AbstractSolver"),
-        "adapters": ("adapter.base", "AbstractAdapter"),
-    }[kind]
-    base: type = getattr(importlib.import_module(f"mpq_plugins.{home}"), name)
+    name = {"proxies": "AbstractProxy", "costs": "AbstractCost", "solvers": "AbstractSolver", "adapters": "AbstractAdapter"}[
+        kind
+    ]
+    base: type = getattr(importlib.import_module("mpq_plugins"), name)
     return base
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, final
 
 from torch import Tensor, nn
@@ -17,94 +17,81 @@ from mpq_plugins.model.run import batch_size, call, evaluating
 from mpq_plugins.model.watch import (
     WEIGHTED,
     AbstractWatch,
+    bias_argument,
     function_name,
     input_argument,
     parameter_names,
+    running,
     weight_argument,
 )
 
-LAYER_TYPES = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Linear,
-)
+LAYER_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 _UNSUPPORTED = (nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
-
-
-@dataclass
-class _Seen:
-    """What the calls of one weight have shown so far."""
-
-    name: str
-    weight_name: str
-    kind: str
-    weight: Tensor
-    bias: Tensor | None
-    channel_axis: int
-    groups: int
-    input_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]
-    functional: bool
-    n_norm_parameters: int = 0
-    n_calls: int = 0
-    total_macs: int = 0  # over the whole batch
 
 
 @final
 class _DiscoveryWatch(AbstractWatch):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.seen: dict[str, _Seen] = {}
+        self.seen: dict[str, Layer] = {}  # `macs` over the whole batch
         self.computed_weights: dict[str, int] = {}  # operation -> MACs over the whole batch
         self.readers = Readers(model)
         self._parameters = parameter_names(model)
-        self._modules = {id(module): name for name, module in model.named_modules()}
-        self._running: list[nn.Module] = []
-        self._producer: dict[int, tuple[Tensor, _Seen]] = {}
-
-    def enter(self, module: nn.Module, _inputs: Any) -> None:
-        self._running.append(module)
-
-    def leave(self, module: nn.Module, _inputs: Any, _output: Any) -> None:
-        self._running.pop()
+        self._names: dict[nn.Module, list[str]] = {}  # all of each module, the first one first
+        for name, module in model.named_modules(remove_duplicate=False):
+            self._names.setdefault(module, []).append(name)
+        self._modules = dict(model.named_modules())
+        self._first_holder: dict[str, str] = {}  # weight -> the first layer that reads it
+        self.running: list[nn.Module] = []  # layers, the innermost last
+        self._producer: dict[int, tuple[Tensor, str]] = {}  # the layer of each output; holding that keeps its id unique
 
     def on_weighted(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> None:
         kind, channel_axis = WEIGHTED[function]
         weight, activation = weight_argument(args, kwargs), input_argument(args, kwargs)
         weight_name = self._parameters.get(id(weight))
-        owner = self._running[-1] if self._running else None
+        owner = self.running[-1] if self.running else None
         if owner is not None and weight_name is not None and _has_another_weight(owner, weight):
             owner = None  # a further parameter of the module, such as a low-rank addition
+        macs = _macs(kind, weight, activation, output)
         if owner is not None:
-            name = self._modules[id(owner)]
+            name = self._names[owner][0]
             weight_name = weight_name or f"{name}.weight".lstrip(".")
         elif weight_name is not None:
-            name = weight_name.removesuffix(".weight") if weight_name.endswith(".weight") else weight_name
+            name = weight_name.removesuffix(".weight")
         else:
-            self._note_computed(function_name(function), weight, _macs(kind, weight, activation, output))
+            self._note_computed(function_name(function), weight, macs)
             return
         name = name or "weight"
-        seen = self.seen.get(name)
-        if seen is None:
-            seen = self.seen[name] = _Seen(
+        if name not in self.seen:
+            bias = bias_argument(args, kwargs)
+            # The group count of a transposed convolution does not follow from its shapes.
+            module = self._modules.get(name)
+            groups = getattr(module, "groups", None)
+            groups = groups if isinstance(groups, int) and groups else _groups(kind, weight, activation)
+            holder = self._first_holder.setdefault(weight_name, name)
+            self.seen[name] = Layer(
                 name=name,
-                weight_name=weight_name,
                 kind=kind,
-                weight=weight,
-                bias=args[2] if len(args) > 2 else kwargs.get("bias"),
-                channel_axis=channel_axis,
-                groups=_groups(kind, weight, activation),
-                input_shape=tuple(activation.shape),
-                output_shape=tuple(output.shape),
+                weight_name=weight_name,
+                weight_shape=tuple(weight.shape),
+                n_weights=weight.numel(),
+                n_biases=0 if bias is None else bias.numel(),
+                n_norm_parameters=0,
+                out_channels=weight.shape[channel_axis] * (groups if channel_axis == 1 else 1),
+                groups=groups,
+                macs=0,
+                n_calls=0,
+                input_shape=tuple(activation.shape[1:]),
+                output_shape=tuple(output.shape[1:]),
+                n_input_elements=math.prod(activation.shape[1:]),
+                n_output_elements=math.prod(output.shape[1:]),
                 functional=owner is None,
+                aliases=() if module is None else tuple(self._names[module][1:]),
+                shares_weight_with=None if holder == name else holder,
             )
-        seen.n_calls += 1
-        seen.total_macs += _macs(kind, weight, activation, output)
-        self._producer[id(output)] = (output, seen)
+        layer = self.seen[name]
+        self.seen[name] = replace(layer, n_calls=layer.n_calls + 1, macs=layer.macs + macs)
+        self._producer[id(output)] = (output, name)
 
     def _note_computed(self, operation: str, weight: Tensor, macs: int) -> None:
         origins = self.readers.origins(weight)
@@ -117,11 +104,10 @@ class _DiscoveryWatch(AbstractWatch):
         self.readers.on_call(function, args, kwargs, output)
         if function_name(function) != "batch_norm":
             return
-        source = args[0] if args else kwargs.get("input")
-        _, seen = self._producer.get(id(source), (None, None))
+        _, name = self._producer.get(id(input_argument(args, kwargs)), (None, None))
         weight = args[3] if len(args) > 3 else kwargs.get("weight")
-        if seen is not None and weight is not None:
-            seen.n_norm_parameters = 2 * weight.numel()
+        if name is not None and weight is not None:
+            self.seen[name] = replace(self.seen[name], n_norm_parameters=2 * weight.numel())
 
 
 def _has_another_weight(module: nn.Module, weight: Tensor) -> bool:
@@ -184,13 +170,9 @@ def discover(model: nn.Module, example: Any) -> tuple[tuple[Layer, ...], tuple[S
     """Run `example` once and report the weighted layers it called, in order, and what was skipped."""
     model = plain_model(model, with_values=False)
     watch = _DiscoveryWatch(model)
-    handles = []
-    for module in model.modules():
-        if isinstance(module, LAYER_TYPES):
-            handles.append(module.register_forward_pre_hook(watch.enter))
-            handles.append(module.register_forward_hook(watch.leave, always_call=True))
+    modules = [module for module in model.modules() if isinstance(module, LAYER_TYPES)]
     try:
-        with evaluating(model), watch:
+        with running(modules) as watch.running, evaluating(model), watch:
             call(model, example)
     except MPQError:
         raise
@@ -199,60 +181,9 @@ def discover(model: nn.Module, example: Any) -> tuple[tuple[Layer, ...], tuple[S
             f"the forward pass of {type(model).__name__} failed on the example: {type(error).__name__}: {error}. "
             "Give an example as the model's forward takes it: a tensor, a tuple, or a dict of keyword arguments."
         ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
     n_images = batch_size(example)
-    layers = _layers(watch, model, n_images)
-    return layers, _skipped(watch, model, layers, n_images)
-
-
-def _layers(watch: _DiscoveryWatch, model: nn.Module, n_images: int) -> tuple[Layer, ...]:
-    names_of: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names_of.setdefault(id(module), []).append(name)
-    aliases = {names[0]: tuple(names[1:]) for names in names_of.values()}
-    first_holder: dict[str, str] = {}
-    layers = []
-    for seen in watch.seen.values():
-        holder = first_holder.setdefault(seen.weight_name, seen.name)
-        weight_shape = tuple(seen.weight.shape)
-        groups = _module_groups(model, seen) or seen.groups
-        n_channels = weight_shape[seen.channel_axis] * (groups if seen.channel_axis == 1 else 1)
-        layers.append(
-            Layer(
-                name=seen.name,
-                kind=seen.kind,
-                weight_name=seen.weight_name,
-                weight_shape=weight_shape,
-                n_weights=seen.weight.numel(),
-                n_biases=0 if seen.bias is None else seen.bias.numel(),
-                n_norm_parameters=seen.n_norm_parameters,
-                out_channels=n_channels,
-                groups=groups,
-                macs=-(-seen.total_macs // n_images),
-                n_calls=seen.n_calls,
-                input_shape=seen.input_shape[1:],
-                output_shape=seen.output_shape[1:],
-                n_input_elements=math.prod(seen.input_shape[1:]),
-                n_output_elements=math.prod(seen.output_shape[1:]),
-                functional=seen.functional,
-                aliases=aliases.get(seen.name, ()),
-                shares_weight_with=None if holder == seen.name else holder,
-            )
-        )
-    return tuple(layers)
-
-
-def _module_groups(model: nn.Module, seen: _Seen) -> int | None:
-    # The group count of a transposed convolution does not follow from its shapes.
-    modules = dict(model.named_modules())
-    groups = getattr(modules.get(seen.name), "groups", None)
-    return groups if isinstance(groups, int) else None
-
-
-def _skipped(watch: _DiscoveryWatch, model: nn.Module, layers: tuple[Layer, ...], n_images: int) -> tuple[Skipped, ...]:
-    return _Account(watch, model, layers, n_images).entries()
+    layers = tuple(replace(layer, macs=-(-layer.macs // n_images)) for layer in watch.seen.values())
+    return layers, _Account(watch, model, layers, n_images).entries()
 
 
 class _Account:
@@ -271,9 +202,7 @@ class _Account:
                     self._left.pop(id(parameter), None)
 
     def entries(self) -> tuple[Skipped, ...]:
-        found: list[Skipped] = []
-        for name, module in self._model.named_modules():
-            found += self._of_module(name, module)
+        found = [entry for name, module in self._model.named_modules() for entry in self._of_module(name, module)]
         for operation, macs in sorted(self._watch.computed_weights.items()):
             reason = "its weight is computed in the forward pass, not a parameter, so it has no place for bits"
             found.append(Skipped(operation, reason, macs=-(-macs // self._n_images)))
@@ -285,7 +214,7 @@ class _Account:
         operations = list(dict.fromkeys(word for parameter in own for word in self._operations(parameter)))
         if isinstance(module, LAYER_TYPES) and (name or "weight") not in self._called:
             reason = "not called as a module in the forward pass of this example"
-            told = f"{reason}; {_joined(operations)} reads its weight" if operations else reason
+            told = f"{reason}; {', '.join(operations)} reads its weight" if operations else reason
             return [self._entry(label, told, own)]
         if isinstance(module, _UNSUPPORTED):
             return [self._entry(label, f"{kind} is not a searched kind of layer; stays in float", own)]
@@ -293,12 +222,8 @@ class _Account:
             return []
         if len(own) == 1 and own[0] is module._parameters.get("weight"):
             return [self._entry(label, f"{kind}: {self._told(operations)}", own)]
-        return [
-            self._entry(
-                self._left[id(parameter)], f"a parameter of {kind}: {self._told(self._operations(parameter))}", [parameter]
-            )
-            for parameter in own
-        ]
+        reasons = [f"a parameter of {kind}: {self._told(self._operations(one))}" for one in own]
+        return [self._entry(self._left[id(one)], why, [one]) for one, why in zip(own, reasons, strict=True)]
 
     def _operations(self, parameter: nn.Parameter) -> list[str]:
         return self._watch.readers.operations.get(self._left[id(parameter)], [])
@@ -307,7 +232,7 @@ class _Account:
     def _told(operations: list[str]) -> str:
         if not operations:
             return "no operation of this example's forward pass reads it as it is"
-        return f"read by {_joined(operations)}, which is no convolution or linear call on a parameter; stays in float"
+        return f"read by {', '.join(operations)}, which is no convolution or linear call on a parameter; stays in float"
 
     def _entry(self, name: str, reason: str, parameters: list[nn.Parameter]) -> Skipped:
         names = [self._left.pop(id(parameter)) for parameter in parameters]
@@ -324,7 +249,3 @@ def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
 def _parametrized_from(module: nn.Module) -> list[nn.Parameter]:
     held = module._modules.get("parametrizations")
     return [] if held is None else list(held.parameters())
-
-
-def _joined(words: Sequence[str]) -> str:
-    return ", ".join(words)

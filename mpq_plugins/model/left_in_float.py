@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+from mpq_plugins.common.text import listed
 from mpq_plugins.errors import FloatLayersWarning, SpaceError
 from mpq_plugins.model.layers import EXCLUDED, Layer, Skipped, distinct_weights
 
@@ -91,7 +92,7 @@ class LeftInFloat:
         lines = [f"{shares(self.weights, self.macs)} stay in float and outside every budget:"]
         told = [reason for reason in self.reasons if max(reason.weights, reason.macs) > 0]
         for reason in told[:_MOST_REASONS]:
-            lines.append(f"  {shares(reason.weights, reason.macs)}: {_named(reason.names)}: {reason.reason}")
+            lines.append(f"  {shares(reason.weights, reason.macs)}: {listed(reason.names, 1)}: {reason.reason}")
         if len(told) > _MOST_REASONS:
             lines.append(f"  and {len(told) - _MOST_REASONS} smaller reasons; `mpq layers` lists all")
         return "\n".join(lines)
@@ -104,10 +105,6 @@ def shares(weights: float, macs: float) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.3g} %" if share >= 1e-3 or share == 0 else "less than 0.1 %"
-
-
-def _named(names: tuple[str, ...]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _is_ours(frame: FrameType) -> bool:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from mpq_plugins.model.run import Batch, call, device_of, evaluating, joined, tensors
+from mpq_plugins.model.run import Batch, call, device_of, evaluating, joined, mapped, tensors
 
 # Eight images of 224 x 224: of fewer, what Python does for each call weighs; of more, what layers make is beyond the cache.
 _VALUES_AT_A_TIME = 1_280_000
@@ -32,7 +31,7 @@ def quick(model: nn.Module, batches: Sequence[Batch], *, longest: int) -> list[B
         return list(batches)
     if not _takes_channels_last(model, two):
         return parts
-    return [Batch(_channels_last(part.inputs), part.labels) for part in parts]
+    return [Batch(mapped(part.inputs, _channels_last), part.labels) for part in parts]
 
 
 def _takes_any_number(model: nn.Module, batch: Batch) -> bool:
@@ -46,7 +45,7 @@ def _takes_any_number(model: nn.Module, batch: Batch) -> bool:
 
 def _takes_channels_last(model: nn.Module, batch: Batch) -> bool:
     """Whether the outputs on `batch` stay what they are: views of a flattened image fail, or mix up values."""
-    inputs = _channels_last(batch.inputs)
+    inputs = mapped(batch.inputs, _channels_last)
     if all(one is other for one, other in zip(tensors(inputs), tensors(batch.inputs), strict=True)):
         return False
     try:
@@ -64,15 +63,7 @@ def _agree(found: Tensor, expected: Tensor) -> bool:
     return bool(((found.double() - expected.double()).abs() <= _AGREEMENT * largest).all())
 
 
-def _channels_last(value: Any) -> Any:
-    """`value` with every image in it stored channel by channel for each pixel; the same objects where there is none."""
-    if isinstance(value, Tensor):
-        is_image = value.dim() == 4 and value.shape[1] > 1 and value.is_floating_point()
-        return value.contiguous(memory_format=torch.channels_last) if is_image else value
-    if isinstance(value, Mapping):
-        return {key: _channels_last(item) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_channels_last, value))
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_channels_last, value))
-    return value
+def _channels_last(image: Tensor) -> Tensor:
+    """An image stored channel by channel for each pixel; anything else as it is."""
+    is_image = image.dim() == 4 and image.shape[1] > 1 and image.is_floating_point()
+    return image.contiguous(memory_format=torch.channels_last) if is_image else image

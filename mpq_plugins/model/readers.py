@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 from torch import Tensor, nn
 
+from mpq_plugins.model.run import tensors
 from mpq_plugins.model.watch import function_name
 
 # Each weight is used once per row of the first input.
@@ -40,10 +41,10 @@ class Readers:
 
     def on_call(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
         """Take note of an operation that is no call of a layer."""
-        outputs = list(_tensors((output,)))
+        outputs = list(tensors(output))
         if not outputs:
             return  # reading a shape is no use of the values
-        inputs = list(_tensors((*args, *kwargs.values())))
+        inputs = list(tensors((args, kwargs)))
         names = dict.fromkeys(name for tensor in inputs for name in self.origins(tensor))
         if not names:
             return
@@ -66,17 +67,9 @@ class Readers:
         self.macs[name] = self.macs.get(name, 0) + macs
 
 
-def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (tuple, list)):
-            yield from _tensors(value)
-
-
 def _macs(operation: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any, weight: Tensor) -> int:
     """Multiply-accumulates of one call; 0 for operations that multiply no matrices, and for forms not known here."""
-    operands = list(_tensors((*args, *kwargs.values())))
+    operands = list(tensors((args, kwargs)))
     if operation in _PER_ROW:
         return weight.numel() * (operands[0].numel() // max(operands[0].shape[-1], 1))
     if not isinstance(output, Tensor) or len(operands) < 2:

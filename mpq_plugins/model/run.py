@@ -62,31 +62,26 @@ class Batch:
 
     def part(self, start: int, stop: int) -> Batch:
         """Its images from `start` up to `stop`; what does not have one row per image is kept whole."""
-        if start <= 0 and stop >= len(self):
-            return self
-
-        def rows(value: Tensor) -> Tensor:
-            return value[start:stop]
-
-        labels = self.labels
-        if isinstance(labels, Tensor):
-            labels = _of_rows(labels, len(self), rows)
-        elif isinstance(labels, (list, tuple)) and len(labels) == len(self):
-            labels = labels[start:stop]
-        return Batch(_of_rows(self.inputs, len(self), rows), labels)
+        whole = start <= 0 and stop >= len(self)
+        return self if whole else self._with(lambda rows: rows[start:stop])
 
     def doubled(self) -> Batch:
         """Its images and then the same again; what does not have one row per image is kept as it is."""
+        return self._with(lambda rows: torch.cat([rows, rows]) if isinstance(rows, Tensor) else (*rows, *rows))
 
-        def twice(value: Tensor) -> Tensor:
-            return torch.cat([value, value])
+    def _with(self, change: Callable[[Any], Any]) -> Batch:
+        """The batch with whatever has one row per image changed."""
+
+        def changed(value: Tensor) -> Tensor:
+            of_images = value.dim() and value.shape[0] == len(self)
+            return change(value) if of_images else value
 
         labels = self.labels
         if isinstance(labels, Tensor):
-            labels = _of_rows(labels, len(self), twice)
-        elif isinstance(labels, (list, tuple)):
-            labels = (*labels, *labels)
-        return Batch(_of_rows(self.inputs, len(self), twice), labels)
+            labels = changed(labels)
+        elif isinstance(labels, (list, tuple)) and len(labels) == len(self):
+            labels = change(labels)
+        return Batch(mapped(self.inputs, changed), labels)
 
 
 def _as_labels(labels: Any, inputs: Any) -> Any:
@@ -235,28 +230,22 @@ def batch_size(inputs: Any) -> int:
     raise ModelError("the example holds no tensor. Give a tensor, a tuple of tensors or a dict of tensors.")
 
 
-def _of_rows(value: Any, length: int, change: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with every tensor of `length` rows changed."""
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with every tensor in it changed, in the same nesting."""
     if isinstance(value, Tensor):
-        return change(value) if value.dim() and value.shape[0] == length else value
+        return change(value)
     if isinstance(value, Mapping):
-        return {key: _of_rows(item, length, change) for key, item in value.items()}
+        return {key: mapped(item, change) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(mapped(item, change) for item in value))
     if isinstance(value, (tuple, list)):
-        return tuple(_of_rows(item, length, change) for item in value)
+        return type(value)(mapped(item, change) for item in value)
     return value
 
 
 def to_device(inputs: Any, device: torch.device) -> Any:
     """`inputs` with every tensor on `device`, in the same nesting."""
-    if isinstance(inputs, Tensor):
-        return inputs.to(device)
-    if isinstance(inputs, Mapping):
-        return {key: to_device(value, device) for key, value in inputs.items()}
-    if isinstance(inputs, tuple) and hasattr(inputs, "_fields"):
-        return type(inputs)(*(to_device(value, device) for value in inputs))
-    if isinstance(inputs, (tuple, list)):
-        return type(inputs)(to_device(value, device) for value in inputs)
-    return inputs
+    return mapped(inputs, lambda tensor: tensor.to(device))
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -22,7 +22,9 @@ def unread_layers(model: nn.Module, layers: Iterable[Layer], example: Any) -> di
     """
     parameters = dict(model.named_parameters())
     try:
-        with evaluating(model), _trainable(model), torch.enable_grad(), _forgetting():
+        nothing = torch.zeros(())  # is kept of activations: only the graph counts
+        forgetting = torch.autograd.graph.saved_tensors_hooks(lambda _: nothing, lambda _: nothing)
+        with evaluating(model), _trainable(model), torch.enable_grad(), forgetting:
             outputs = list(tensors(call(model, example)))
     except Exception:  # what autograd cannot record; the pass without it is told elsewhere
         return {}
@@ -62,12 +64,6 @@ def _trainable(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
-
-
-def _forgetting() -> contextlib.AbstractContextManager[None]:
-    """Keep no activations: only the graph counts."""
-    nothing = torch.zeros(())
-    return torch.autograd.graph.saved_tensors_hooks(lambda _: nothing, lambda _: nothing)
 
 
 def _leaves(outputs: Iterable[torch.Tensor]) -> set[int]:

@@ -7,7 +7,8 @@ functional calls and tied weights all resolve. No graph is traced, hence any Pyt
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -15,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
 from mpq_plugins.model.layers import Layer
 
@@ -69,6 +69,21 @@ def parameter_names(model: nn.Module) -> dict[int, str]:
     return {id(parameter): name for name, parameter in model.named_parameters()}
 
 
+@contextlib.contextmanager
+def running(modules: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
+    """Those of `modules` that run at the moment, the innermost last; known by hooks, which go at the end."""
+    stack: list[nn.Module] = []
+
+    def leave(*_: Any) -> None:
+        stack.pop()
+
+    with contextlib.ExitStack() as hooks:
+        for module in modules:
+            hooks.callback(module.register_forward_pre_hook(lambda module, _inputs: stack.append(module)).remove)
+            hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
+        yield stack
+
+
 @final
 class LayerOfCall:
     """Tells the layer of a weighted call: by the parameter that it reads, else by the module that is running.
@@ -87,21 +102,14 @@ class LayerOfCall:
             else:  # The weight is computed from others before each call: only its module is there to know it by.
                 self._by_module[modules[layer.name]] = layer.name
         self._running: list[nn.Module] = []
-        self._handles: list[RemovableHandle] = []
+        self._hooks = contextlib.ExitStack()
 
     def __enter__(self) -> LayerOfCall:
-        for module in self._by_module:
-            self._handles.append(module.register_forward_pre_hook(lambda module, _inputs: self._running.append(module)))
-            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+        self._running = self._hooks.enter_context(running(self._by_module))
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def _leave(self, _module: nn.Module, _inputs: Any, _output: Any) -> None:
-        self._running.pop()
+        self._hooks.close()
 
     def name(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
         """Name of the layer that a convolution or linear call with these arguments computes; None for another's."""

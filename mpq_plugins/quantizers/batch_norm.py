@@ -7,6 +7,7 @@ import contextlib
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, final
 
 import torch
@@ -226,11 +227,6 @@ def correct_by_difference(
     return n_batches
 
 
-def correct_batch_norm(reference: nn.Module, module: nn.Module, batches: Iterable[Any], *, held: Collection[str] = ()) -> int:
-    """`correct_by_difference` at every normalisation of `module` with running statistics but those in `held`."""
-    return correct_by_difference(reference, module, batches, norm_sites(module, held=held))
-
-
 @contextlib.contextmanager
 def corrected_around(
     module: nn.Module, batches: Iterable[Any], sites: Callable[[], Mapping[str, AbstractSite]]
@@ -306,29 +302,20 @@ def _watched(module: nn.Module, sites: Mapping[str, AbstractSite], see: Callable
     """In forward passes `see` gets the values of every site, and gives what takes the place of outputs."""
     modules = dict(module.named_modules())
 
-    def before(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            with torch._C.DisableTorchFunction():  # what hooks compute is not part of the model that others watch
-                see(name, next(tensors((args, kwargs))))
+    def before(name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        with torch._C.DisableTorchFunction():  # what hooks compute is not part of the model that others watch
+            see(name, next(tensors((args, kwargs))))
 
-        return hook
-
-    def after(name: str) -> Callable[..., Tensor]:
-        def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-            with torch._C.DisableTorchFunction():
-                return see(name, output)
-
-        return hook
+    def after(name: str, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            return see(name, output)
 
     with contextlib.ExitStack() as stack:
-        for name, site in sites.items():
-            watched = modules.get(name)
-            if watched is None:
-                continue
-            if site.of_input:
-                handle = watched.register_forward_pre_hook(before(name), with_kwargs=True)
+        for name in (name for name in sites if name in modules):
+            if sites[name].of_input:
+                handle = modules[name].register_forward_pre_hook(partial(before, name), with_kwargs=True)
             else:
-                handle = watched.register_forward_hook(after(name))
+                handle = modules[name].register_forward_hook(partial(after, name))
             stack.callback(handle.remove)
         yield
 
@@ -342,7 +329,8 @@ def reestimate_batch_norm(module: nn.Module, batches: Iterable[Any], *, held: Co
     Only the statistics change: the other modules run in evaluation mode, modes come back afterwards.
     Returns the number of batches used; with none, or without batch normalisation, nothing changes.
     """
-    norms = [norm for name, norm in module.named_modules() if name not in held and _can_be_reestimated(norm)]
+    norms = [norm for name, norm in module.named_modules() if name not in held and isinstance(norm, _NORMS)]
+    norms = [norm for norm in norms if norm.track_running_stats]
     if not norms:
         return 0
     modes = [(child, child.training) for child in module.modules()]
@@ -392,7 +380,3 @@ def copy_statistics(source: nn.Module, module: nn.Module, names: Iterable[str]) 
             for key, buffer in theirs[name].named_buffers(recurse=False):
                 with torch.no_grad():
                     ours[name].get_buffer(key).copy_(buffer)
-
-
-def _can_be_reestimated(norm: nn.Module) -> bool:
-    return isinstance(norm, _NORMS) and norm.track_running_stats

@@ -10,6 +10,8 @@ from typing import final
 import torch
 from torch import Tensor
 
+from mpq_plugins.quantizers.squared_error import AbstractSums, sums_of_first
+
 _N_BINS = 8192  # a multiple of 4: bins are merged in pairs around zero
 _N_BINS_PER_CHANNEL = 2048  # thousands of channels must stay near the processor
 _N_SAMPLED, _N_SAMPLED_PER_CHANNEL = 2**21, 2**18  # values of a row that are counted in all batches
@@ -74,13 +76,6 @@ class Histogram:
         counted = torch.bincount(bins.flatten(), minlength=self.counts.numel())
         self.counts += counted.reshape(self.counts.shape)
 
-    def of_row(self, row: int) -> tuple[Tensor, Tensor]:
-        """Centres and counts of the bins that hold values."""
-        width = 2 * self.limit[row] / self.n_bins
-        centres = (torch.arange(self.n_bins, device=self.counts.device) + 0.5) * width - self.limit[row]
-        held = self.counts[row] > 0
-        return centres[held], self.counts[row][held]
-
     def quantile(self, share: float) -> Tensor:
         """The value below which `share` of each row's values lie, to the width of a bin.  # [row]"""
         passed = self.counts.double().cumsum(1)
@@ -106,14 +101,11 @@ class Histogram:
     def _squared_error(self, part: slice, lows: Tensor, highs: Tensor, n_levels: int) -> Tensor:
         limit, counts = self.limit[part, None].double(), self.counts[part].double()
         centres = (torch.arange(self.n_bins, device=counts.device) + 0.5) * (2 / self.n_bins) - 1  # [bin], of limit 1
-        n_below = _sums_of_first(counts)
-        sums_below = _sums_of_first(counts * centres)
         steps = (highs[part] - lows[part]).double() / limit / (n_levels - 1)  # [row, tried]
         lowest = torch.round(lows[part].double() / limit / steps)
-        sums = _Sums(self.n_bins, n_below, sums_below, _sums_of_first(counts * centres.square()))
-        if n_levels > _MANY_LEVELS:
-            return sums.expected_error(steps, lowest, n_levels)
-        return sums.error(steps, lowest, n_levels)
+        of_values = sums_of_first(counts), sums_of_first(counts * centres), sums_of_first(counts * centres.square())
+        bins = _Bins(self.n_bins, of_values)
+        return (bins.expected_error if n_levels > _MANY_LEVELS else bins.error)(steps, lowest, n_levels)
 
     def _move(self, device: torch.device) -> None:
         if self.counts.device != device:
@@ -181,45 +173,19 @@ def _sampled_channels(values: Tensor, most: int) -> Tensor:
     return values.movedim(1, -1).reshape(-1, n_channels)[::stride].t()
 
 
-def _sums_of_first(values: Tensor) -> Tensor:
-    sums = values.new_zeros(values.shape[0], values.shape[1] + 1)
-    torch.cumsum(values, dim=1, out=sums[:, 1:])
-    return sums
-
-
 @dataclass(frozen=True)
-class _Sums:
+class _Bins(AbstractSums):
     """Counts, sums and sums of squares of the first bins of rows of limit 1.  # [row, bin + 1] each"""
 
     n_bins: int
-    counts: Tensor
-    sums: Tensor
-    squares: Tensor
+    of_first: tuple[Tensor, Tensor, Tensor]
 
-    def error(self, steps: Tensor, lowest: Tensor, n_levels: int) -> Tensor:
-        """Exactly: v pays (v - l s)^2 for the lowest code l, and gets back 2 s (v - c) at each boundary c below it."""
-        codes = torch.arange(n_levels - 1, device=steps.device) + 0.5
-        boundaries = ((lowest[:, :, None] + codes) * steps[:, :, None]).flatten(1)
-        counts, sums, _ = self._above(boundaries)
-        back = (sums - boundaries * counts).reshape(*steps.shape, -1).sum(2)
-        least = lowest * steps
-        paid = self.squares[:, -1:] - 2 * least * self.sums[:, -1:] + self.counts[:, -1:] * least.square()
-        return (paid - 2 * steps * back).clamp(min=0)
+    @property
+    def totals(self) -> tuple[Tensor, Tensor, Tensor]:
+        counts, sums, squares = self.of_first
+        return counts[:, -1:], sums[:, -1:], squares[:, -1:]
 
-    def expected_error(self, steps: Tensor, lowest: Tensor, n_levels: int) -> Tensor:
-        """As if errors were spread evenly within (-s/2, s/2), but where values are clipped or become 0."""
-        low, high = lowest * steps, (lowest + n_levels - 1) * steps
-        ends = torch.cat([low - steps / 2, -steps / 2, steps / 2, high + steps / 2], dim=1)
-        counts, sums, squares = (part.chunk(4, dim=1) for part in self._above(ends))
-        below = [self.counts[:, -1:] - counts[0], self.sums[:, -1:] - sums[0], self.squares[:, -1:] - squares[0]]
-        clipped = below[2] - 2 * low * below[1] + low.square() * below[0]
-        clipped += squares[3] - 2 * high * sums[3] + high.square() * counts[3]
-        n_between = counts[0] - counts[1] + counts[2] - counts[3]
-        return (clipped + squares[1] - squares[2] + n_between * steps.square() / 12).clamp(min=0)
-
-    def _above(self, boundaries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def below(self, boundaries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         index = torch.ceil((boundaries + 1) * (self.n_bins / 2) - 0.5).long().clamp_(0, self.n_bins)
-        counts, sums, squares = (
-            of_first[:, -1:] - of_first.gather(1, index) for of_first in (self.counts, self.sums, self.squares)
-        )
-        return counts, sums, squares
+        counts, sums, squares = self.of_first
+        return counts.gather(1, index), sums.gather(1, index), squares.gather(1, index)

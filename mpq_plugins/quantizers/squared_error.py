@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,9 +36,58 @@ class Codes(NamedTuple):
         return self.highest - self.lowest
 
 
+class AbstractSums(abc.ABC):
+    """Rows of values as what they add up to below any boundary, from which follows what quantizing them costs."""
+
+    @property
+    @abc.abstractmethod
+    def totals(self) -> tuple[Tensor | int, Tensor, Tensor]:
+        """How many values each row has, their sum, and the sum of their squares.  # [row, 1] each, float64"""
+
+    @abc.abstractmethod
+    def below(self, boundaries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of the values below boundaries.  # [row, boundary] each"""
+
+    def error(self, steps: Tensor, lowest: Tensor | int, n_levels: int) -> Tensor:
+        """The squared error of codes from `lowest` on, in time that grows with boundaries x log(values) x steps.
+
+        # steps and result [row, step], float64; `lowest` may differ among them
+        A value v pays (v - l s)^2 for the lowest code l, and gets back 2 s (v - c) at each boundary c below it.
+        """
+        least = lowest * steps
+        halves = torch.arange(n_levels - 1, device=steps.device) + 0.5
+        boundaries = (torch.as_tensor(lowest, device=steps.device)[..., None] + halves) * steps[:, :, None]
+        n_below, below, _ = self.below(boundaries.flatten(1))
+        n_values, total, squares = self.totals
+        back = (total - below) - boundaries.flatten(1) * (n_values - n_below)
+        paid = squares - 2 * least * total + n_values * least.square()
+        return (paid - 2 * steps * back.reshape(*steps.shape, -1).sum(dim=2)).clamp(min=0)
+
+    def expected_error(self, steps: Tensor, lowest: Tensor | int, n_levels: int) -> Tensor:
+        """`error` if rounding errors were spread evenly: s^2/12 a value, but exact where clipped or rounded to zero.
+
+        It takes N_ENDS boundaries a step.
+        """
+        bottom, top = lowest * steps, (lowest + n_levels - 1) * steps
+        ends = torch.cat([bottom - steps / 2, -steps / 2, steps / 2, top + steps / 2], dim=1)
+        counts, sums, squares = (part.chunk(N_ENDS, dim=1) for part in self.below(ends))
+        n_values, total, total_squares = self.totals
+        low = squares[0] - 2 * bottom * sums[0] + counts[0] * bottom.square()
+        high = total_squares - squares[3] - 2 * top * (total - sums[3]) + (n_values - counts[3]) * top.square()
+        n_between = counts[1] - counts[0] + counts[3] - counts[2]
+        return (low + high + squares[2] - squares[1] + n_between * steps.square() / 12).clamp_(min=0)
+
+
+def sums_of_first(values: Tensor) -> Tensor:
+    """The sum of the first n values of each row.  # [row, n]"""
+    sums = values.new_zeros(values.shape[0], values.shape[1] + 1)
+    torch.cumsum(values, dim=1, out=sums[:, 1:])
+    return sums
+
+
 @final
 @dataclass(frozen=True)
-class Rows:
+class Rows(AbstractSums):
     """Rows of values that each get a step of their own; what is shared among bit-widths is computed once."""
 
     values: Tensor  # [row, value], float32 or float64
@@ -58,12 +108,12 @@ class Rows:
     @cached_property
     def sums(self) -> Tensor:
         """Sum of the n least values of each row.  # [row, n], float64"""
-        return _sums_of_first(self.ascending.double())
+        return sums_of_first(self.ascending.double())
 
     @cached_property
     def squares(self) -> Tensor:
         """Sum of the squares of the n least values of each row.  # [row, n], float64"""
-        return _sums_of_first(self.ascending.to(torch.float64, copy=True).square_())
+        return sums_of_first(self.ascending.to(torch.float64, copy=True).square_())
 
     @cached_property
     def n_nonzero(self) -> Tensor:
@@ -85,16 +135,15 @@ class Rows:
     def __getitem__(self, chosen: Tensor) -> Rows:
         return Rows(self.values[chosen])
 
-    def below(self, boundaries: Tensor) -> tuple[Tensor, Tensor]:
-        """How many values of each row are below its boundaries, and their sum.  # [row, boundary] twice"""
+    @property
+    def totals(self) -> tuple[int, Tensor, Tensor]:
+        """See `AbstractSums.totals`."""
+        return self.n_values, self.sums[:, -1:], self.squares[:, -1:]
+
+    def below(self, boundaries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `AbstractSums.below`."""
         n_below = torch.searchsorted(self.ascending, boundaries.to(self.ascending.dtype))
-        return n_below, self.sums.gather(1, n_below)
-
-
-def _sums_of_first(values: Tensor) -> Tensor:
-    sums = values.new_zeros(values.shape[0], values.shape[1] + 1)
-    torch.cumsum(values, dim=1, out=sums[:, 1:])
-    return sums
+        return n_below, self.sums.gather(1, n_below), self.squares.gather(1, n_below)
 
 
 def lookups_pay(rows: Rows, n_boundaries: int) -> bool:
@@ -104,8 +153,9 @@ def lookups_pay(rows: Rows, n_boundaries: int) -> bool:
 
 def squared_error(rows: Rows, steps: Tensor, codes: Codes) -> Tensor:
     """Squared error of each row at each of its steps, the cheaper way.  # steps and result [row, step], result float64"""
-    way = error_at_boundaries if lookups_pay(rows, codes.n_boundaries) else error_of_values
-    return way(rows, steps, codes)
+    if lookups_pay(rows, codes.n_boundaries):
+        return rows.error(steps.double(), codes.lowest, codes.n_boundaries + 1)
+    return error_of_values(rows, steps, codes)
 
 
 def error_of_values(rows: Rows, steps: Tensor, codes: Codes) -> Tensor:
@@ -118,37 +168,3 @@ def error_of_values(rows: Rows, steps: Tensor, codes: Codes) -> Tensor:
         scaled.sub_(rounded.clamp_(codes.lowest, codes.highest))
         in_steps[:, column] = torch.linalg.vector_norm(scaled, dim=1)
     return (in_steps.double() * steps).square()
-
-
-def error_at_boundaries(rows: Rows, steps: Tensor, codes: Codes) -> Tensor:
-    """`squared_error` from counts and sums at the boundaries: time grows with boundaries x log(values) x steps.
-
-    A value v pays (v - l s)^2 for the lowest code l, and gets back 2 s (v - c) at each boundary c below it.
-    """
-    steps = steps.double()
-    halves = torch.arange(codes.lowest, codes.highest, device=steps.device) + 0.5
-    boundaries = (steps[:, :, None] * halves).flatten(1)
-    n_below, below = rows.below(boundaries)
-    back = (rows.sums[:, -1:] - below) - boundaries * (rows.n_values - n_below)
-    least = codes.lowest * steps
-    paid = rows.squares[:, -1:] - 2 * least * rows.sums[:, -1:] + rows.n_values * least.square()
-    back = back.reshape(*steps.shape, codes.n_boundaries).sum(dim=2)
-    return (paid - 2 * steps * back).clamp(min=0)
-
-
-def expected_error(rows: Rows, steps: Tensor, codes: Codes) -> Tensor:
-    """`squared_error` if rounding errors were spread evenly: s^2/12 a value, but exact where clipped or rounded to zero.
-
-    It takes N_ENDS boundaries a step.
-    """
-    steps = steps.double()
-    top, bottom = codes.highest * steps, codes.lowest * steps
-    ends = torch.cat([bottom - steps / 2, -steps / 2, steps / 2, top + steps / 2], dim=1)
-    n_below, sums_below = rows.below(ends)
-    counts, sums = n_below.chunk(N_ENDS, dim=1), sums_below.chunk(N_ENDS, dim=1)
-    squares = rows.squares.gather(1, n_below).chunk(N_ENDS, dim=1)
-    low = squares[0] - 2 * bottom * sums[0] + counts[0] * bottom.square()
-    n_high, high = rows.n_values - counts[3], rows.sums[:, -1:] - sums[3]
-    high = rows.squares[:, -1:] - squares[3] - 2 * top * high + n_high * top.square()
-    n_between = counts[1] - counts[0] + counts[3] - counts[2]
-    return (low + high + squares[2] - squares[1] + n_between * steps.square() / 12).clamp_(min=0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mpq_plugins.errors import DataError
-from mpq_plugins.quantizers.squared_error import N_ENDS, Codes, Rows, expected_error, lookups_pay, squared_error
+from mpq_plugins.quantizers.squared_error import N_ENDS, Codes, Rows, lookups_pay, squared_error
 
 _N_SHARES = 80  # thresholds tried, as shares of the largest magnitude
 _OFFSETS = tuple(0.1 * index - 0.95 for index in range(20))  # then tried around the best ones, in distances of those shares
@@ -41,7 +41,7 @@ def mse_scales(weight: Tensor, bits: Sequence[int], *, channel_axis: int | None 
     shape = [1] * weight.dim()
     if channel_axis is not None:
         shape[channel_axis] = len(rows)
-    parts = [_best_steps(part, {width: Codes.of(width) for width in bits}) for part in _parts(rows)]
+    parts = [{width: _best_step(part, Codes.of(width)) for width in bits} for part in _parts(rows)]
     return {width: torch.cat([part[width] for part in parts]).to(weight.dtype).reshape(shape) for width in bits}
 
 
@@ -82,10 +82,6 @@ def _parts(rows: Tensor) -> tuple[Rows, ...]:
     return tuple(Rows(rows[start : start + n_rows].contiguous()) for start in range(0, len(rows), n_rows))
 
 
-def _best_steps(rows: Rows, codes: dict[int, Codes]) -> dict[int, Tensor]:
-    return {width: _best_binary_step(rows) if own == Codes(-1, 0) else _best_step(rows, own) for width, own in codes.items()}
-
-
 def _best_binary_step(rows: Rows) -> Tensor:
     """The exact best step for codes -1 and 0: n values rounded to -s save (sum)^2 / n at s = -sum / n."""
     below = rows.sums[:, 1:].clamp(max=0)
@@ -96,6 +92,8 @@ def _best_binary_step(rows: Rows) -> Tensor:
 
 
 def _best_step(rows: Rows, codes: Codes) -> Tensor:
+    if codes == Codes(-1, 0):
+        return _best_binary_step(rows)
     unit = rows.largest / max(codes.highest, 1)
     shares = torch.linspace(1 / _N_SHARES, 1, _N_SHARES, device=unit.device, dtype=unit.dtype)
     best = _best_thresholds(rows, unit * shares, codes)
@@ -110,7 +108,7 @@ def _best_thresholds(rows: Rows, steps: Tensor, codes: Codes) -> Tensor:
         return _least(rows, steps, codes)
     if not lookups_pay(rows, N_ENDS):
         return _least(rows, steps, codes, n=_N_BASINS)
-    expected = expected_error(rows, steps, codes)
+    expected = rows.expected_error(steps.double(), codes.lowest, codes.n_boundaries + 1)
     # Rounding errors of n values scatter their mean square by 0.9 / sqrt(n); six times that is allowed for.
     margin = 1.05 + 5.4 / rows.n_nonzero.clamp(min=1).sqrt()
     n_promising = int((expected <= expected.amin(dim=1, keepdim=True) * margin).sum(dim=1).max())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mpq_plugins.allocation import Allocation
+from mpq_plugins.costs import WeightSize
 from mpq_plugins.costs.base import Budget, format_amount
 
 _MUCH = 0.1  # share of a budget whose disuse is worth a note
@@ -15,8 +16,6 @@ def certificate_lines(allocation: Allocation, budgets: Sequence[Budget], *, top_
 
     `top_k` is how many plans were asked to be measured.
     """
-    from mpq_plugins.costs import WeightSize
-
     solution, space = allocation.solution, allocation.space
     was_replaced = allocation.selection is not None and allocation.selection.kept > 0
     told = solution.advice if was_replaced else solution.status.value

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,25 +37,21 @@ class Row:
 
     budget: str
     proxy: str
-    family: str
     adapter: str
     accuracy: float
     gap: float
     seconds: float
     bits: BitConfig
 
+    @property
+    def family(self) -> str:
+        """The proxy, without the seed."""
+        return self.proxy.split("#")[0]
+
     def to_json(self) -> dict[str, Any]:
         """The row as plain JSON values, bits as `w4a8` by layer."""
-        return {
-            "budget": self.budget,
-            "proxy": self.proxy,
-            "adapter": self.adapter,
-            "accuracy": self.accuracy,
-            "gap": self.gap,
-            "seconds": round(self.seconds, 3),
-            "costs": dict(self.bits.costs),
-            "bits": {name: str(precision) for name, precision in self.bits.layers.items()},
-        }
+        bits = {name: str(precision) for name, precision in self.bits.layers.items()}
+        return {**vars(self), "seconds": round(self.seconds, 3), "costs": dict(self.bits.costs), "bits": bits}
 
 
 @dataclass(frozen=True)
@@ -67,15 +63,11 @@ class Comparison:
 
     def grouped(self) -> Iterator[list[Row]]:
         """Rows that differ only in the seed, together."""
-        ordered = sorted(self.rows, key=lambda row: self._order(row))
-        for _, rows in groupby(ordered, key=lambda row: (row.budget, row.family, row.adapter)):
-            yield list(rows)
-
-    def _order(self, row: Row) -> tuple[int, int, int]:
-        def rank(attribute: str) -> int:
-            return list(dict.fromkeys(getattr(other, attribute) for other in self.rows)).index(getattr(row, attribute))
-
-        return rank("budget"), rank("family"), rank("adapter")
+        keys = [(row.budget, row.family, row.adapter) for row in self.rows]
+        ranks = [list(dict.fromkeys(column)) for column in zip(*keys, strict=True)]  # the values of each, in their order
+        for key in itertools.product(*ranks):
+            if rows := [row for row, own in zip(self.rows, keys, strict=True) if own == key]:
+                yield rows
 
     def to_json(self) -> dict[str, Any]:
         """The comparison as plain JSON values."""
@@ -153,19 +145,8 @@ def compare(
             if on_applied is not None:
                 on_applied(budget, name, allocation, adapter, module)
         measured, applied_seconds = cache[key]
-        family = name.split("#")[0]
-        rows.append(
-            Row(
-                budget,
-                name,
-                family,
-                adapter_name,
-                measured,
-                allocation.solution.gap,
-                seconds + applied_seconds,
-                allocation.bits,
-            )
-        )
+        gap, seconds = allocation.solution.gap, seconds + applied_seconds
+        rows.append(Row(budget, name, adapter_name, measured, gap, seconds, allocation.bits))
     return Comparison(accuracy(model, test, output=output), tuple(rows))
 
 

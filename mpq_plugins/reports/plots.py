@@ -58,13 +58,8 @@ def plot_comparison(comparison: Comparison, path: str | Path) -> Path:
         for index, adapter in enumerate(adapters):
             rows = [row for row in comparison.rows if row.budget == budget and row.adapter == adapter]
             offset = (index - (len(adapters) - 1) / 2) * 0.18
-            axis.plot(
-                [row.accuracy for row in rows],
-                [families.index(row.family) + offset for row in rows],
-                "os^D"[index % 4],
-                alpha=0.75,
-                label=adapter,
-            )
+            heights = [families.index(row.family) + offset for row in rows]
+            axis.plot([row.accuracy for row in rows], heights, "os^D"[index % 4], alpha=0.75, label=adapter)
         axis.axvline(comparison.float_accuracy, color="grey", linestyle=":", label="float")
         axis.set_yticks(range(len(families)), families)
         axis.invert_yaxis()
@@ -107,7 +102,7 @@ def _draw_losses(figure: Any, axis: Any, allocation: Allocation) -> None:
             table[menu.index(choice), column] = loss - min(losses)
     shown = np.log10(np.where(table > 0, table, np.nan))
     image = axis.imshow(shown, aspect="auto", cmap="viridis")
-    chosen = [menu.index(unit.choices[i]) for unit, i in zip(space.units, _choices(allocation), strict=True)]
+    chosen = [menu.index(allocation.bits[unit.layers[0]]) for unit in space.units]
     axis.plot(range(len(space.units)), chosen, "wo", markersize=4, markeredgecolor="k")
     axis.set_yticks(range(len(menu)), [str(choice) for choice in menu])
     axis.set_xticks(range(len(space.units)), [unit.layers[0] for unit in space.units], rotation=90, fontsize=7)
@@ -131,10 +126,6 @@ def _draw_interactions(figure: Any, axis: Any, allocation: Allocation, pairwise:
         "interaction of units at their narrowest choices: red adds to the loss, blue cancels", loc="left", fontsize=10
     )
     figure.colorbar(image, ax=axis, fraction=0.03, pad=0.01)
-
-
-def _choices(allocation: Allocation) -> list[int]:
-    return [unit.choices.index(allocation.bits[unit.layers[0]]) for unit in allocation.space.units]
 
 
 def new_figure(n_rows: int, *, height: float, width: float, ratios: Sequence[float] | None = None) -> tuple[Any, Any]:

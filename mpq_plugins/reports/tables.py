@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from mpq_plugins.allocation import Allocation
+from mpq_plugins.costs import BitOps, WeightSize
 from mpq_plugins.costs.base import format_amount
 from mpq_plugins.model.layers import Inventory, Layer, Skipped
 from mpq_plugins.model.left_in_float import LeftInFloat, shares
@@ -19,11 +20,8 @@ if TYPE_CHECKING:
 
 def layer_table(inventory: Inventory) -> Table:
     """One row per layer: kind, shapes, weights, MACs."""
-    table = Table(title=f"{len(inventory)} layers", title_justify="left")
-    for column in ("layer", "kind", "weight", "groups", "calls"):
-        table.add_column(column)
-    for column in ("weights", "MACs", "output"):
-        table.add_column(column, justify="right")
+    facts, numbers = ("layer", "kind", "weight", "groups", "calls"), ("weights", "MACs", "output")
+    table = _table(f"{len(inventory)} layers", facts, numbers)
     for layer in inventory:
         kind = layer.kind + (" (functional)" if layer.functional else "")
         shape = "x".join(map(str, layer.weight_shape))
@@ -47,11 +45,8 @@ def skipped_table(skipped: Iterable[Skipped], layers: Iterable[Layer]) -> Table 
     if not rows:
         return None
     left = LeftInFloat.of(layers, rows)
-    table = Table(title=f"{len(rows)} not quantized: {shares(left.weights, left.macs)}", title_justify="left")
-    table.add_column("what")
-    table.add_column("weights", justify="right")
-    table.add_column("MACs", justify="right")
-    table.add_column("reason")
+    title = f"{len(rows)} not quantized: {shares(left.weights, left.macs)}"
+    table = _table(title, ("what",), ("weights", "MACs"), ("reason",))
     for item in rows:
         table.add_row(item.name, f"{item.n_weights:,}", format_amount(item.macs, ""), item.reason)
     return table
@@ -59,15 +54,10 @@ def skipped_table(skipped: Iterable[Skipped], layers: Iterable[Layer]) -> Table 
 
 def allocation_table(allocation: Allocation) -> Table:
     """Bits, size and share of the budget of every layer."""
-    from mpq_plugins.costs import BitOps, WeightSize
-
     space, bits = allocation.space, allocation.bits
     size, bit_ops = WeightSize(), BitOps()
-    table = Table(title=f"bit configuration, weight bits on average: {allocation.average_bits}", title_justify="left")
-    table.add_column("layer")
-    for column in ("weight bits", "activation bits", "size", "BOPs"):
-        table.add_column(column, justify="right")
-    table.add_column("")
+    title = f"bit configuration, weight bits on average: {allocation.average_bits}"
+    table = _table(title, ("layer",), ("weight bits", "activation bits", "size", "BOPs"), ("",))
     for layer in space.layers:
         precision = bits[layer.name]
         table.add_row(
@@ -83,11 +73,8 @@ def allocation_table(allocation: Allocation) -> Table:
 
 def comparison_table(comparison: Comparison) -> Table:
     """One row per proxy, budget and adapter; seeds of a random control share a row with their median and range."""
-    table = Table(title=f"float accuracy {comparison.float_accuracy:.3f}", title_justify="left")
-    for column in ("budget", "proxy", "adapter"):
-        table.add_column(column)
-    for column in ("accuracy", "lost", "size", "BOPs", "gap", "seconds"):
-        table.add_column(column, justify="right")
+    title, names = f"float accuracy {comparison.float_accuracy:.3f}", ("budget", "proxy", "adapter")
+    table = _table(title, names, ("accuracy", "lost", "size", "BOPs", "gap", "seconds"))
     previous = ""
     for rows in comparison.grouped():
         first = rows[0]
@@ -108,6 +95,14 @@ def comparison_table(comparison: Comparison) -> Table:
             f"{max(row.gap for row in rows):.0e}",
             f"{sum(row.seconds for row in rows):.1f}",
         )
+    return table
+
+
+def _table(title: str, texts: Sequence[str], numbers: Sequence[str], further: Sequence[str] = ()) -> Table:
+    """An empty table with columns of texts and of numbers."""
+    table = Table(title=title, title_justify="left")
+    for column in (*texts, *numbers, *further):
+        table.add_column(column, justify="right" if column in numbers else "left")
     return table
 
 

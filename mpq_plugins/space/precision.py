@@ -33,10 +33,7 @@ class Precision:
     activation: int
 
     def __post_init__(self) -> None:
-        for what, bits, allowed in (
-            ("weight", self.weight, WEIGHT_BITS),
-            ("activation", self.activation, ACTIVATION_BITS),
-        ):
+        for what, bits, allowed in (("weight", self.weight, WEIGHT_BITS), ("activation", self.activation, ACTIVATION_BITS)):
             if isinstance(bits, bool) or not isinstance(bits, int) or bits not in allowed:
                 raise PrecisionError(
                     f"{what} bits must be a whole number from {allowed[0]} to {allowed[-1]}, not {bits!r}. "

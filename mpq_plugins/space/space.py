@@ -207,12 +207,7 @@ class Space:
         return {
             "layers": [layer.to_json() for layer in self.layers],
             "units": [
-                {
-                    "layers": list(unit.layers),
-                    "choices": [str(choice) for choice in unit.choices],
-                    "activation_group": unit.activation_group,
-                }
-                for unit in self.units
+                {**vars(unit), "layers": list(unit.layers), "choices": list(map(str, unit.choices))} for unit in self.units
             ],
             "fingerprint": self.fingerprint,
             "skipped": [asdict(item) for item in self.skipped],
@@ -222,11 +217,9 @@ class Space:
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Space:
         """Inverse of `to_json`; raises `FormatError` for parts of another kind, and `SpaceError`."""
-        keys = {"layers", "units", "fingerprint", "skipped", "pins"}
-        check_keys(document, allowed=keys, required=keys, where="the space")
-        of_kinds(
-            document, {"layers": list, "units": list, "fingerprint": str, "skipped": list, "pins": dict}, where="the space"
-        )
+        kinds = {"layers": list, "units": list, "fingerprint": str, "skipped": list, "pins": dict}
+        check_keys(document, allowed=set(kinds), required=set(kinds), where="the space")
+        of_kinds(document, kinds, where="the space")
         space = cls(
             layers=tuple(Layer.from_json(item) for item in document["layers"]),
             units=tuple(_unit(item) for item in document["units"]),
@@ -246,9 +239,9 @@ class Space:
 
 def _unit(document: Any) -> Unit:
     """One unit from plain JSON values; raises `FormatError` and `PrecisionError`."""
-    keys = {"layers", "choices", "activation_group"}
-    check_keys(document, allowed=keys, required=keys, where="a unit")
-    of_kinds(document, {"layers": list, "choices": list, "activation_group": int}, where="a unit")
+    kinds = {"layers": list, "choices": list, "activation_group": int}
+    check_keys(document, allowed=set(kinds), required=set(kinds), where="a unit")
+    of_kinds(document, kinds, where="a unit")
     choices = tuple(Precision.parse(choice) for choice in document["choices"])
     if not document["layers"] or not all(isinstance(name, str) for name in document["layers"]):
         raise FormatError(f"a unit must list the names of its layers, not {document['layers']!r}. Build the space again.")
@@ -294,7 +287,7 @@ def residual_ties(inventory: Inventory) -> tuple[tuple[str, str], ...]:
             if other.name.startswith(prefix) and other.name.removeprefix(prefix).split(".")[0] not in shortcut_names
         ]
         if main:
-            ties.append((max(main, key=lambda name: [other.name for other in inventory].index(name)), layer.name))
+            ties.append((main[-1], layer.name))
     return tuple(ties)
 
 

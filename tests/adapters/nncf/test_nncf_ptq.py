@@ -103,6 +103,14 @@ def test_ranges_of_largest_magnitude_and_percentile(adapter, case):
     assert float(percentile["stem"]) == pytest.approx(float(np.abs(quantiles).max()), rel=0.01)
 
 
+def bins_of(histogram, row):
+    """Centres and counts of the bins of a row that hold values."""
+    width = 2 * histogram.limit[row] / histogram.n_bins
+    centres = (torch.arange(histogram.n_bins) + 0.5) * width - histogram.limit[row]
+    held = histogram.counts[row] > 0
+    return centres[held], histogram.counts[row][held]
+
+
 def test_histograms_grow_without_loss():
     """Batches of growing range give the counts, extremes and quantiles of numpy on all values together, per channel too."""
     generator = torch.Generator().manual_seed(0)
@@ -113,7 +121,7 @@ def test_histograms_grow_without_loss():
         for batch in batches:
             histogram.add(batch)
         for row, values in enumerate([together] if n_channels == 1 else together.unbind(1)):
-            centres, counts = histogram.of_row(row)
+            centres, counts = bins_of(histogram, row)
             assert int(counts.sum()) == values.numel()
             assert (float(histogram.least[row]), float(histogram.most[row])) == (float(values.min()), float(values.max()))
             width = 2 * float(histogram.limit[row]) / histogram.n_bins
@@ -293,7 +301,7 @@ def test_channels_of_zeros_and_late_extremes_are_counted():
         values = torch.linspace(-1, 1, 11) * spread
         histogram.add(torch.stack([torch.zeros(11), values])[None])
     assert histogram.counts.sum(1).tolist() == [22, 22]
-    assert float(histogram.of_row(0)[0].abs().max()) < 1e-20
+    assert float(bins_of(histogram, 0)[0].abs().max()) < 1e-20
 
 
 def test_the_error_of_a_histogram_is_that_of_its_values():

@@ -11,8 +11,8 @@ from small_nets import SMALL_NETS
 
 import mpq_plugins as mpq
 from mpq_plugins.adapter.evaluate import accuracy
-from mpq_plugins.cli.digits import digits, trained_digits_net
 from mpq_plugins.common.files import write_json
+from mpq_plugins.digits import digits, trained_digits_net
 from mpq_plugins.proxies import LossIncrease
 from mpq_plugins.proxies.measuring import keeping_measurements
 from mpq_plugins.space.bits import BitConfig

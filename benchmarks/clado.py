@@ -27,9 +27,9 @@ from torch import nn
 
 import mpq_plugins as mpq
 from mpq_plugins.adapter.evaluate import accuracy
-from mpq_plugins.cli.digits import digits
 from mpq_plugins.common.plugins import make, names
 from mpq_plugins.common.progress import showing_progress
+from mpq_plugins.digits import digits
 from mpq_plugins.model.run import Batch
 from mpq_plugins.proxies import CLADO
 from mpq_plugins.proxies.measuring import SensitivityRun, keeping_measurements

@@ -6,7 +6,7 @@ from pathlib import Path
 from mpq_brevitas import BrevitasAdapter
 
 import mpq_plugins as mpq
-from mpq_plugins.cli.digits import digits, trained_digits_net
+from mpq_plugins.digits import digits, trained_digits_net
 
 
 def main(folder: Path) -> None:

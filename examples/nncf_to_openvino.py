@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import mpq_plugins as mpq
-from mpq_plugins.cli.digits import digits, trained_digits_net
+from mpq_plugins.digits import digits, trained_digits_net
 
 
 def main(folder: Path) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from mpq_nncf import NNCFAdapter
 
 import mpq_plugins as mpq
-from mpq_plugins.cli.digits import digits, trained_digits_net
+from mpq_plugins.digits import digits, trained_digits_net
 from mpq_plugins.training import Profit, ProfitSchedule
 
 

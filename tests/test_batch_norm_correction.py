@@ -10,8 +10,8 @@ from torch import nn
 from mpq_plugins import BitConfig, Precision, find_layers
 from mpq_plugins.adapter.ptq import PTQ
 from mpq_plugins.adapter.repairs import Images, Judge, hold_out, keep_what_helps, repair, repairs_of, to_correct_with
-from mpq_plugins.cli.digits import digits, trained_digits_net
 from mpq_plugins.common.plugins import make
+from mpq_plugins.digits import digits, trained_digits_net
 from mpq_plugins.model.run import Batch
 from mpq_plugins.quantizers.batch_norm import (
     AbstractSite,

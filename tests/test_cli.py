@@ -7,10 +7,10 @@ import torch
 from command import run
 
 from mpq_plugins import BitConfig
-from mpq_plugins.cli.digits import DigitsNet
 from mpq_plugins.cli.parser import main
+from mpq_plugins.digits import DigitsNet
 
-MODEL = "mpq_plugins.cli.digits:DigitsNet"
+MODEL = "mpq_plugins.digits:DigitsNet"
 OMPQ = ["--proxy", "ompq"]
 LABELLED = ["--proxy", "csmpq", "--proxy-option", "documents=classes"]
 COMMON = ["--model", MODEL, "--data", "digits", "--images", "128", "--quiet"]

@@ -13,7 +13,7 @@ from command import run
 from mpq_plugins import BitConfig
 from mpq_plugins.common.console import console
 
-MODEL = "mpq_plugins.cli.digits:DigitsNet"
+MODEL = "mpq_plugins.digits:DigitsNet"
 TINY = ["--model", f"{killed.__file__}:net", "--data", f"{killed.__file__}:batches"]
 COMMON = ["--model", MODEL, "--input", "1x1x8x8", "--proxy", "constant", "--budget", "size=w4"]
 

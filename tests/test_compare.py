@@ -5,7 +5,7 @@ import json
 from mpq_plugins.cli.parser import main
 from mpq_plugins.reports import CONTROLS
 
-WORDS = ["compare", "--model", "mpq_plugins.cli.digits:DigitsNet", "--data", "digits", "--images", "64", "--batch-size", "300"]
+WORDS = ["compare", "--model", "mpq_plugins.digits:DigitsNet", "--data", "digits", "--images", "64", "--batch-size", "300"]
 
 
 def test_a_comparison_shows_every_control_at_the_same_budget(tmp_path, capsys, monkeypatch):

@@ -12,15 +12,15 @@ import pytest
 import torch
 
 import mpq_plugins as mpq
-from mpq_plugins.cli.digits import DigitsNet, digits
 from mpq_plugins.cli.parser import main
+from mpq_plugins.digits import DigitsNet, digits
 from mpq_plugins.errors import BudgetError, DataError, PluginError
 from mpq_plugins.proxies import CLADO, Projection
 from mpq_plugins.proxies.measuring import MeasurementOptions, SensitivityRun, keeping_measurements
 from mpq_plugins.proxies.measuring.cache import MeasurementCache, digest_of_model
 from mpq_plugins.solvers.solution import Status
 
-MODEL = "mpq_plugins.cli.digits:DigitsNet"
+MODEL = "mpq_plugins.digits:DigitsNet"
 
 
 @pytest.fixture
@@ -215,7 +215,7 @@ def test_a_cache_that_is_deleted_meanwhile_changes_nothing(net, batches, tmp_pat
 
 KILLED = """
 import os, signal, sys, torch
-from mpq_plugins.cli.digits import DigitsNet, digits
+from mpq_plugins.digits import DigitsNet, digits
 from mpq_plugins.proxies import CLADO
 from mpq_plugins.proxies.measuring import keeping_measurements
 from mpq_plugins.proxies.measuring.cache import MeasurementCache
@@ -325,7 +325,7 @@ def test_plans_of_any_score_are_measured_on_the_named_output(batches, monkeypatc
     """A model that returns a dict is measured at the output that the command line names, though the score looks at none."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net.py").write_text(
-        "from torch import nn\nfrom mpq_plugins.cli.digits import DigitsNet\n"
+        "from torch import nn\nfrom mpq_plugins.digits import DigitsNet\n"
         "class Net(nn.Module):\n"
         "    def __init__(self):\n        super().__init__()\n        self.net = DigitsNet(width=8)\n"
         "    def forward(self, x):\n        return {'logits': self.net(x), 'mean': x.mean()}\n"

@@ -9,9 +9,9 @@ from torch.utils.data import DataLoader
 
 from mpq_plugins import BitConfig, Precision, find_layers, verify
 from mpq_plugins.adapter.evaluate import accuracy, exported_accuracy
-from mpq_plugins.cli.digits import digits
 from mpq_plugins.cli.parser import main
 from mpq_plugins.cli.training_sources import calibration_data, shifted_digits, training_data
+from mpq_plugins.digits import digits
 from mpq_plugins.errors import DataError
 from mpq_plugins.training import TrainingRecipe
 
@@ -64,7 +64,7 @@ def test_a_trained_module_is_exported_and_its_file_is_as_accurate(folder, capsys
 def test_data_by_epoch_and_a_named_output_go_through_training_and_export(folder, capsys):
     """The example comes from the first epoch, the accuracy of the file from the output that the name stands for."""
     Path("data.py").write_text(
-        "from mpq_plugins.cli.digits import digits\n\n"
+        "from mpq_plugins.digits import digits\n\n"
         "def by_epoch(epoch):\n    return digits(train=True, batch_size=64 + epoch)[:4]\n"
     )
     Path("named.py").write_text(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mpq_plugins import BitConfig, Precision, find_layers
 from mpq_plugins.adapter.base import AbstractAdapter
-from mpq_plugins.cli.digits import digits
+from mpq_plugins.digits import digits
 from mpq_plugins.training import EpochRecord, ProfitSchedule, Trained, TrainingRecipe, train
 
 QAT = TrainingRecipe("qat", epochs=3, ema_decay=0.9, clip_norm=1.0, learning_rate=0.05)

@@ -210,7 +210,7 @@ def _minilm_files() -> Path:
 
 def digits_net(n_calibration: int, n_test: int, seed: int) -> Case:
     """The small residual network of the core, trained here in seconds; 500 labelled digits to test on, whatever is asked."""
-    from mpq_plugins.cli.digits import digits, trained_digits_net
+    from mpq_plugins.digits import digits, trained_digits_net
 
     net = trained_digits_net()
     images = torch.cat([batch.inputs for batch in digits(train=True)])

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from mpq_plugins.adapter.base import AbstractAdapter
 from mpq_plugins.adapter.verify import verify
 from mpq_plugins.allocation import Allocation, build_space, solve_scores
-from mpq_plugins.cli.digits import digits, trained_digits_net
 from mpq_plugins.cli.imagenet_demo import imagenet_network, labelled_images, photographs, shifted_images
 from mpq_plugins.common.console import console as make_console
 from mpq_plugins.common.files import write_json
 from mpq_plugins.common.plugins import make
+from mpq_plugins.digits import digits, trained_digits_net
 from mpq_plugins.model.run import Batch, evaluating, labels_of
 from mpq_plugins.reports import plot_allocation
 from mpq_plugins.space.precision import menu

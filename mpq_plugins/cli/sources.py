@@ -128,7 +128,7 @@ def load_data(spec: str, *, input_shape: tuple[int, ...] | None = None, batch_si
     Raises `DataError` and `MissingExtraError`.
     """
     if spec == "digits":
-        from mpq_plugins.cli.digits import digits
+        from mpq_plugins.digits import digits
 
         return digits(train=False, batch_size=batch_size)
     if spec.startswith("imagefolder:"):

@@ -59,7 +59,7 @@ def calibration_data(spec: str, n_images: int, *, size: Size = (224, 224), batch
 
 def shifted_digits(epoch: int, *, batch_size: int = 64) -> Sequence[Batch]:
     """The training digits in batches, each rolled by up to one pixel, other ones in every epoch."""
-    from mpq_plugins.cli.digits import digits, shifted
+    from mpq_plugins.digits import digits, shifted
 
     generator = torch.Generator().manual_seed(epoch)
     return [shifted(batch, generator) for batch in digits(train=True, batch_size=batch_size)]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mpq_plugins import Scores, Space, find_layers, menu
-from mpq_plugins.cli.digits import digits, trained_digits_net
+from mpq_plugins.digits import digits, trained_digits_net
 from mpq_plugins.errors import DataError, ModelError, PluginError
 from mpq_plugins.proxies import Fisher, HessianTrace, KLDivergence, LossIncrease, OutputError, RankEnsemble, WeightError
 from mpq_plugins.proxies.base import AbstractProxy

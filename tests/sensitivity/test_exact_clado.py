@@ -6,7 +6,7 @@ import torch
 from naive_loops import NaiveLoop, cross_entropy, kl_from, with_statistics
 
 from mpq_plugins import Space, find_layers, menu
-from mpq_plugins.cli.digits import DigitsNet, digits
+from mpq_plugins.digits import DigitsNet, digits
 from mpq_plugins.proxies import CLADO
 
 

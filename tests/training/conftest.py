@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mpq_plugins import BitConfig, Precision, find_layers
 from mpq_plugins.adapter.base import AbstractAdapter
-from mpq_plugins.cli.digits import DigitsNet, digits
+from mpq_plugins.digits import DigitsNet, digits
 
 
 class Round(nn.Module):

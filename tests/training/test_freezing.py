@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mpq_plugins.cli.digits import DigitsNet
+from mpq_plugins.digits import DigitsNet
 from mpq_plugins.training import DuQ, Freezing, parameter_groups
 from mpq_plugins.training.weights import weights_of
 

@@ -9,7 +9,7 @@ import torch
 from mpq_brevitas import BrevitasAdapter
 
 from mpq_plugins import BitConfig, Precision, find_layers, verify
-from mpq_plugins.cli.digits import digits, trained_digits_net
+from mpq_plugins.digits import digits, trained_digits_net
 from mpq_plugins.errors import VerificationError
 
 

@@ -20,7 +20,7 @@ from nncf_nets import N_CLASSES, Residual, images
 
 from mpq_plugins import BitConfig, Precision, find_layers, verify
 from mpq_plugins.adapter.base import bits_of
-from mpq_plugins.cli.digits import digits, trained_digits_net
+from mpq_plugins.digits import digits, trained_digits_net
 from mpq_plugins.errors import FingerprintError, FormatError, UnknownLayerError, WriteError
 
 

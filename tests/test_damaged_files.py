@@ -11,6 +11,7 @@ from full_disk import full_disk
 from torch import nn
 
 from mpq_plugins import BitConfig, Precision, Scores, allocate
+from mpq_plugins.adapter.base import attach_bits
 from mpq_plugins.adapter.checkpoint import read_checkpoint, write_checkpoint
 from mpq_plugins.cli.sources import load_weights
 from mpq_plugins.common.files import parse_json, write_json, write_whole
@@ -43,7 +44,7 @@ def test_three_changed_bytes_in_a_weight_are_found(tmp_path, reader):
     model, path = net(), tmp_path / "file.pt"
     needle = model[0].weight.detach().numpy().tobytes()
     if reader == "checkpoint":
-        write_checkpoint(path, BITS, {"state": dict(model.state_dict())}, adapter="test")
+        write_checkpoint(path, attach_bits(net(), BITS), {"state": dict(model.state_dict())}, adapter="test")
         assert read_checkpoint(path, {"state"}, adapter="test")[0] == BITS
     else:
         write_torch(path, model.state_dict())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from mpq_plugins.adapter.record import RECORD, record, recorded_fact
 from mpq_plugins.adapter.stages import guard_stages
+from mpq_plugins.common.plugins import Kind, Plugin
 from mpq_plugins.errors import AdapterError, FingerprintError
 from mpq_plugins.model.layers import Inventory, Layer, unknown_layer
 from mpq_plugins.space.bits import BitConfig
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class AbstractAdapter(abc.ABC):
+class AbstractAdapter(Plugin, abc.ABC):
     """Turns a bit configuration into a framework's quantized module and reads it back from exported files.
 
     Implementations are frozen dataclasses of their options; they import their framework inside the methods that need it.
@@ -29,6 +30,7 @@ class AbstractAdapter(abc.ABC):
     really stores and runs: the default menu of a search.
     """
 
+    plugin_kind: ClassVar[Kind] = "adapters"
     name: ClassVar[str]
     formats: ClassVar[tuple[str, ...]]
     weight_bits: ClassVar[tuple[int, ...]]

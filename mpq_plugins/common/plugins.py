@@ -9,7 +9,7 @@ import importlib.metadata
 import inspect
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from mpq_plugins.common.files import plain_value
 from mpq_plugins.common.text import words_of
@@ -18,6 +18,15 @@ from mpq_plugins.errors import MissingExtraError, PluginError
 
 Kind = Literal["proxies", "costs", "solvers", "adapters"]
 KINDS: tuple[Kind, ...] = typing.get_args(Kind)
+
+
+_BASES = {"proxies": "AbstractProxy", "costs": "AbstractCost", "solvers": "AbstractSolver", "adapters": "AbstractAdapter"}
+
+
+class Plugin:
+    """What can be named, given as a class or given as an object; the abstract base of each kind says which it is."""
+
+    plugin_kind: ClassVar[Kind]
 
 
 def names(kind: Kind) -> tuple[str, ...]:
@@ -60,17 +69,16 @@ def resolve(kind: Kind, given: Any, options: Mapping[str, Any] | None = None) ->
     """
     if isinstance(given, str):
         return make(kind, given, options)
-    base = _base(kind)
-    if isinstance(given, type) and issubclass(given, base):
+    if isinstance(given, type) and getattr(given, "plugin_kind", None) == kind:
         try:
             return given()
         except TypeError as error:
             raise PluginError(f"{given.__name__} cannot be made without options: {error}. Give an object of it.") from error
-    if isinstance(given, base):
+    if isinstance(given, Plugin) and given.plugin_kind == kind:
         return given
     raise PluginError(
         f"{str(given)[:80]!r} ({type(given).__name__}) is none of the {kind}. Give a name ({', '.join(names(kind))}), or an "
-        f"object of a class derived from {base.__name__}."
+        f"object of a class derived from {_BASES[kind]}."
     )
 
 
@@ -78,7 +86,7 @@ def resolve_all(kind: Kind, given: Any) -> tuple[Any, ...]:
     """The plugins of a list, each as `resolve` takes it; one alone, and names joined by commas, are lists too."""
     if isinstance(given, str):
         given = words_of(given)
-    elif isinstance(given, (type, _base(kind))) or not isinstance(given, Iterable):
+    elif isinstance(given, (type, Plugin)) or not isinstance(given, Iterable):
         given = (given,)
     return tuple(resolve(kind, item) for item in given)
 
@@ -102,15 +110,6 @@ def described(plugin: Any) -> dict[str, Any]:
         for field in fields
     }
     return facts
-
-
-def _base(kind: Kind) -> type:
-    """The class that plugins of a kind derive from."""
-    name = {"proxies": "AbstractProxy", "costs": "AbstractCost", "solvers": "AbstractSolver", "adapters": "AbstractAdapter"}[
-        kind
-    ]
-    base: type = getattr(importlib.import_module("mpq_plugins"), name)
-    return base
 
 
 def require(package: str, extra: str) -> Any:

@@ -12,14 +12,14 @@ from numbers import Real
 from typing import Any, ClassVar, Literal
 
 from mpq_plugins.common.files import plain_value
-from mpq_plugins.common.plugins import resolve
+from mpq_plugins.common.plugins import Kind, Plugin, resolve
 from mpq_plugins.errors import BudgetError, MPQError
 from mpq_plugins.model.layers import Layer
 from mpq_plugins.space.precision import Precision
 from mpq_plugins.space.space import Space
 
 
-class AbstractCost(abc.ABC):
+class AbstractCost(Plugin, abc.ABC):
     """A cost that every layer pays at its precision. Implementations are frozen dataclasses of their options.
 
     Example:
@@ -31,6 +31,7 @@ class AbstractCost(abc.ABC):
         'reads'
     """
 
+    plugin_kind: ClassVar[Kind] = "costs"
     name: ClassVar[str]
     unit: ClassVar[str]
     reduce: ClassVar[Literal["sum", "max"]] = "sum"

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mpq_plugins.common.plugins import Kind, Plugin
 from mpq_plugins.proxies.scores import Scores
 from mpq_plugins.space.space import Space
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from mpq_plugins.proxies.measuring.effects import MeasurementOptions
 
 
-class AbstractProxy(abc.ABC):
+class AbstractProxy(Plugin, abc.ABC):
     """Scores how much each unit suffers at each choice. Implementations are frozen dataclasses of their options.
 
     Example:
@@ -31,6 +32,7 @@ class AbstractProxy(abc.ABC):
         3
     """
 
+    plugin_kind: ClassVar[Kind] = "proxies"
     name: ClassVar[str]
     needs_data: ClassVar[bool] = True
 

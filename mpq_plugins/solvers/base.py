@@ -5,11 +5,12 @@ from __future__ import annotations
 import abc
 from typing import ClassVar
 
+from mpq_plugins.common.plugins import Kind, Plugin
 from mpq_plugins.solvers.problem import Problem
 from mpq_plugins.solvers.solution import Solution
 
 
-class AbstractSolver(abc.ABC):
+class AbstractSolver(Plugin, abc.ABC):
     """Finds the best choice of every unit. Implementations are frozen dataclasses of their options.
 
     Example:
@@ -22,6 +23,7 @@ class AbstractSolver(abc.ABC):
         7.0
     """
 
+    plugin_kind: ClassVar[Kind] = "solvers"
     name: ClassVar[str]
 
     @abc.abstractmethod

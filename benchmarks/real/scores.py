@@ -30,7 +30,6 @@ from mpq_plugins.proxies.sensitivity import AbstractSensitivity
 MENUS = {"2,4,8": (2, 4, 8), "2-6,8": (2, 3, 4, 5, 6, 8)}
 AVERAGES = (5, 4, 3, 2.5)
 PINS = ("free", "pinned")
-DEFAULTS = ("kl-divergence", "output-error")  # of `mpq allocate`: the first that the network has
 SECOND = ("right", "cosine_least", "kl")  # the figure that stands behind the main one
 
 
@@ -240,10 +239,10 @@ def _behind(found: Mapping[tuple[str, str], Mapping[str, Mapping[str, list[dict[
     """Where the default of `mpq allocate` is behind another row by more than two standard errors, seed by seed."""
     lines = []
     for (chosen, held), rows in sorted(found.items()):
-        default = next((name for name in DEFAULTS if name in rows), None)
+        default = "kl-divergence" if main == "kl" else "output-error"  # of `mpq allocate`
         for name, row in rows.items():
-            for average in row if default is not None and name != default else ():
-                both = [[value["figures"][main] for value in own.get(average, [])] for own in (rows[default or ""], row)]
+            for average in row if default in rows and name != default else ():
+                both = [[value["figures"][main] for value in own.get(average, [])] for own in (rows[default], row)]
                 if len(both[0]) == len(both[1]) > 1:
                     gaps = np.subtract(*both)
                     if gaps.mean() > 2 * gaps.std(ddof=1) / len(gaps) ** 0.5:

@@ -235,6 +235,9 @@ def _aligned(module: Any, shared: Any, name: str, identity_map: Any, align_sign:
 def quantize_graph(traced: Any, **maps: Any) -> Any:
     """Brevitas' graph quantization, with signs as the graph shows them."""
     before, most = quantize_impl.are_inputs_unsigned, quantize_impl.MAX_RESIDUAL_ITERS
+    keeping = quantize_impl.PRECISION_PRESERVING_MODULES
+    # Brevitas knows the function only, and quantizes again, signed, behind the module.
+    quantize_impl.PRECISION_PRESERVING_MODULES = (*keeping, nn.Flatten)
     quantize_impl.are_inputs_unsigned, graph_quantize.align_input_quant = inputs_are_unsigned, _aligned
     # Operands that cannot be aligned make the graph grow at every one of Brevitas' 9,999 attempts.
     quantize_impl.MAX_RESIDUAL_ITERS = 2 * len(traced.graph.nodes)
@@ -243,6 +246,7 @@ def quantize_graph(traced: Any, **maps: Any) -> Any:
     finally:
         quantize_impl.are_inputs_unsigned, graph_quantize.align_input_quant = before, _align
         quantize_impl.MAX_RESIDUAL_ITERS = most
+        quantize_impl.PRECISION_PRESERVING_MODULES = keeping
 
 
 def is_traced_whole(module: nn.Module) -> bool:

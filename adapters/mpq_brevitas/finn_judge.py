@@ -24,6 +24,7 @@ STEPS = (
     *("qonnx_to_finn", "tidy_up", "streamline", "convert_to_hw", "create_dataflow_partition", "specialize_layers"),
     *("target_fps_parallelization", "apply_folding_config", "minimize_bit_width", "generate_estimate_reports"),
 )
+_HARDWARE = "finn.custom_op.fpgadataflow"
 _RESOURCES = {"LUT": "lut", "DSP": "dsp", "BRAM_18K": "bram18", "URAM": "uram"}
 
 
@@ -50,42 +51,43 @@ def judge(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     )
     model = ModelWrapper(request["path"])
     arrays = np.load(request["arrays"])
-    inputs, outputs = arrays["inputs"], arrays["outputs"]
-    steps: list[dict[str, Any]] = []
+    codes = {name.removeprefix("codes/"): np.sort(arrays[name], None) for name in arrays.files if name.startswith("codes/")}
+    report: dict[str, Any] = {"steps": [], "host": [], "nodes": {}, "total": {}}
     for name in STEPS:
         step = _streamline if name == "streamline" else getattr(build_dataflow_steps, f"step_{name}")
         begun, found = time.process_time(), {"name": name, "ok": True}
+        report["steps"].append(found)
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 model = step(model, configuration)
                 if name == "qonnx_to_finn":
                     _tell_layouts(model)
             found["cpu_seconds"] = time.process_time() - begun
-            model.save(str(folder / f"{name}.onnx"))
-            found["difference"] = _difference(model, inputs, outputs, folder / "intermediate_models" / "dataflow_parent.onnx")
-            if name == "convert_to_hw":
-                found["host"] = [node.name for node in model.graph.node if "fpgadataflow" not in node.domain]
-        except BaseException as error:  # FINN raises assertions, SystemExit and its own
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            found |= {"ok": False, "error": f"{type(error).__name__}: {error}"[:2000], "node": _named(str(error), model)}
-        steps.append(found)
-        if not found["ok"]:
-            return {"steps": steps, "estimates": None}
-    reports = folder / "report"
-    resources = json.loads((reports / "estimate_layer_resources.json").read_text())
-    cycles = json.loads((reports / "estimate_layer_cycles.json").read_text())
-    layers = {
-        name: {"cycles": cycles.get(name), "operation": _operation(model, name)}
-        | {ours: own_resources.get(theirs, 0) for theirs, ours in _RESOURCES.items()}
-        for name, own_resources in resources.items()
-        if name != "total"
+            parent = folder / "intermediate_models" / "dataflow_parent.onnx"
+            found["difference"] = _difference(model, arrays["inputs"], arrays["outputs"], parent)
+        except Exception as error:
+            node = _named(str(error), model)
+            found |= {"ok": False, "error": f"{type(error).__name__}: {error}"[:2000]}
+            found |= {"node": node and node.name, "layer": node and _layer(model, node, codes)}
+            return report
+        if name == "convert_to_hw":
+            report["host"] = [node.name for node in model.graph.node if not node.domain.startswith(_HARDWARE)]
+    return report | _estimates(model, folder / "report", codes)
+
+
+def _estimates(model: Any, folder: Path, codes: dict[str, Any]) -> dict[str, Any]:
+    """FINN's reports, per node of the accelerator and in total."""
+    resources = json.loads((folder / "estimate_layer_resources.json").read_text())
+    cycles = json.loads((folder / "estimate_layer_cycles.json").read_text())
+    speed = json.loads((folder / "estimate_network_performance.json").read_text())
+    counted = {name: {ours: own.get(theirs, 0) for theirs, ours in _RESOURCES.items()} for name, own in resources.items()}
+    nodes = {
+        node.name: {"operation": node.op_type, "layer": _weights_of(model, node, codes), "cycles": cycles[node.name]}
+        | counted[node.name]
+        for node in model.graph.node
     }
-    total = {ours: resources["total"].get(theirs, 0) for theirs, ours in _RESOURCES.items()}
-    performance = json.loads((reports / "estimate_network_performance.json").read_text())
-    total |= {"max_cycles": performance["max_cycles"], "critical_path_cycles": performance["critical_path_cycles"]}
-    total |= {"fps": performance["estimated_throughput_fps"]}
-    return {"steps": steps, "estimates": {"layers": layers, "total": total}}
+    total = {**counted["total"], "fps": speed["estimated_throughput_fps"]}
+    return {"nodes": nodes, "total": total | {name: speed[name] for name in ("max_cycles", "critical_path_cycles")}}
 
 
 def _difference(model: Any, inputs: Any, outputs: Any, parent: Path) -> float | None:
@@ -110,15 +112,34 @@ def _difference(model: Any, inputs: Any, outputs: Any, parent: Path) -> float | 
     return largest
 
 
-def _named(text: str, model: Any) -> str | None:
+def _named(text: str, model: Any) -> Any | None:
     """The first node of the graph that an error names."""
-    words = re.findall(r"[A-Za-z][\w.]*", text)
-    nodes = {node.name for node in model.graph.node}
-    return next((word for word in words if word in nodes), None)
+    nodes = {node.name: node for node in model.graph.node}
+    words = (word.strip(".") for word in re.findall(r"[\w./]+", text))
+    return next((nodes[word] for word in words if word in nodes), None)
 
 
-def _operation(model: Any, name: str) -> str | None:
-    return next((node.op_type for node in model.graph.node if node.name == name), None)
+def _layer(model: Any, node: Any, codes: dict[str, Any]) -> str | None:
+    """The layer that a node computes, or else the last one in front of it."""
+    while node is not None:
+        found = _weights_of(model, node, codes)
+        if found is not None:
+            return found
+        node = model.find_producer(node.input[0])
+    return None
+
+
+def _weights_of(model: Any, node: Any, codes: dict[str, Any]) -> str | None:
+    """The layer whose codes a node multiplies by; FINN renames nodes and moves weights, and keeps their values."""
+    import numpy as np
+
+    if len(node.input) < 2 or not node.op_type.startswith(("MatMul", "Conv", "MVAU", "VVAU")):
+        return None
+    weights = model.get_initializer(node.input[1])
+    if weights is None:
+        return None
+    found = np.sort(weights, None)
+    return next((name for name, own in codes.items() if own.shape == found.shape and np.array_equal(own, found)), None)
 
 
 def _tell_layouts(model: Any) -> None:

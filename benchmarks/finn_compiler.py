@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from mpq_brevitas import BrevitasAdapter
 from mpq_brevitas.compilers import Report, judge
+from mpq_brevitas.finn_judge import STEPS
 from torch import nn
 
 import mpq_plugins as mpq
@@ -119,7 +120,7 @@ def main(names: list[str]) -> None:
         largest = max(step.difference or 0 for step in report.steps)
         seconds = sum(step.cpu_seconds for step in report.steps)
         passed = sum(step.ok for step in report.steps)
-        row = [name, f"{passed} of 10", f"{largest:.0e}"]
+        row = [name, f"{passed} of {len(STEPS)}", f"{largest:.0e}"]
         if report.total:
             row += [f"{report.total[key]:,.0f}" for key in ("lut", "dsp", "bram18", "max_cycles")]
         else:

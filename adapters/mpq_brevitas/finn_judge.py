@@ -20,9 +20,11 @@ if __name__ == "__main__":
     sys.path.pop(0)  # this folder, whose finn.py would hide FINN
     warnings.filterwarnings("ignore")
 
+# FINN's default build up to its estimates.
 STEPS = (
-    *("qonnx_to_finn", "tidy_up", "streamline", "convert_to_hw", "create_dataflow_partition", "specialize_layers"),
-    *("target_fps_parallelization", "apply_folding_config", "minimize_bit_width", "generate_estimate_reports"),
+    *("qonnx_to_finn", "tidy_up", "streamline", "convert_to_hw", "minimize_bit_width_initial", "create_dataflow_partition"),
+    *("specialize_layers", "target_fps_parallelization", "apply_folding_config", "minimize_bit_width"),
+    *("transpose_decomposition", "generate_estimate_reports"),
 )
 _HARDWARE = "finn.custom_op.fpgadataflow"
 _RESOURCES = {"LUT": "lut", "DSP": "dsp", "BRAM_18K": "bram18", "URAM": "uram"}
@@ -82,7 +84,7 @@ def _estimates(model: Any, folder: Path, codes: dict[str, Any]) -> dict[str, Any
     speed = json.loads((folder / "estimate_network_performance.json").read_text())
     counted = {name: {ours: own.get(theirs, 0) for theirs, ours in _RESOURCES.items()} for name, own in resources.items()}
     nodes = {
-        node.name: {"operation": node.op_type, "layer": _weights_of(model, node, codes), "cycles": cycles[node.name]}
+        node.name: {"operation": node.op_type, "layer": _weights_of(model, node, codes), "cycles": cycles.get(node.name, 0)}
         | counted[node.name]
         for node in model.graph.node
     }

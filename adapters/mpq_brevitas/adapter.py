@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
+    from mpq_brevitas.compilers import Report
     from mpq_brevitas.run import InferenceCost
 
 
@@ -150,6 +151,12 @@ class BrevitasAdapter(AbstractAdapter):
         from mpq_brevitas.run import inference_cost
 
         return inference_cost(path)
+
+    def compiler_report(self, path: str | Path, *, environment: str | Path | None = None) -> Report:
+        """What FINN's compiler makes of a QONNX file of the finn profile: `mpq_brevitas.compilers.judge` without a module."""
+        from mpq_brevitas.compilers import judge
+
+        return judge(path, environment=environment)
 
     def save(self, module: nn.Module, path: str | Path) -> Path:
         """See `AbstractAdapter.save`."""

@@ -83,6 +83,7 @@ def build_graph(
             reference = copy.deepcopy(traced)
             module = brevitas.quantize_graph(
                 traced,
+                requantize_flattened=options.flattened == "requantized",
                 quant_identity_map=_identity_map(options),
                 quant_act_map=_activation_map(options),
                 compute_layer_map={**_float_subclasses(copied), **_layer_map(bits, options)},

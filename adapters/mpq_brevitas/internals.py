@@ -232,17 +232,22 @@ def _aligned(module: Any, shared: Any, name: str, identity_map: Any, align_sign:
     return _align(module, shared, name, identity_map, align_sign)
 
 
-def quantize_graph(traced: Any, **maps: Any) -> Any:
+def quantize_graph(traced: Any, *, requantize_flattened: bool, **maps: Any) -> Any:
     """Brevitas' graph quantization, with signs as the graph shows them."""
-    before, most = quantize_impl.are_inputs_unsigned, quantize_impl.MAX_RESIDUAL_ITERS
+    names = ("are_inputs_unsigned", "MAX_RESIDUAL_ITERS", "PRECISION_PRESERVING_MODULES", "SIGN_PRESERVING_MODULES")
+    before = {name: getattr(quantize_impl, name) for name in names}
     quantize_impl.are_inputs_unsigned, graph_quantize.align_input_quant = inputs_are_unsigned, _aligned
     # Operands that cannot be aligned make the graph grow at every one of Brevitas' 9,999 attempts.
     quantize_impl.MAX_RESIDUAL_ITERS = 2 * len(traced.graph.nodes)
+    if not requantize_flattened:  # Brevitas knows the function only, and quantizes again, signed, behind the module.
+        for name in names[2:]:
+            setattr(quantize_impl, name, (*before[name], nn.Flatten))
     try:
         return graph_quantize.quantize(traced, requantize_layer_handler_output=False, **maps)
     finally:
-        quantize_impl.are_inputs_unsigned, graph_quantize.align_input_quant = before, _align
-        quantize_impl.MAX_RESIDUAL_ITERS = most
+        graph_quantize.align_input_quant = _align
+        for name, value in before.items():
+            setattr(quantize_impl, name, value)
 
 
 def is_traced_whole(module: nn.Module) -> bool:

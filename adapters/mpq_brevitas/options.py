@@ -18,6 +18,7 @@ Profile = Literal["layerwise", "finn"]
 QuantizerKind = Literal["uniform", "duq"]
 Scales = Literal["float", "power-of-two"]
 WeightScale = Literal["learned", "statistics"]
+Flattened = Literal["passed", "requantized"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class BrevitasOptions:
 
     `signed` tells, per layer, whether the quantizer of its input is signed; `profile` "finn" has no use for it, because
     there the operation in front of the quantizer decides. `weight_scale` "statistics" computes scales of
-    `weight_range="max"` from the weights at every step, as checkpoints of the first release do.
+    `weight_range="max"` from the weights at every step, as checkpoints of the first release do. `flattened` "requantized" has
+    a second quantizer behind every `nn.Flatten` of the profile "finn", as checkpoints that do not name it.
     """
 
     profile: Profile = "layerwise"
@@ -36,6 +38,7 @@ class BrevitasOptions:
     quantizer: QuantizerKind = "uniform"
     scales: Scales = "float"
     weight_scale: WeightScale = "learned"
+    flattened: Flattened = "passed"
 
     def __post_init__(self) -> None:
         check_values(BrevitasOptions, vars(self), AdapterError)
@@ -43,7 +46,8 @@ class BrevitasOptions:
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> BrevitasOptions:
         """From what `to_json` wrote, in this release or in the first."""
-        return cls(**{"weight_scale": "statistics" if document["weight_range"] == "max" else "learned", **document})
+        scale = "statistics" if document["weight_range"] == "max" else "learned"
+        return cls(**{"weight_scale": scale, "flattened": "requantized", **document})
 
     def to_json(self) -> dict[str, Any]:
         """The options as plain JSON values."""

@@ -150,6 +150,13 @@ class AbstractAdapter(Plugin, abc.ABC):
     def load(self, model: nn.Module, path: str | Path, example: Any) -> nn.Module:
         """The quantized module of a checkpoint, rebuilt on the float `model`; raises `FormatError`."""
 
+    def compiler_report(self, path: str | Path, *, environment: str | Path | None = None) -> Any:
+        """What the target's own compiler makes of an exported file: `ok`, `check()`, `to_json()`, and its text for people.
+
+        `environment` is the folder that the compiler is installed in. Raises `AdapterError` where there is none.
+        """
+        raise AdapterError(f"the adapter {self.name!r} knows no compiler to ask. Leave the compiler out.")
+
     def prepared_with(self, module: nn.Module) -> Mapping[str, Any]:
         """The options of the adapter that are part of a prepared module, by name; its checkpoint keeps them."""
         return {}

@@ -366,6 +366,7 @@ def _add_verify(verbs: Any) -> None:
     parser.add_argument("artifact", metavar="ARTIFACT", help="exported file")
     parser.add_argument("bits_file", metavar="BITS", help="bit configuration that was asked for")
     _add_adapter(parser)
+    parser.add_argument("--compiler", metavar="DIR", help="also ask the target's compiler, which is installed there (FINN)")
     parser.add_argument("--report", metavar="FILE", help="verification report to write")
 
 

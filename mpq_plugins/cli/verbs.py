@@ -164,8 +164,10 @@ def verify(options: Namespace) -> int:
     """`mpq verify`."""
     from mpq_plugins.adapter.verify import verify as verify_artifact
 
-    report = verify_artifact(adapter_of_artifact(options), options.artifact, BitConfig.load(options.bits_file))
-    return _report_verification(options, report)
+    adapter = adapter_of_artifact(options)
+    report = verify_artifact(adapter, options.artifact, BitConfig.load(options.bits_file))
+    compiled = adapter.compiler_report(options.artifact, environment=options.compiler) if options.compiler else None
+    return _report_verification(options, report, compiled=compiled)
 
 
 def compare(options: Namespace) -> int:
@@ -289,12 +291,14 @@ def _report_allocation(options: Namespace, allocation: Allocation, budgets: Sequ
     return _OK
 
 
-def _report_verification(options: Namespace, report: Verification, accuracies: Mapping[str, float] | None = None) -> int:
+def _report_verification(
+    options: Namespace, report: Verification, accuracies: Mapping[str, float] | None = None, compiled: Any = None
+) -> int:
     if options.report:
         report.save(options.report)
     if options.json:
-        _print_json({**report.to_json(), **(accuracies or {})})
-        return _OK if report.ok else _FAILED
+        _print_json({**report.to_json(), **(accuracies or {}), **({"compiler": compiled.to_json()} if compiled else {})})
+        return _OK if report.ok and (compiled is None or compiled.ok) else _FAILED
     terminal = console()
     report.check()
     compared = sum(check.n_codes or 0 for check in report.layers)
@@ -321,6 +325,8 @@ def _report_verification(options: Namespace, report: Verification, accuracies: M
         )
     for check in report.budgets:
         terminal.print(str(check))
+    if compiled is not None:
+        terminal.print(str(compiled.check()))
     return _OK
 
 

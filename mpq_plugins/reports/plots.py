@@ -47,7 +47,7 @@ def plot_comparison(comparison: Comparison, path: str | Path) -> Path:
     Example:
         >>> from mpq_plugins.reports.comparison import Comparison, Row
         >>> bits = mpq.BitConfig({"conv1": 4}, "sha256:0", costs={"size": 64, "bops": 1e6})
-        >>> plot_comparison(Comparison(0.9, (Row("w4", "ompq", "ompq", "nncf", 0.8, 0, 1, bits),)), "accuracy.svg").name
+        >>> plot_comparison(Comparison(0.9, (Row("w4", "ompq", "nncf", 0.8, 0, 1, bits),)), "accuracy.svg").name
         'accuracy.svg'
     """
     budgets = list(dict.fromkeys(row.budget for row in comparison.rows))

@@ -69,7 +69,7 @@ def test_the_cost_of_prepare_is_measured_without_a_download(tmp_path):
 def test_crops_are_the_same_for_all_methods(bench):
     """A seed and an epoch give the same images with the float network's logits; others give other images."""
     training = bench("training")
-    ground, again = (training.stand_in(32, 8) for _ in range(2))
+    ground, again = (training.stand_in(32, 8, 12, "cpu") for _ in range(2))
     (images, logits), (other, _) = ground.crops(0, 2, 1)
     assert images.shape == (16, 3, 12, 12)
     assert torch.equal(images, again.crops(0, 2, 1)[0][0])

@@ -1,13 +1,11 @@
 """The comparison of a file with a module: what it allows and what it does not."""
 
-import types
-
 import numpy as np
 import pytest
 import torch
 import torchvision
 
-from mpq_plugins import BitConfig, Precision, find_layers, verify
+from mpq_plugins import AbstractAdapter, BitConfig, Precision, find_layers, verify
 from mpq_plugins.adapter.base import attach_bits
 from mpq_plugins.adapter.verify import OutputCheck, compare_outputs
 from mpq_plugins.common.plugins import make
@@ -39,7 +37,7 @@ def test_a_file_of_another_model_is_told(tmp_path):
     bits = BitConfig({"fc": Precision(4, 8)}, "sha256:mine")
 
     def verified(fingerprint):
-        stub = types.SimpleNamespace(name="stub", read_bits=lambda _: BitConfig(bits.layers, fingerprint))
+        stub = _Stub(None, None, held=BitConfig(bits.layers, fingerprint))
         return verify(stub, tmp_path / "file", bits)
 
     assert verified("sha256:mine").ok
@@ -56,16 +54,17 @@ def test_what_is_allowed_is_bounded():
     assert allowed == pytest.approx([1e-3, 0.03, 0.25])
 
 
-class _Stub:
+class _Stub(AbstractAdapter):
     """An adapter whose file computes `exactly` or, as deployed, `by_default`; inputs that are not of `only` are refused."""
 
     name = "stub"
 
-    def __init__(self, exactly, by_default, only=None):
+    def __init__(self, exactly, by_default, only=None, held=None):
         self._exactly, self._by_default, self._only = exactly, by_default, only
+        self._held = held or BitConfig({}, "")
 
     def read_bits(self, path):
-        return BitConfig({}, "")
+        return self._held
 
     def codes(self, module):
         return {}
@@ -77,6 +76,9 @@ class _Stub:
         if self._only not in (None, len(inputs)):
             raise RuntimeError("wrong batch")
         return [(self._exactly if exact else self._by_default)(inputs).numpy()]
+
+
+_Stub.__abstractmethods__ = frozenset()  # the rest of an adapter is not asked for
 
 
 def _verified(stub, n_images=4):

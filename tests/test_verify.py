@@ -74,7 +74,7 @@ class _Stub(AbstractAdapter):
 
     def run(self, path, inputs, *, exact=True):
         if self._only not in (None, len(inputs)):
-            raise RuntimeError("wrong batch")
+            raise VerificationError("wrong batch")
         return [(self._exactly if exact else self._by_default)(inputs).numpy()]
 
 
@@ -106,7 +106,7 @@ def test_another_batch_size_is_compared_where_the_file_allows_it():
     assert not _verified(wrong).outputs.ok
     fixed = _verified(_Stub(lambda x: x, lambda x: x, only=4))
     assert fixed.ok
-    assert (fixed.outputs.batch_sizes, fixed.outputs.refused_batch) == ((4,), "1: RuntimeError: wrong batch")
+    assert (fixed.outputs.batch_sizes, fixed.outputs.refused_batch) == ((4,), "1: VerificationError: wrong batch")
 
 
 @pytest.mark.parametrize(("name", "suffix"), [("nncf", ".xml"), ("brevitas", ".onnx")])

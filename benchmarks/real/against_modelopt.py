@@ -26,7 +26,7 @@ from fetch import cache_folder
 
 VERSION = "0.47.0"
 MENUS = {"2,4,8": (2, 4, 8), "2-6,8": (2, 3, 4, 5, 6, 8)}
-OURS = ("kl-divergence", "clado fisher", "clado gram")
+OURS = ("kl-divergence", "clado fisher", "clado gram", "kl-divergence, 8 images", "clado fisher, 32 images")
 RESULTS = Path(__file__).parent / "results"
 
 

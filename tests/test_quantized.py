@@ -145,6 +145,18 @@ def test_a_checkpoint_of_an_adapter_needs_an_example(handle, tmp_path):
     assert mpq.QuantizedModel.load(path, handle.model, example=handle.example).bits == handle.bits
 
 
+@pytest.mark.parametrize(
+    "origin",
+    [7, "[]", "{}", '{"options": [], "command": {}}', '{"options": {}, "command": 3}', '{"options": {"a": 1}, "command": {}}'],
+)
+def test_a_damaged_origin_is_told(handle, origin, tmp_path):
+    """No value in a file ends in another library's error."""
+    document = torch.load(handle.save(tmp_path / "module.pt"), weights_only=True)
+    torch.save({**document, "origin": origin}, tmp_path / "other.pt")
+    with pytest.raises(MPQError):
+        mpq.QuantizedModel.load(tmp_path / "other.pt", handle.model)
+
+
 def test_training_goes_on_in_the_handle(handle):
     """From the float model on, at the handle's bits; the loss falls."""
     copied = copy.deepcopy(handle)

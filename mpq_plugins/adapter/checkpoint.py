@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpq_plugins.adapter.base import bits_of
 from mpq_plugins.adapter.record import Origin, recorded_fact
-from mpq_plugins.common.files import check_keys, parse_json
+from mpq_plugins.common.files import check_keys, of_kinds, parse_json
 from mpq_plugins.common.tensor_files import read_torch, write_torch
 from mpq_plugins.errors import FingerprintError, FormatError, PrecisionError
 from mpq_plugins.model.layers import Inventory
@@ -60,9 +60,11 @@ def read_origin(path: str | Path) -> tuple[str, Origin | None]:
         raise FormatError(f"{path} has format {document.get('format')!r}, expected {FORMAT!r}. Give a file of save().")
     if "origin" not in document:
         return document["adapter"], None
-    facts = parse_json(document["origin"], where=f"{path}: its origin")
-    check_keys(facts, allowed={"options", "command"}, required={"options", "command"}, where=f"{path}: its origin")
-    return document["adapter"], Origin(facts, document["example"])
+    where, text = f"{path}: its origin", document["origin"]
+    facts = parse_json(text if isinstance(text, str) else "", where=where)
+    check_keys(facts, allowed={"options", "command"}, required={"options", "command"}, where=where)
+    of_kinds(facts, {"options": dict, "command": dict}, where=where)
+    return document["adapter"], Origin(facts, document.get("example"))
 
 
 def _read(path: str | Path) -> dict[str, Any]:

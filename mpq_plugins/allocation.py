@@ -185,6 +185,7 @@ class Search:
         """The search of `allocate`; `options` are those of a proxy that is named, `space` the arguments of `build_space`."""
         from mpq_plugins.model.check import plain_model
 
+        check_top_k(top_k)
         model = plain_model(model)
         decisions = build_space(model, example, **space)
         resolved = as_budgets(budgets)
@@ -320,8 +321,7 @@ def solve_scores(
         >>> solve_scores(mpq.Scores(space, ((0.9, 0.2, 0.0),), {"name": "mine"}), "size=w5").bits["0"]
         Precision(weight=4, activation=8)
     """
-    if top_k < 1:
-        raise BudgetError(f"top_k is {top_k}, but at least one plan has to be kept. Give 1 to switch the selection off.")
+    check_top_k(top_k)
     resolved = as_budgets(budgets)
     problem = build_problem(scores, resolved)
     solution = solve(problem, solver, n_next=max(3, top_k - 1))
@@ -338,6 +338,12 @@ def solve_scores(
         costs={name: cost.at(scores.space, layers) for name, cost in sorted(costs.items())},
     )
     return Allocation(bits, scores, solution, selection)
+
+
+def check_top_k(top_k: int) -> None:
+    """Raise `BudgetError` for fewer plans than one."""
+    if top_k < 1:
+        raise BudgetError(f"top_k is {top_k}, but at least one plan has to be kept. Give 1 to switch the selection off.")
 
 
 def without(inventory: Inventory, reasons: Mapping[str, str]) -> Inventory:

@@ -157,6 +157,13 @@ def test_a_damaged_origin_is_told(handle, origin, tmp_path):
         mpq.QuantizedModel.load(tmp_path / "other.pt", handle.model)
 
 
+def test_another_kind_of_file_is_told_as_that(handle, tmp_path):
+    """A bit configuration given for a checkpoint, by a slip of the hand, holds no code."""
+    path = handle.bits.save(tmp_path / "bits.json")
+    with pytest.raises(MPQError, match="does not begin as torch's files do"):
+        mpq.QuantizedModel.load(path, handle.model)
+
+
 def test_training_goes_on_in_the_handle(handle):
     """From the float model on, at the handle's bits; the loss falls."""
     copied = copy.deepcopy(handle)
@@ -185,6 +192,13 @@ def test_wrong_options_are_refused_before_anything_is_scored(monkeypatch):
     monkeypatch.setattr("mpq_plugins.quantized.allocate", lambda *_, **__: pytest.fail("scored"))
     with pytest.raises(MPQError, match="roundin"):
         mpq.quantize(network(), IMAGES, budgets="size=w4", adapter="brevitas", ptq={"roundin": "gptq"})
+
+
+def test_no_plan_to_keep_is_refused_before_anything_is_scored(monkeypatch):
+    """`top_k` counts from one."""
+    monkeypatch.setattr("mpq_plugins.allocation.Search.scores", lambda _: pytest.fail("scored"))
+    with pytest.raises(MPQError, match="top_k is 0"):
+        mpq.quantize(network(), IMAGES, budgets="size=w4", adapter="brevitas", top_k=0)
 
 
 def test_it_is_told_in_few_lines(handle):

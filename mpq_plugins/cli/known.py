@@ -14,7 +14,7 @@ from mpq_plugins.common.text import values_of
 from mpq_plugins.errors import FormatError, MPQError, UsageError
 from mpq_plugins.space.bits import BitConfig
 
-_NAMES = ("model", "weights", "data", "input", "negative_padding", "adapter", "adapter_option")
+_NAMES = ("model", "weights", "data", "input", "negative_padding", "output", "adapter", "adapter_option")
 _SPECS = ("model", "data")
 _OWN = ("torchvision:", "timm:", "imagefolder:")
 
@@ -72,7 +72,7 @@ def adapter_of_module(options: Namespace) -> tuple[AbstractAdapter, Any]:
     name, origin = read_origin(options.module_file)
     if origin is not None:
         wanted = ("data", "weights") if options.evaluate else ()
-        take_over(options, origin.facts["command"], ("model", "negative_padding", *wanted))
+        take_over(options, origin.facts["command"], ("model", "negative_padding", "output", *wanted))
     require(options, "model", options.module_file)
     own = {} if origin is None else origin.facts["options"]
     given = values_of(options.adapter_option)

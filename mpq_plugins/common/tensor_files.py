@@ -13,6 +13,8 @@ import torch
 from mpq_plugins.common.files import NO_ROOM, disk_refusal, write_error, write_whole
 from mpq_plugins.errors import FormatError
 
+_OTHER = "it does not begin as torch's files do"
+
 
 def read_torch(path: str | Path, what: str = "file of tensors", advice: str = "Write it again") -> Any:
     """What `torch.save` wrote, on the CPU; nothing in the file is executed.
@@ -36,8 +38,10 @@ def read_torch(path: str | Path, what: str = "file of tensors", advice: str = "W
 def _check_archive(path: Path) -> None:
     """Compare the checksums of a zip archive; older files of torch are none, and have none."""
     with path.open("rb") as file:
-        is_archive = file.read(4) == b"PK\x03\x04"
-    if not is_archive:
+        start = file.read(4)
+    if start != b"PK\x03\x04":
+        if not start.startswith(b"\x80"):  # a pickle, as torch wrote before 1.6
+            raise zipfile.BadZipFile(_OTHER)
         return
     with zipfile.ZipFile(path) as archive:
         packed = [item.filename for item in archive.infolist() if item.compress_type != zipfile.ZIP_STORED]
@@ -51,7 +55,7 @@ def _check_archive(path: Path) -> None:
 def _told(error: Exception) -> str:
     """The kind of an error, in words for those that say what the file is."""
     if isinstance(error, zipfile.BadZipFile):
-        return "its archive is cut off"
+        return _OTHER if _OTHER in str(error) else "its archive is cut off"
     if any(word in str(error) for word in ("Unsupported global", "Unsupported class", "Unsupported operand", "blocklisted")):
         return "it holds Python objects, which are not loaded since that could run code"
     return type(error).__name__
